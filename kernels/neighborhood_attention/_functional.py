@@ -1,0 +1,322 @@
+"""The public functions: arguments checked and brought to the three axes of the operator."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _runtime
+from . import _operator as _operator  # registers torch.ops.mixerzoo.neighborhood_attention
+from . import _plain
+from ._geometry import Window
+
+T = TypeVar("T", int, bool)
+Axes = T | Sequence[T]
+"""One value for all axes, or one an axis."""
+
+_AXIS_NAMES = {1: "[batch, length, heads, head_dim]", 2: "[batch, height, width, heads, head_dim]"}
+_AXIS_NAMES[3] = "[batch, depth, height, width, heads, head_dim]"
+
+
+def _per_axis(name: str, value: Axes[T], rank: int) -> list[T]:
+    values = list(value) if isinstance(value, Sequence) else [value] * rank
+    if len(values) != rank:
+        raise ValueError(f"{name} needs one value or {rank}, one per axis; got {tuple(values)}")
+    return values
+
+
+def _make_windows(
+    rank: int, kernel_size: Axes[int], stride: Axes[int], dilation: Axes[int], is_causal: Axes[bool]
+) -> list[Window]:
+    columns = [
+        _per_axis(name, value, rank)
+        for name, value in [("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)]
+    ]
+    windows = [Window(*axis) for axis in zip(*columns, _per_axis("is_causal", is_causal, rank), strict=True)]
+    for axis, window in enumerate(windows):
+        if window.size < 1 or window.dilation < 1:
+            raise ValueError(
+                f"kernel_size and dilation must be at least 1; axis {axis} has {window.size} and {window.dilation}"
+            )
+        if not 1 <= window.stride <= window.size:
+            raise ValueError(
+                f"stride must lie between 1 and kernel_size, so that a query sees itself; axis {axis} has stride "
+                f"{window.stride} and kernel_size {window.size}"
+            )
+    return windows
+
+
+def _check_tensors(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in [("query", query), ("key", key), ("value", value)]:
+        if tensor.dim() != rank + 3:
+            raise ValueError(
+                f"na{rank}d needs {name} as {_AXIS_NAMES[rank]}, {rank + 3} dimensions; got shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"query, key and value must share dtype and device; query is {query.dtype} on {query.device}, {name} is "
+                f"{tensor.dtype} on {tensor.device}"
+            )
+    if not query.dtype.is_floating_point:
+        raise ValueError(f"query, key and value must be floating point; got {query.dtype}")
+    if key.shape != (*query.shape[:-2], key.shape[-2], query.shape[-1]):
+        raise ValueError(
+            f"key must match query in batch, map and head_dim; query is {tuple(query.shape)}, key {tuple(key.shape)}"
+        )
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value must match key in all but head_dim; key is {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
+        raise ValueError(f"query heads must be a multiple of key heads; got {query.shape[-2]} and {key.shape[-2]}")
+
+
+def _check_fit(spatial: Sequence[int], windows: Sequence[Window]) -> None:
+    for axis, (length, window) in enumerate(zip(spatial, windows, strict=True)):
+        reach = window.size * window.dilation
+        if length < reach:
+            raise ValueError(
+                f"{'causal ' if window.is_causal else ''}axis {axis} has length {length}, but kernel_size {window.size} * "
+                f"dilation {window.dilation} needs at least {reach}: pad the map (the NeighborhoodAttention modules of "
+                f"mixerzoo.mixers do, as the published checkpoints expect), or take a smaller window or dilation"
+            )
+
+
+def _check_rpb(rpb: Tensor, heads: int, windows: Sequence[Window]) -> None:
+    even = [window.size for window in windows if window.size % 2 == 0]
+    if even:
+        raise ValueError(
+            f"a relative position bias needs odd windows, which have a centre; got kernel_size "
+            f"{tuple(window.size for window in windows)}: use odd sizes or rpb=None"
+        )
+    shape = (heads, *(2 * window.size - 1 for window in windows))
+    if tuple(rpb.shape) != shape:
+        raise ValueError(f"rpb must be [heads, 2 * kernel_size - 1 per axis], here {shape}; got {tuple(rpb.shape)}")
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Sequence[Window], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp by the operator, or by plain operators where the caller needs those."""
+    if _runtime.wants_plain_ops():
+        return _plain.forward(query, key, value, rpb, windows, scale, symbolic=True)
+    missing = 3 - len(windows)
+    windows = [Window(1, 1, 1, False)] * missing + list(windows)
+    three_axes = [tensor[(slice(None), *[None] * missing)] for tensor in (query, key, value)]
+    if rpb is not None:
+        rpb = rpb[(slice(None), *[None] * missing)]
+    out, lse = torch.ops.mixerzoo.neighborhood_attention(
+        *three_axes,
+        rpb,
+        [window.size for window in windows],
+        [window.stride for window in windows],
+        [window.dilation for window in windows],
+        [window.is_causal for window in windows],
+        scale,
+    )
+    return out.flatten(1, 1 + missing), lse.flatten(1, 1 + missing)
+
+
+def _attend_additional(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Every query against the same few keys [batch, extra, heads, dim], unmasked."""
+    scores = torch.einsum("b...hd,bxhd->b...hx", query, key) * scale
+    lse = scores.logsumexp(-1)
+    return torch.einsum("b...hx,bxhd->b...hd", (scores - lse.unsqueeze(-1)).exp(), value), lse
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Axes[int],
+    *,
+    stride: Axes[int] = 1,
+    dilation: Axes[int] = 1,
+    is_causal: Axes[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention on as many axes as `query` has, with the log-sum-exp of its scores.
+
+    Returns the output [batch, *spatial, heads, value_dim] and the natural logarithm of each query's sum of exponentials
+    [batch, *spatial, heads] (float32 at least), which merges attention over disjoint keys. Both are differentiable.
+    Arguments are those of `na2d`.
+    """
+    rank = query.dim() - 3
+    if rank not in _AXIS_NAMES:
+        raise ValueError(f"query must be [batch, *one to three axes, heads, head_dim]; got shape {tuple(query.shape)}")
+    windows = _make_windows(rank, kernel_size, stride, dilation, is_causal)
+    _check_tensors(rank, query, key, value)
+    if not _runtime.is_exporting():  # sizes are symbols there, and a comparison would pin them
+        _check_fit(query.shape[1:-2], windows)
+    heads, head_dim, value_dim = query.shape[-2], query.shape[-1], value.shape[-1]
+    if rpb is not None:
+        _check_rpb(rpb, heads, windows)
+    scale = head_dim**-0.5 if scale is None else scale
+    repeats, widest = heads // key.shape[-2], max(head_dim, value_dim)
+
+    q, k, v = (_widen(tensor, widest) for tensor in (query, _repeat_heads(key, repeats), _repeat_heads(value, repeats)))
+    out, lse = _attend(q, k, v, rpb, windows, scale)
+    out = out if value_dim == widest else out[..., :value_dim]
+    if additional_keys is None and additional_values is None:
+        return out, lse
+    extra_keys, extra_values = _check_additional(additional_keys, additional_values, key, value)
+    extra = _attend_additional(query, _repeat_heads(extra_keys, repeats), _repeat_heads(extra_values, repeats), scale)
+    return _merge((out, lse), extra)
+
+
+def _repeat_heads(tensor: Tensor, repeats: int) -> Tensor:
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, -2)
+
+
+def _widen(tensor: Tensor, dim: int) -> Tensor:
+    return tensor if tensor.shape[-1] == dim else F.pad(tensor, (0, dim - tensor.shape[-1]))
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the keys of both, from (output, log-sum-exp) over each."""
+    total = torch.logaddexp(first[1], second[1])
+    shares = [(lse - total).exp().unsqueeze(-1) for _, lse in (first, second)]
+    return (first[0] * shares[0] + second[0] * shares[1]).to(first[0].dtype), total
+
+
+def _check_additional(keys: Tensor | None, values: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    if keys is None or values is None:
+        raise ValueError("additional_keys and additional_values must be given together; one of them is missing")
+    for name, tensor, like in [("additional_keys", keys, key), ("additional_values", values, value)]:
+        if tensor.dim() != 4 or tensor.shape[0] != like.shape[0] or tensor.shape[2:] != like.shape[-2:]:
+            raise ValueError(
+                f"{name} must be [batch, extra, heads, head_dim] with batch {like.shape[0]}, heads {like.shape[-2]} and "
+                f"head_dim {like.shape[-1]}; got {tuple(tensor.shape)}"
+            )
+    if keys.shape[1] != values.shape[1] or keys.shape[1] == 0:
+        raise ValueError(
+            f"additional_keys and additional_values need the same count, at least 1; got {keys.shape[1]} and "
+            f"{values.shape[1]}"
+        )
+    return keys, values
+
+
+def _check_rank(rank: int, query: Tensor) -> None:
+    if query.dim() != rank + 3:
+        raise ValueError(
+            f"na{rank}d needs query as {_AXIS_NAMES[rank]}, {rank + 3} dimensions; got shape {tuple(query.shape)}"
+        )
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Axes[int],
+    *,
+    stride: Axes[int] = 1,
+    dilation: Axes[int] = 1,
+    is_causal: Axes[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> Tensor:
+    """Neighborhood attention over a sequence: `na2d` on one axis, [batch, length, heads, head_dim]."""
+    _check_rank(1, query)
+    return neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        rpb=rpb,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )[0]
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Axes[int],
+    *,
+    stride: Axes[int] = 1,
+    dilation: Axes[int] = 1,
+    is_causal: Axes[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> Tensor:
+    """Neighborhood attention over a map.
+
+    Args:
+        query: [batch, height, width, heads, head_dim], floating point.
+        key: the same with `heads` or a divisor of it (each key head then serves several query heads).
+        value: as key; its head_dim may differ and is that of the output.
+        kernel_size: keys of a window per axis, at least 1; kernel_size * dilation must fit the axis. An even window
+            reaches one further back than forward.
+        stride: queries that share a window, 1 to kernel_size.
+        dilation: step between the keys of a window, in positions.
+        is_causal: whether a query sees only positions up to its own along the axis.
+        scale: factor on the scores, head_dim ** -0.5 if None.
+        rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], indexed by kernel_size - 1 + (key - query) /
+            dilation; windows must be odd.
+        additional_keys, additional_values: [batch, extra, heads of key, head_dim]: keys that every query also sees.
+
+    Returns:
+        [batch, height, width, heads, head_dim of value], dtype of query.
+
+    Raises:
+        ValueError: shapes, heads, windows or the bias table that do not go together, with the numbers and the remedy.
+    """
+    _check_rank(2, query)
+    return neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        rpb=rpb,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )[0]
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Axes[int],
+    *,
+    stride: Axes[int] = 1,
+    dilation: Axes[int] = 1,
+    is_causal: Axes[bool] = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+) -> Tensor:
+    """Neighborhood attention over a volume: `na2d` on three axes, [batch, depth, height, width, heads, head_dim]."""
+    _check_rank(3, query)
+    return neighborhood_attention(
+        query,
+        key,
+        value,
+        kernel_size,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
+        scale=scale,
+        rpb=rpb,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+    )[0]
