@@ -8,8 +8,8 @@ window (s = 1 slides, s = K is blocked attention); a causal axis sees only what 
 arithmetic. All of it per axis, on one, two or three axes.
 
 Papers: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); Hassani and Shi, "Dilated Neighborhood
-Attention Transformer" (2209.15001); Hassani et al., "Generalized Neighborhood Attention" (2504.16922). The semantics are
-those of NATTEN (github.com/SHI-Labs/NATTEN), whose relative position bias ended with its release 0.17.
+Attention Transformer" (2209.15001); Hassani et al., "Generalized Neighborhood Attention" (2504.16922). The semantics
+are those of NATTEN (github.com/SHI-Labs/NATTEN), whose relative position bias ended with its release 0.17.
 
 What is unusual here:
 * The relative position bias is inside the fused kernels, with its gradient, at any dilation, stride and causality.

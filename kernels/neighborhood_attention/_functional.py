@@ -56,8 +56,8 @@ def _check_tensors(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None
             )
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
-                f"query, key and value must share dtype and device; query is {query.dtype} on {query.device}, {name} is "
-                f"{tensor.dtype} on {tensor.device}"
+                f"query, key and value must share dtype and device; query is {query.dtype} on {query.device}, "
+                f"{name} is {tensor.dtype} on {tensor.device}"
             )
     if not query.dtype.is_floating_point:
         raise ValueError(f"query, key and value must be floating point; got {query.dtype}")
@@ -78,8 +78,8 @@ def _check_fit(spatial: Sequence[int], windows: Sequence[Window]) -> None:
         reach = window.size * window.dilation
         if length < reach:
             raise ValueError(
-                f"{'causal ' if window.is_causal else ''}axis {axis} has length {length}, but kernel_size {window.size} * "
-                f"dilation {window.dilation} needs at least {reach}: pad the map (the NeighborhoodAttention modules of "
+                f"{'causal ' if window.is_causal else ''}axis {axis} has length {length}, but kernel_size {window.size} "
+                f"* dilation {window.dilation} needs at least {reach}: pad the map (the NeighborhoodAttention modules of "
                 f"mixerzoo.mixers do, as the published checkpoints expect), or take a smaller window or dilation"
             )
 
@@ -101,7 +101,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the operator, or by plain operators where the caller needs those."""
     if _runtime.wants_plain_ops():
-        return _plain.forward(query, key, value, rpb, windows, scale, symbolic=True)
+        return _plain.forward(query, key, value, rpb, tuple(windows), scale)
     missing = 3 - len(windows)
     windows = [Window(1, 1, 1, False)] * missing + list(windows)
     three_axes = [tensor[(slice(None), *[None] * missing)] for tensor in (query, key, value)]
@@ -190,8 +190,8 @@ def _check_additional(keys: Tensor | None, values: Tensor | None, key: Tensor, v
     for name, tensor, like in [("additional_keys", keys, key), ("additional_values", values, value)]:
         if tensor.dim() != 4 or tensor.shape[0] != like.shape[0] or tensor.shape[2:] != like.shape[-2:]:
             raise ValueError(
-                f"{name} must be [batch, extra, heads, head_dim] with batch {like.shape[0]}, heads {like.shape[-2]} and "
-                f"head_dim {like.shape[-1]}; got {tuple(tensor.shape)}"
+                f"{name} must be [batch, extra, heads, head_dim] with batch {like.shape[0]}, heads {like.shape[-2]} "
+                f"and head_dim {like.shape[-1]}; got {tuple(tensor.shape)}"
             )
     if keys.shape[1] != values.shape[1] or keys.shape[1] == 0:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The custom operators `mixerzoo::neighborhood_attention` and its backward, and which implementation each takes.
 
-Both always see three spatial axes, [batch, Z, Y, X, heads, head_dim]; one and two axes come with leading axes of size 1.
+Both always see three spatial axes, [batch, Z, Y, X, heads, head_dim]; one and two axes come with leading axes of 1.
 """
 
 import torch
@@ -8,9 +8,8 @@ from torch import Tensor
 
 from .. import _runtime
 from . import _native, _plain
+from ._blocks import Windows
 from ._geometry import Window
-
-Windows = tuple[Window, ...]
 
 
 def make_windows(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Windows:

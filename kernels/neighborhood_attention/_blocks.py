@@ -1,0 +1,180 @@
+"""A map cut into blocks of queries, each with the block of keys that its queries see between them.
+
+Along an axis a block is `queries` successive points of one dilation lattice and the `keys` points from the first key of
+its first query on; a block of the map is one block of every axis. Everything is index arithmetic on whole tensors, so
+that sizes may be symbols (`torch.export` with any height and width).
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._geometry import Window
+
+Windows = tuple[Window, ...]
+
+
+def _block_lengths(length: int, window: Window, *, symbolic: bool) -> tuple[int, int]:
+    """Queries and keys of a block along an axis. An axis that a single block's halo would cover becomes one block."""
+    queries = max(window.size, 4)
+    queries = -(-queries // window.stride) * window.stride  # whole stride groups, so that their windows coincide
+    keys = queries + window.size - window.stride
+    if symbolic:
+        return queries, keys
+    points = -(-length // window.dilation)
+    return (points, points) if points <= keys else (queries, keys)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Along one axis, for each of `blocks` blocks of the map."""
+
+    query: Tensor
+    """[blocks, queries]: positions; a block that runs over the end of its lattice repeats the last one."""
+    key: Tensor
+    """[blocks, keys]: positions, likewise."""
+    own: Tensor
+    """[blocks, queries]: False where a query only repeats the last one."""
+    allowed: Tensor
+    """[blocks, queries, keys]: whether the key is in the window of the query."""
+    offset: Tensor
+    """[blocks, queries, keys]: size - 1 + (key - query) / dilation, the place in a bias table, clamped to it."""
+
+    @classmethod
+    def cut(cls, length: int, window: Window, queries: int, keys: int, block: Tensor) -> "_Axis":
+        """`block` [blocks] says which block of this axis each block of the map takes: lattice after lattice."""
+        per_lattice = _blocks_per_lattice(length, window, queries)
+        lattice, tile = (part[:, None] for part in _divmod(block, per_lattice))
+        points = (length - lattice + window.dilation - 1) // window.dilation
+        place = tile * queries + torch.arange(queries, device=block.device)
+        query = torch.minimum(place, points - 1)
+        start, end = window.bounds(query, points)
+        key = start[:, :1] + torch.arange(keys, device=block.device)
+        step = key[:, None] - query[..., None]
+        return cls(
+            query=lattice + window.dilation * query,
+            key=lattice + window.dilation * torch.minimum(key, points - 1),
+            own=place < points,
+            allowed=(key[:, None] >= start[..., None]) & (key[:, None] < end[..., None]),
+            offset=(step + window.size - 1).clamp(0, 2 * window.size - 2),
+        )
+
+
+def _blocks_per_lattice(length: int, window: Window, queries: int) -> int:
+    # Not -(-a // b): exported to ONNX, integer division rounds towards zero, and a negative one is off by one.
+    return ((length + window.dilation - 1) // window.dilation + queries - 1) // queries
+
+
+def _divmod(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder. The ONNX exporter knows no remainder by a symbol, so it is subtracted."""
+    quotient = value // divisor
+    return quotient, value - quotient * divisor
+
+
+def _outer(tensors: Sequence[Tensor], kinds: int) -> list[Tensor]:
+    """[blocks, n_a] (or [blocks, n_a, m_a]) per axis a -> broadcastable over [blocks, n..., (m...)]."""
+    rank = len(tensors)
+    shaped = []
+    for axis, tensor in enumerate(tensors):
+        shape = [1] * (kinds * rank)
+        for kind in range(kinds):
+            shape[kind * rank + axis] = tensor.shape[1 + kind]
+        shaped.append(tensor.reshape(-1, *shape))
+    return shaped
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where the rows of a flattened map go in the blocks, and which pairs of a block attend."""
+
+    windows: Windows
+    axes: tuple[_Axis, ...]
+    query: Tensor
+    """[blocks, queries]: token of each query of a block."""
+    key: Tensor
+    """[blocks, keys]: token of each key of a block."""
+    slot: Tensor
+    """[tokens]: where each token stands in the flattened `query`."""
+
+    @classmethod
+    def cut(cls, spatial: Sequence[int], windows: Windows, device: torch.device, *, symbolic: bool = False) -> "Blocks":
+        """Cut a map of shape `spatial`. `symbolic`: its sizes may be symbols, on which nothing may branch."""
+        lengths = [_block_lengths(n, w, symbolic=symbolic) for n, w in zip(spatial, windows, strict=True)]
+        per_lattice = [_blocks_per_lattice(n, w, q) for n, w, (q, _) in zip(spatial, windows, lengths, strict=True)]
+        counts = [w.dilation * count for w, count in zip(windows, per_lattice, strict=True)]
+        total = math.prod(counts)
+        # While exporting there is always one block more, a copy of the last: a count of 1 would be taken for a constant.
+        block = (
+            torch.arange(total + 1, device=device).clamp(max=total - 1)
+            if symbolic
+            else torch.arange(total, device=device)
+        )
+        token = torch.arange(math.prod(spatial), device=device)
+
+        axes, query, key = [], torch.zeros_like(block)[:, None], torch.zeros_like(block)[:, None]
+        token_block, token_place = torch.zeros_like(token), torch.zeros_like(token)
+        for a, (length, window, (queries, keys)) in enumerate(zip(spatial, windows, lengths, strict=True)):
+            _, axis_block = _divmod(block // math.prod(counts[a + 1 :]), counts[a])
+            axis = _Axis.cut(length, window, queries, keys, axis_block)
+            axes.append(axis)
+            query = (query[..., None] * length + axis.query[:, None]).flatten(1)
+            key = (key[..., None] * length + axis.key[:, None]).flatten(1)
+            _, position = _divmod(token // math.prod(spatial[a + 1 :]), length)
+            point, lattice = _divmod(position, window.dilation)
+            tile, place = _divmod(point, queries)
+            token_block = token_block * counts[a] + lattice * per_lattice[a] + tile
+            token_place = token_place * queries + place
+        slot = token_block * query.shape[1] + token_place
+        return cls(windows, tuple(axes), query, key, slot)
+
+    def cut_queries(self, tensor: Tensor) -> Tensor:
+        """[batch, tokens, heads, dim] -> [batch, heads, blocks, queries, dim]."""
+        return tensor.index_select(1, self.query.flatten()).unflatten(1, self.query.shape).permute(0, 3, 1, 2, 4)
+
+    def cut_keys(self, tensor: Tensor) -> Tensor:
+        """[batch, tokens, heads, dim] -> [batch, heads, blocks, keys, dim]."""
+        return tensor.index_select(1, self.key.flatten()).unflatten(1, self.key.shape).permute(0, 3, 1, 2, 4)
+
+    def join_queries(self, tensor: Tensor) -> Tensor:
+        """[batch, heads, blocks, queries, dim] -> [batch, tokens, heads, dim], each token's own row."""
+        return tensor.permute(0, 2, 3, 1, 4).flatten(1, 2).index_select(1, self.slot)
+
+    def sum_keys(self, tensor: Tensor) -> Tensor:
+        """[batch, heads, blocks, keys, dim] -> [batch, tokens, heads, dim], summed over all copies of a token."""
+        rows = tensor.permute(0, 2, 3, 1, 4).flatten(1, 2)
+        shape = (rows.shape[0], self.slot.shape[0], *rows.shape[2:])
+        return rows.new_zeros(shape).index_add_(1, self.key.flatten(), rows)
+
+    def bias(self, rpb: Tensor | None, dtype: torch.dtype, *, own_only: bool = False) -> Tensor:
+        """[heads or 1, blocks, queries, keys]: the table's entry inside the window, minus infinity outside.
+
+        `own_only`: minus infinity also for the queries that repeat another, so that they add to no sum over queries.
+        """
+        allowed = [axis.allowed & axis.own[..., None] if own_only else axis.allowed for axis in self.axes]
+        mask = self._flatten_pairs(functools.reduce(torch.logical_and, _outer(allowed, 2)))
+        if rpb is None:
+            bias = torch.zeros((1, *mask.shape), dtype=dtype, device=mask.device)
+        else:
+            index = self.table_index()
+            bias = rpb.to(dtype).flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
+        return bias.masked_fill(~mask, float("-inf"))
+
+    def table_index(self) -> Tensor:
+        """[blocks, queries, keys]: where each pair finds its entry in the flattened relative position table."""
+        index = torch.zeros((), dtype=torch.long, device=self.slot.device)
+        for offset, window in zip(_outer([axis.offset for axis in self.axes], 2), self.windows, strict=True):
+            index = index * (2 * window.size - 1) + offset
+        return self._flatten_pairs(index)
+
+    def _flatten_pairs(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, self.query.shape[1], self.key.shape[1])
+
+
+@functools.lru_cache(maxsize=256)
+def cached_blocks(spatial: tuple[int, ...], windows: Windows, device: torch.device) -> Blocks:
+    """`Blocks.cut` of known sizes, kept: a model asks for the same few maps at every call."""
+    return Blocks.cut(spatial, windows, device)
