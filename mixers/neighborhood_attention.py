@@ -1,0 +1,176 @@
+"""Neighborhood attention as a module, on sequences, maps and volumes.
+
+Papers: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); Hassani and Shi, "Dilated Neighborhood
+Attention Transformer" (2209.15001). Parameters are named as in NATTEN (github.com/SHI-Labs/NATTEN): `qkv`, `proj`, `rpb`.
+
+What is unusual:
+* A map too small for its window is padded with zeros at the end of each axis *before* the projection to query, key and
+  value, and cropped after the attention: the padded keys and values equal the projection's bias and are attended to. So
+  did NATTEN up to 0.15, with which the published checkpoints were trained; later releases raise an error instead.
+* There is no dropout on the attention weights: the fused operators never hold them, and no published model used it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import is_exporting, register_notrace_module, trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.neighborhood_attention import Axes, neighborhood_attention
+
+
+def _per_axis(name: str, value: Axes, rank: int) -> list:
+    values = list(value) if isinstance(value, Sequence) else [value] * rank
+    if len(values) != rank:
+        raise ValueError(f"{name} needs one value or {rank}, one per axis; got {tuple(values)}")
+    return values
+
+
+def _shortfall(length: int, needed: int) -> int:
+    """What an axis lacks; never a branch, since the length may be a symbol while exporting."""
+    if torch.jit.is_scripting():
+        return max(needed - length, 0)
+    else:
+        return torch.sym_max(needed - length, 0)
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Multi-head neighborhood attention, [B, *spatial, C] to the same shape, at any size of the spatial axes.
+
+    Args:
+        dim: channels C, a multiple of `num_heads`.
+        kernel_size: keys of a window, for all axes or one value an axis.
+        stride: queries that share a window, from 1 to `kernel_size`; per axis likewise.
+        dilation: step between the keys of a window; per axis likewise.
+        is_causal: whether a query sees only what lies before it; per axis likewise.
+        rpb: whether there is a learned bias per head and relative position; its windows must be odd.
+        qk_scale: factor on the scores, (dim / num_heads) ** -0.5 if None.
+    """
+
+    rank: int
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: Axes[int],
+        *,
+        stride: Axes[int] = 1,
+        dilation: Axes[int] = 1,
+        is_causal: Axes[bool] = False,
+        rpb: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else float(qk_scale)
+        self.kernel_size: list[int] = _per_axis("kernel_size", kernel_size, self.rank)
+        self.stride: list[int] = _per_axis("stride", stride, self.rank)
+        self.dilation: list[int] = _per_axis("dilation", dilation, self.rank)
+        self.is_causal: list[bool] = _per_axis("is_causal", is_causal, self.rank)
+        self._check_window(rpb)
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        if rpb:
+            table = [num_heads, *(2 * size - 1 for size in self.kernel_size)]
+            self.rpb = nn.Parameter(torch.empty(table, device=device, dtype=dtype))
+        else:
+            self.register_parameter("rpb", None)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def _check_window(self, rpb: bool) -> None:
+        for size, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            if size < 1 or dilation < 1:
+                raise ValueError(f"kernel_size and dilation must be at least 1; got {size} and {dilation}")
+            if not 1 <= stride <= size:
+                raise ValueError(f"stride must lie between 1 and kernel_size {size}; got {stride}")
+            if rpb and size % 2 == 0:
+                raise ValueError(
+                    f"rpb needs odd windows, which have a centre; got kernel_size {size}: take {size + 1} or rpb=False"
+                )
+
+    def reset_parameters(self) -> None:
+        """The bias table only; the two projections have their own."""
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = len(self.kernel_size)
+        if x.dim() != rank + 2 or x.shape[-1] != self.dim:
+            raise ValueError(f"needed [B, {rank} spatial axes, {self.dim} channels]; got shape {list(x.shape)}")
+        lacking = [_shortfall(x.shape[i + 1], self.kernel_size[i] * self.dilation[i]) for i in range(rank)]
+        too_small = is_exporting() or max(lacking) > 0
+        ends = [0, 0]  # per axis, last one first, as F.pad takes them
+        for i in range(rank):
+            ends += [0, lacking[rank - 1 - i]]
+        if too_small:
+            x = F.pad(x, ends)
+
+        query, key, value = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(-3)
+        out = self._attend(query, key, value).flatten(-2)
+        if too_small:
+            out = F.pad(out, [-end for end in ends])
+        return self.proj_drop(self.proj(out))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # the operator itself, which always has three axes
+            missing = 3 - len(self.kernel_size)
+            rpb = self.rpb
+            for _ in range(missing):
+                query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+                rpb = None if rpb is None else rpb.unsqueeze(1)
+            ones = [1] * missing
+            out = torch.ops.mixerzoo.neighborhood_attention(
+                query,
+                key,
+                value,
+                rpb,
+                ones + self.kernel_size,
+                ones + self.stride,
+                ones + self.dilation,
+                [False] * missing + self.is_causal,
+                self.scale,
+            )[0]
+            return out.flatten(1, 1 + missing)
+        return neighborhood_attention(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            rpb=self.rpb,
+        )[0]
+
+    def extra_repr(self) -> str:
+        window = f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+        return f"{self.dim}, num_heads={self.num_heads}, {window}, is_causal={self.is_causal}, rpb={self.rpb is not None}"
+
+
+@register_notrace_module
+class NeighborhoodAttention1d(_NeighborhoodAttention):
+    __doc__ = (_NeighborhoodAttention.__doc__ or "").replace("*spatial", "L", 1)
+    rank = 1
+
+
+@register_notrace_module
+class NeighborhoodAttention2d(_NeighborhoodAttention):
+    __doc__ = (_NeighborhoodAttention.__doc__ or "").replace("*spatial", "H, W", 1)
+    rank = 2
+
+
+@register_notrace_module
+class NeighborhoodAttention3d(_NeighborhoodAttention):
+    __doc__ = (_NeighborhoodAttention.__doc__ or "").replace("*spatial", "D, H, W", 1)
+    rank = 3
