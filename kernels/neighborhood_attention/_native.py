@@ -1,2 +1,139 @@
+"""Neighborhood attention by the compiled kernel of kernels/cpu/neighborhood_attention.cpp, where an install built it.
+
+setuptools compiles that file once for each instruction set of `_VARIANTS` (pyproject.toml); an install without a compiler has
+none of them and everything else works. The libraries know neither Python nor torch: plain C functions over pointers and
+strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded and so its
+threads; where that runtime lacks what they need, they do not load.
+
+`MIXERZOO_NATIVE=0` in the environment turns the kernel off.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+
+_VARIANTS = {
+    "AVX512": ["_cpu_x86_64_v3", "_cpu_baseline"],
+    "AVX2": ["_cpu_x86_64_v3", "_cpu_baseline"],
+}
+"""Library names by torch's name for the processor's instructions, best first; any other processor takes the baseline."""
+
+_BAD_GEOMETRY, _NO_MEMORY = 1, 2  # Status in the C++ file
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("MIXERZOO_NATIVE", "1") == "0":
+        return None
+    for name in _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ["_cpu_baseline"]):
+        for suffix in EXTENSION_SUFFIXES:
+            path = Path(__file__).with_name(name + suffix)
+            if not path.is_file():
+                continue
+            try:
+                library = ctypes.CDLL(str(path))
+                for function in (library.mixerzoo_na_forward, library.mixerzoo_na_backward):
+                    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
+                    function.restype = ctypes.c_int
+            except (OSError, AttributeError) as error:
+                _logger.warning("the native kernel %s cannot be used, plain PyTorch serves: %s", path, error)
+                continue
+            return library
+    return None
+
+
 def is_available() -> bool:
-    return False
+    """Whether a compiled kernel is installed, fits this processor and is not turned off."""
+    return _library() is not None
+
+
+def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _view(tensor: Tensor | None) -> list[int]:
+    """The `View` of the C++ file: address, then strides of batch, Z, Y, X, heads."""
+    words = [] if tensor is None else [tensor.data_ptr(), *tensor.stride()[:5]]
+    return words + [0] * (6 - len(words))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """`tensor` itself if its last dimension is contiguous, as the kernel needs, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _call(
+    name: str,
+    query: Tensor,
+    views: Sequence[Tensor | None],
+    geometry: Sequence[Sequence[int]],
+    scale: float,
+) -> None:
+    batch, *size, heads, dim = query.shape
+    words = [torch.get_num_threads(), batch, heads, dim, *size]
+    for axes in geometry:
+        words += axes
+    status = getattr(_library(), name)(_words(words), _words([w for view in views for w in _view(view)]), scale)
+    if status == _BAD_GEOMETRY:
+        raise ValueError(
+            f"every axis needs 1 <= stride <= kernel_size and kernel_size * dilation <= length; got lengths {size} with "
+            f"kernel_size, stride, dilation, is_causal {[list(axes) for axes in geometry]}"
+        )
+    if status == _NO_MEMORY:
+        raise MemoryError(f"the native neighborhood attention kernel found no memory for query {tuple(query.shape)}")
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output [batch, Z, Y, X, heads, head_dim] and natural log-sum-exp [batch, Z, Y, X, heads] of float32 CPU tensors.
+
+    `rpb` is [heads, 2 K - 1 per axis]; all other arguments have one entry for each of the three axes.
+    """
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:-1])
+    if q.numel():
+        rpb = None if rpb is None else rpb.contiguous()
+        views = [_rows(q), _rows(k), _rows(v), rpb, out, lse]
+        _call("mixerzoo_na_forward", q, views, [kernel_size, stride, dilation, is_causal], scale)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and rpb. `delta` [batch, Z, Y, X, heads] is sum(out * grad_out) over head_dim - grad_lse."""
+    grads = [q.new_empty(q.shape) for _ in range(3)]
+    grad_rpb = None if rpb is None else rpb.new_zeros(rpb.shape)
+    if q.numel():
+        rpb = None if rpb is None else rpb.contiguous()
+        views = [_rows(t) for t in (grad_out, q, k, v)] + [rpb, lse, delta, *grads, grad_rpb]
+        _call("mixerzoo_na_backward", q, views, [kernel_size, stride, dilation, is_causal], scale)
+    return grads[0], grads[1], grads[2], grad_rpb
