@@ -50,7 +50,7 @@ def _folder(module: str) -> str:
 
 
 def _imports(module: str) -> Iterator[str]:
-    """Dotted names of all that a module imports, also inside functions; ours as `kernels/…`, from the repository root."""
+    """Dotted names of all that a module imports, also inside functions; ours as paths from the root: `kernels/…`."""
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
         if isinstance(node, ast.Import):
             yield from (_ours(alias.name) for alias in node.names)
@@ -110,7 +110,7 @@ def test_imports_follow_the_arrows(module: str) -> None:
 
 @pytest.mark.parametrize("module", [module for module in _modules() if Path(module).stem != "_compat"])
 def test_private_names_live_in_compat(module: str) -> None:
-    """A private name of torch, triton or timm may go with any release; one module named _compat is the place to repair."""
+    """A private name of torch, triton or timm may go with any release; a module named _compat is the place to repair."""
     libraries = ("torch", "triton", "timm")
     names = [name for name in _imports(module) if name.split(".")[0] in libraries]
     for node in ast.walk(ast.parse((ROOT / module).read_text())):
@@ -152,7 +152,7 @@ print(json.dumps(dict(
 
 
 def test_import_is_light_and_takes_no_name_from_timm() -> None:
-    """`import mixerzoo.vision` needs torch and timm alone, starts nothing, and adds to timm without replacing a thing."""
+    """`import mixerzoo.vision` needs torch and timm alone, starts nothing, and takes nothing away from timm."""
     done = subprocess.run([sys.executable, "-c", _LIGHT_IMPORT], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -1,0 +1,218 @@
+"""Exported files do what the model does, say what they are, and are not written when they are wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from mixerzoo.vision.export import ExportError, Report, export_model, load_model, main
+from torch import Tensor, nn
+
+# The smallest of our names, made smaller: what is tested here is the export, not the size.
+SMALL_NAT = dict(depths=[1, 1, 1, 1], dims=[16, 32, 64, 128], num_heads=[1, 2, 4, 8], num_classes=10)
+
+
+def _errors(report: Report) -> list[float]:
+    return [row.error for row in report.comparisons]
+
+
+def _logits(model: nn.Module, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(image)
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_features_at_untraced_shapes(format: Any, tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2")
+    report = export_model(model, tmp_path / f"model.{format}", format=format, features=(1, 3), image_size=(96, 128))
+    assert [path.name for path in tmp_path.iterdir()] == [f"model.{format}"]
+    assert max(_errors(report)) < 1e-5
+    shapes = [row.shape for row in report.comparisons if row.output == "features_3"]
+    assert [row.traced for row in report.comparisons] == [True] * 2 + [False] * 6
+    assert shapes[0] == (2, 3, 96, 128) and len(set(shapes)) == 4
+    for axis in (0, 2, 3):
+        assert len({shape[axis] for shape in shapes}) > 2, f"axis {axis} was checked at too few sizes"
+    assert set(report.axes) == {"batch", "height", "width"}
+    _, *lines = str(report).splitlines()
+    assert len(lines) == 4 and lines[0].startswith("2 x 3 x 96 x 128 (traced)")
+
+
+def test_onnx_file_describes_itself(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = timm.create_model("test_convnext2")
+    export_model(model, tmp_path / "model.onnx", format="onnx", features=(0, 2), image_size=(64, 64))
+    proto = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(proto)
+    metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    assert metadata["model"] == "test_convnext2"
+    assert metadata["mean"] == list(model.pretrained_cfg["mean"])
+    expected = [model.feature_info[index] for index in (0, 2)]
+    assert [(out["name"], out["channels"], out["reduction"]) for out in metadata["outputs"]] == [
+        ("features_0", expected[0]["num_chs"], expected[0]["reduction"]),
+        ("features_2", expected[1]["num_chs"], expected[1]["reduction"]),
+    ]
+    (image,) = proto.graph.input
+    dims = [dim.dim_param or dim.dim_value for dim in image.type.tensor_type.shape.dim]
+    assert (image.name, dims) == ("image", ["batch", 3, "height", "width"])
+    assert [entry.version for entry in proto.opset_import if entry.domain == ""] == [20]
+
+
+def test_pt2_needs_torch_alone_and_describes_itself(tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2").eval()
+    export_model(model, tmp_path / "model.pt2", format="pt2", image_size=(64, 64))
+    extra = {"mixerzoo.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    image = torch.randn(1, 3, 80, 72)
+    torch.testing.assert_close(program(image), _logits(model, image))
+    metadata = json.loads(extra["mixerzoo.json"])
+    assert metadata["outputs"] == [{"name": "logits"}] and set(metadata["axes"]) == {"batch", "height", "width"}
+
+
+def test_safetensors_folder_opens_in_timm(tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2", num_classes=7, in_chans=1).eval()
+    report = export_model(model, tmp_path / "folder", format="safetensors", features=(0, 3))
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert {row.output for row in report.comparisons} == {"logits", "features_0", "features_3"}
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    image = torch.randn(1, 1, 64, 64)
+    torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
+
+
+def test_fixed_size_model_keeps_its_size_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vit.pt2"
+    small = ["--input-size", "96,64", "--model-kwargs", "depth=1", "embed_dim=48"]
+    assert main(["vit_tiny_patch16_224", "--format", "pt2", "--output", str(file), *small]) == 0
+    assert "height and width are fixed" in capsys.readouterr().out
+    program = torch.export.load(file).module()
+    assert program(torch.randn(4, 3, 96, 64)).shape == (4, 1000)
+
+
+def test_static_export_has_one_shape(tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2")
+    report = export_model(model, tmp_path / "m.pt2", format="pt2", image_size=(64, 64), dynamic=False)
+    assert report.axes == {} and {row.shape for row in report.comparisons} == {(1, 3, 64, 64)}
+
+
+class _OtherWhenExported(nn.Module):
+    """Stands in for a model that the exporter gets wrong: a little off in the file, and only there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.001 if torch.compiler.is_exporting() else x
+
+
+@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
+def test_wrong_file_is_not_written(format: Any, tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2")
+    file = tmp_path / f"model.{format}"
+    file.write_bytes(b"an earlier export")
+    model.head.fc = nn.Sequential(model.head.fc, _OtherWhenExported())
+    with pytest.raises(ExportError, match="was not written"):
+        export_model(model, file, format=format, image_size=(64, 64), tolerance=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == b"an earlier export"
+
+
+@pytest.mark.parametrize("kind", ["lightning", "timm", "ema", "safetensors"])
+def test_checkpoints_of_all_kinds(kind: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2", num_classes=5, in_chans=1).eval()
+    state = model.state_dict()
+    file = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.ckpt")
+    if kind == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, file)
+    elif kind == "lightning":
+        kept = {f"model.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(5)}
+        torch.save({"state_dict": kept, "pytorch-lightning_version": "2.6.6"}, file)
+    else:
+        torch.save({"state_dict": state} if kind == "timm" else {"state_dict": {}, "state_dict_ema": state}, file)
+    loaded = load_model("test_convnext2", checkpoint=file)
+    image = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=0)
+
+
+def test_published_layout_is_renamed_by_the_models_filter(tmp_path: Path) -> None:
+    """ConvNeXt's authors call the stages' downsampling `downsample_layers`; timm's filter knows that layout."""
+    model = timm.create_model("test_convnext2").eval()
+    published = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in (("stem.", "downsample_layers.0."), ("head.norm.", "norm."), ("head.fc.", "head.")):
+            key = theirs + key.removeprefix(ours) if key.startswith(ours) else key
+        parts = key.split(".")
+        if parts[0] == "stages" and parts[2] == "downsample":
+            key = ".".join(["downsample_layers", parts[1], *parts[3:]])
+        elif parts[0] == "stages":
+            names = {"conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
+            key = ".".join([*parts[:2], *parts[3:]])
+            for ours, theirs in names.items():
+                key = key.replace(f".{ours}.", f".{theirs}.")
+        published[key] = value
+    assert not set(published) & {"stem.0.weight", "head.fc.weight"}
+    torch.save({"model": published}, tmp_path / "published.pth")
+    image = torch.randn(1, 3, 64, 64)
+    loaded = load_model("test_convnext2", checkpoint=tmp_path / "published.pth")
+    torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=0)
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("was-executed"),))
+
+
+def test_bad_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": _Payload()}, "code.ckpt")
+    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+        load_model("test_convnext2", checkpoint="code.ckpt")
+    assert not Path("was-executed").exists()
+    state = timm.create_model("test_convnext2", num_classes=5).state_dict()
+    torch.save({key: value for key, value in state.items() if "stages.2" not in key}, "part.ckpt")
+    with pytest.raises(ValueError, match=r"Missing key.*stages\.2"):
+        load_model("test_convnext2", checkpoint="part.ckpt")
+    torch.save(state, "whole.ckpt")
+    with pytest.raises(ValueError, match="has 5 classes, not 6"):
+        load_model("test_convnext2", checkpoint="whole.ckpt", num_classes=6)
+    Path("cut.ckpt").write_bytes(Path("whole.ckpt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot read the checkpoint"):
+        load_model("test_convnext2", checkpoint="cut.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["test_convnxt2", "--format", "pt2"], "did you mean test_convnext2"),
+        (["test_convnext2", "--format", "tflite"], "invalid choice"),
+        (["test_convnext2"], "--format"),
+        (["test_convnext2", "--format", "pt2", "--features", "3,9"], "indices from 0 to 3"),
+        (["test_convnext2", "--format", "pt2", "--features", "a"], "whole numbers"),
+        (["test_convnext2", "--format", "pt2", "--output", "model.onnx"], "ends in .pt2"),
+        (["test_convnext2", "--format", "pt2", "--checkpoint", "none.ckpt"], "there is no checkpoint"),
+        (["test_convnext2", "--format", "pt2", "--model-kwargs", "depth=3"], "unexpected keyword argument 'depth'"),
+        (["test_convnext2", "--format", "pt2", "--model-kwargs", "depth"], "takes key=value"),
+        (["test_convnext2", "--format", "pt2", "--input-size", "1,2,3"], "one or two"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as stop:  # argparse's own way out
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nat_mini", "dinat_mini"])
+@pytest.mark.parametrize("format", ["onnx", "pt2", "safetensors"])
+def test_our_models_export_with_free_sizes(name: str, format: Any, tmp_path: Path) -> None:
+    pytest.importorskip("mixerzoo.vision.backbones.nat")
+    model = load_model(name, **SMALL_NAT)
+    path = tmp_path / ("folder" if format == "safetensors" else f"model.{format}")
+    report = export_model(model, path, format=format, features=(0, 1, 2, 3))
+    assert max(_errors(report)) < 1e-4 and set(report.axes) == {"batch", "height", "width"}

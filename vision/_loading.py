@@ -1,0 +1,104 @@
+"""A timm model by name with weights from any of the files that people have: what the command-line tools share.
+
+Unusual: every route goes through timm's own loading, so that published layouts are renamed by the model's filter; and
+every weight must be found, where timm would drop a head of another size without a word.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import load_state_dict, resolve_model_input_args
+from timm.utils.misc import ParseKwargs
+from torch import Tensor, nn
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    **model_kwargs: Any,
+) -> nn.Module:
+    """A timm model by name, in eval mode. A checkpoint may be one of `train.py`, of timm, or of the model's authors.
+
+    Classes and input channels are those of the checkpoint, which must hold all weights; `num_classes=0` drops the head.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"no model is called {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    if checkpoint is not None and pretrained:
+        raise ValueError("weights come from pretrained or from a checkpoint; give one of them")
+    overlay: dict[str, Any] | None = None
+    if checkpoint is not None:
+        overlay = _overlay(name, _read_checkpoint(Path(checkpoint)), num_classes, model_kwargs)
+        num_classes = overlay.get("num_classes") if num_classes is None else num_classes
+        model_kwargs.setdefault("in_chans", overlay["input_size"][0])
+    try:
+        arguments = resolve_model_input_args(name, {"img_size": image_size}, num_classes=num_classes, **model_kwargs)
+        load = pretrained or overlay is not None
+        model = timm.create_model(**arguments, pretrained=load, pretrained_cfg_overlay=overlay)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        source = f" with the weights of {checkpoint}" if checkpoint is not None else ""
+        raise ValueError(f"cannot build {name}{source}: {one_line(error)}") from error
+    return model.eval()
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The weights in a file; nothing in it is executed. Lightning keeps a module's own weights under `model.`."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
+    inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    return inner or state
+
+
+def _overlay(
+    name: str, state: dict[str, Tensor], num_classes: int | None, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Changes to a model's pretrained_cfg that make timm load `state`, and all of it.
+
+    timm drops the head, without a word, where its class count is not the configured one; so the count is read from the
+    weights. A published layout names the head differently: then the count is the one asked for, or the configured one.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        raise ValueError(f"{name} declares no pretrained configuration, so a checkpoint cannot be matched to it")
+    overlay: dict[str, Any] = {"state_dict": state, "custom_load": False}
+    head, stem = (state.get(f"{_first(layer)}.weight") for layer in (cfg.classifier, cfg.first_conv))
+    if head is not None and num_classes not in (None, 0, head.shape[0]):
+        raise ValueError(f"the checkpoint has {head.shape[0]} classes, not {num_classes}; leave num_classes out")
+    if head is not None or num_classes:
+        overlay["num_classes"] = num_classes if head is None else head.shape[0]
+    channels = stem.shape[1] if stem is not None else model_kwargs.get("in_chans", cfg.input_size[0])
+    overlay["input_size"] = (channels, *cfg.input_size[1:])
+    return overlay
+
+
+def _first(names: str | Sequence[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else names[0]
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, shortened for a terminal."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+class KeyValue(ParseKwargs):
+    """timm's argparse action for KEY=VALUE, which says what is wrong instead of failing."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        wrong = [value for value in values if "=" not in value]
+        if wrong:
+            parser.error(f"{option_string} takes key=value, got {wrong[0]!r}")
+        super().__call__(parser, namespace, values, option_string)

@@ -1,0 +1,458 @@
+"""Write a model, or its feature pyramid, to a file that runs without this library; keep the file only if it is right.
+
+    python -m mixerzoo.vision.export nat_mini --format onnx --features 0,1,2,3 --checkpoint best.ckpt
+
+An exported graph can be wrong at other shapes than the traced one without any error: a size that was computed in Python
+stands in it as a constant. So each file is loaded back by the program that will run it and compared with the model, at
+the traced shape and at three others: ONNX by onnxruntime, `.pt2` by `torch.export.load` in a process that has neither
+this library nor timm, a safetensors folder by timm's `local-dir:`. A file that differs is not written, and a good file
+of an earlier export is not touched.
+
+Unusual: the program is traced once, with `Dim.AUTO`, for both ONNX and `.pt2`. A named `Dim` would refuse every model
+that has a smallest size; AUTO finds that size, and it goes into the file's metadata. Works for any timm model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
+
+import timm
+import torch
+from timm.data.model_config import resolve_input_data_config
+from timm.models import get_model_input_config, save_for_hf
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ._loading import KeyValue, load_model, one_line
+
+Format = Literal["onnx", "pt2", "safetensors"]
+Shape = tuple[int, int, int, int]
+
+AXES = {0: "batch", 2: "height", 3: "width"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
+OPSET = 20
+TOLERANCE = 1e-4
+
+
+class ExportError(RuntimeError):
+    """The model could not be traced, or the file does not do what the model does. Nothing was written."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output at one input shape; `error` is the largest difference over the largest magnitude of the output."""
+
+    shape: Shape
+    traced: bool
+    output: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written. `axes` holds the smallest and largest size of each axis that may change (None: no bound)."""
+
+    path: Path
+    axes: dict[str, tuple[int, int | None]]
+    comparisons: list[Comparison]
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(row.output for row in self.comparisons))
+        by_input: dict[tuple[Shape, bool], dict[str, float]] = {}
+        for row in self.comparisons:
+            by_input.setdefault((row.shape, row.traced), {})[row.output] = row.error
+        lines = [" ".join([f"{'relative difference':26}", *(f"{name:>10}" for name in names)])]
+        for (shape, traced), errors in by_input.items():
+            label = " x ".join(map(str, shape)) + (" (traced)" if traced else "")
+            lines.append(" ".join([f"{label:26}", *(f"{errors[name]:10.1e}" for name in names)]))
+        return "\n".join(lines)
+
+
+class FeatureExtractor(nn.Module):
+    """The maps [B, C, H, W] of a timm model at `features`, indices into its `feature_info`; unused layers are gone."""
+
+    def __init__(self, model: nn.Module, features: Sequence[int]) -> None:
+        super().__init__()
+        network: Any = copy.deepcopy(model)
+        count = len(network.feature_info)
+        if not features or sorted(set(features)) != list(features) or features[0] < 0 or features[-1] >= count:
+            raise ValueError(
+                f"features must be rising indices from 0 to {count - 1} for this model, got {list(features)}"
+            )
+        self.indices = list(network.prune_intermediate_layers(list(features), prune_norm=True))
+        self.model = network
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.model.forward_intermediates(image, indices=self.indices, intermediates_only=True)
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format,
+    features: Sequence[int] | None = None,
+    image_size: tuple[int, int] | None = None,
+    dynamic: bool = True,
+    tolerance: float = TOLERANCE,
+) -> Report:
+    """Write a timm model to `path`: a file, or for safetensors a folder that `timm.create_model("local-dir:…")` opens.
+
+    With `features` an ONNX or `.pt2` file holds the feature maps in place of the classifier; a folder holds the whole
+    model, and its maps are compared too. `image_size` is (height, width) while tracing, the model's own by default.
+    `dynamic` keeps the batch free and, where the model allows it, height and width. Raises ExportError, and writes
+    nothing, where file and model differ by more than `tolerance` of the largest output.
+    """
+    path = Path(path)
+    _check_destination(path, format)
+    model = copy.deepcopy(model).cpu().float().eval()
+    data = _data_config(model, image_size)
+    traced: Shape = (2 if dynamic else 1, *data["input_size"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The draft lies beside the destination, so that moving it is one step; a failure leaves with the folder.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
+        draft = Path(folder) / path.name
+        if format == "safetensors":
+            axes, checks = _write_folder(model, draft, features, data, dynamic)
+        else:
+            axes, checks = _write_graph(model, draft, format, features, data, traced, dynamic)
+        shapes = _untraced_shapes(model, traced, axes)
+        rows = [row for check in checks for row in _compare(check, [traced, *shapes])]
+        report = Report(path, axes, rows)
+        worst = max(rows, key=lambda row: row.error)
+        if worst.error > tolerance:
+            raise ExportError(
+                f"{report}\n{path} was not written: {worst.output} differs by {worst.error:.1e}{_advice(axes)}"
+            )
+        _publish(draft, path)
+    return report
+
+
+class _Check(NamedTuple):
+    """A module, and what should give the same outputs from the file: images in, one list of outputs for each image."""
+
+    module: nn.Module
+    run: Callable[[list[Tensor]], list[list[Tensor]]]
+    outputs: list[str]
+
+
+def _write_folder(
+    model: nn.Module, draft: Path, features: Sequence[int] | None, data: dict[str, Any], dynamic: bool
+) -> tuple[dict[str, tuple[int, int | None]], list[_Check]]:
+    save_for_hf(model, str(draft), safe_serialization=True, data_config={"input_size": data["input_size"]})
+    free = () if not dynamic else ("batch",) if get_model_input_config(model)["fixed_input_size"] else AXES.values()
+
+    def run(images: list[Tensor], **arguments: Any) -> list[list[Tensor]]:
+        loaded = timm.create_model(f"local-dir:{draft}", pretrained=True, **arguments).eval()
+        return [_outputs(loaded, image) for image in images]
+
+    checks = [_Check(model, run, _output_names(model, None))]
+    if features is not None:
+        extract = lambda images: run(images, features_only=True, out_indices=tuple(features))  # noqa: E731
+        checks.append(_Check(FeatureExtractor(model, features), extract, _output_names(model, features)))
+    return dict.fromkeys(free, (1, None)), checks
+
+
+def _write_graph(
+    model: nn.Module,
+    draft: Path,
+    format: Format,
+    features: Sequence[int] | None,
+    data: dict[str, Any],
+    traced: Shape,
+    dynamic: bool,
+) -> tuple[dict[str, tuple[int, int | None]], list[_Check]]:
+    module = model if features is None else FeatureExtractor(model, features)
+    names = _output_names(model, features)
+    free = [0] if get_model_input_config(model)["fixed_input_size"] else list(AXES)
+    program = _trace(module, torch.randn(traced), free if dynamic else [])
+    axes = _free_axes(program)
+    metadata = {**_metadata(model, features, names), **data, "axes": axes}
+    if format == "onnx":
+        return axes, [_Check(module, _write_onnx(program, draft, names, axes, metadata), names)]
+    torch.export.save(program, draft, extra_files={"mixerzoo.json": json.dumps(metadata)})
+    return axes, [_Check(module, lambda images: _run_pt2(draft, images), names)]
+
+
+def _trace(module: nn.Module, image: Tensor, free: list[int]) -> ExportedProgram:
+    """Trace with the given axes free. A model that cannot be traced so is traced again with only the batch free."""
+    shapes = {axis: Dim.AUTO for axis in free}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch that no caller of ours can act on
+        try:
+            return torch.export.export(module, (image,), dynamic_shapes=(shapes,))
+        except Exception as error:
+            if len(free) > 1:
+                return _trace(module, image, [0])
+            raise ExportError(f"torch.export cannot trace this model: {one_line(error)}") from error
+
+
+def _free_axes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    """The axes that AUTO could keep free, with their bounds; an axis that some code needed as a number is missing."""
+    (name,) = program.graph_signature.user_inputs
+    image = next(node for node in program.graph.nodes if node.name == name).meta["val"]
+    bounds = {str(symbol): bound for symbol, bound in program.range_constraints.items()}
+    axes: dict[str, tuple[int, int | None]] = {}
+    for axis, label in AXES.items():
+        if not isinstance(image.shape[axis], int):
+            bound = bounds.get(str(image.shape[axis]))
+            low, high = (int(bound.lower), bound.upper) if bound is not None else (1, None)
+            # torch writes 2 for every axis that is not the constant 1, and does not check it.
+            axes[label] = (1 if low == 2 else low, int(high) if high is not None and high < 2**31 else None)
+    return axes
+
+
+def _write_onnx(
+    program: ExportedProgram,
+    draft: Path,
+    names: list[str],
+    axes: dict[str, tuple[int, int | None]],
+    metadata: dict[str, Any],
+) -> Callable[[list[Tensor]], list[list[Tensor]]]:
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=names,
+                dynamic_shapes=({axis: label for axis, label in AXES.items() if label in axes},),
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(f"torch.onnx cannot translate this model: {one_line(error)}") from error
+    assert onnx_program is not None  # None belongs to the exporter that dynamo=True replaces
+    onnx_program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+    onnx_program.save(draft, external_data=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
+
+    def run(images: list[Tensor]) -> list[list[Tensor]]:
+        return [[torch.from_numpy(out) for out in session.run(names, {"image": image.numpy()})] for image in images]
+
+    return run
+
+
+_RUN_PT2 = """
+import sys, torch
+program = torch.export.load(sys.argv[1]).module()
+outputs = [program(image) for image in torch.load(sys.argv[2])]
+torch.save([[out] if isinstance(out, torch.Tensor) else list(out) for out in outputs], sys.argv[3])
+assert not {"mixerzoo", "timm"} & set(sys.modules), "the program needs more than torch"
+"""
+
+
+def _run_pt2(draft: Path, images: list[Tensor]) -> list[list[Tensor]]:
+    """Run the program in a new process that imports torch alone, as a user of the file will."""
+    given, returned = draft.with_name("images.pt"), draft.with_name("outputs.pt")
+    torch.save(images, given)
+    command = [sys.executable, "-I", "-c", _RUN_PT2, *map(str, (draft, given, returned))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return torch.load(returned, weights_only=True)
+
+
+def _untraced_shapes(model: nn.Module, traced: Shape, axes: dict[str, tuple[int, int | None]]) -> list[Shape]:
+    """Three shapes that differ from the traced one in each free axis, odd where the model takes odd sizes."""
+    _, channels, height, width = traced
+    wanted = [
+        {"batch": 1, "height": height + height // 4 + 1, "width": width},
+        {"batch": 3, "height": height, "width": width + width // 8 + 3},
+        {"batch": 5, "height": height - height // 8, "width": width - width // 6},
+    ]
+    own = dict(zip(AXES.values(), (traced[axis] for axis in AXES), strict=True))
+    shapes: list[Shape] = []
+    for sizes in wanted:
+        n, h, w = (_clamp(sizes[label], *axes[label]) if label in axes else own[label] for label in AXES.values())
+        try:
+            model(torch.zeros(1, channels, h, w))
+        except (AssertionError, RuntimeError, ValueError):  # a model for multiples of its patch or window
+            h, w = (_clamp(-(-s // 32) * 32, *axes.get(label, (s, s))) for s, label in ((h, "height"), (w, "width")))
+        shapes.append((n, channels, h, w))
+    return shapes
+
+
+def _compare(check: _Check, shapes: list[Shape]) -> list[Comparison]:
+    images = [torch.randn(shape) for shape in shapes]
+    expected = [_outputs(check.module, image) for image in images]
+    try:
+        actual = check.run(images)
+    except Exception as error:
+        raise ExportError(f"the file fails at one of the shapes {shapes}: {one_line(error)}") from error
+    return [
+        Comparison(shape, index == 0, name, _difference(mine, theirs))
+        for index, shape in enumerate(shapes)
+        for name, mine, theirs in zip(check.outputs, actual[index], expected[index], strict=True)
+    ]
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; infinite where shapes differ or a value is not finite."""
+    if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
+        return float("inf")
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+
+
+def _outputs(module: nn.Module, image: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        out = module(image)
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def _output_names(model: nn.Module, features: Sequence[int] | None) -> list[str]:
+    if features is not None:
+        return [f"features_{index}" for index in features]
+    return ["logits" if getattr(model, "num_classes", 0) else "embedding"]
+
+
+def _data_config(model: nn.Module, image_size: tuple[int, int] | None) -> dict[str, Any]:
+    """How images must be prepared for this model: size, mean and standard deviation, resizing."""
+    size = get_model_input_config(model)["input_size"] if image_size is None else image_size
+    channels = get_model_input_config(model)["input_size"][0]
+    config = resolve_input_data_config(model, {"input_size": (channels, *size[-2:])})
+    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+
+
+def _metadata(model: nn.Module, features: Sequence[int] | None, names: list[str]) -> dict[str, Any]:
+    network: Any = model
+    described: list[dict[str, Any]] = [{"name": name} for name in names]
+    if features is not None:
+        infos = [network.feature_info[index] for index in features]
+        for entry, info in zip(described, infos, strict=True):
+            entry.update(channels=info["num_chs"], reduction=info["reduction"])
+    return {
+        "model": network.pretrained_cfg["architecture"],
+        "input": "image",
+        "outputs": described,
+        "mixerzoo": importlib.metadata.version("mixerzoo"),
+    }
+
+
+def _check_destination(path: Path, format: Format) -> None:
+    missing = [package for package in NEEDS[format] if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ValueError(f"{format} needs {', '.join(missing)}; run: pip install 'mixerzoo[export]'")
+    if format == "safetensors" and path.is_file():
+        raise ValueError(f"safetensors writes a folder, and {path} is a file; name another output")
+    if format != "safetensors" and (path.suffix != f".{format}" or path.is_dir()):
+        raise ValueError(f"{format} writes one file whose name ends in .{format}, got {path}")
+
+
+def _publish(draft: Path, path: Path) -> None:
+    if draft.is_dir():
+        path.mkdir(exist_ok=True)
+        for file in draft.iterdir():
+            os.replace(file, path / file.name)
+    else:
+        os.replace(draft, path)
+
+
+def _advice(axes: dict[str, tuple[int, int | None]]) -> str:
+    return "; --static (dynamic=False) fixes the traced shape" if axes else ""
+
+
+def _clamp(size: int, low: int, high: int | None) -> int:
+    return max(low, size if high is None else min(size, high))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"export: {message}\n")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs whole numbers separated by commas, got {text!r}") from None
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m mixerzoo.vision.export", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", help="a name that timm.list_models() knows after `import mixerzoo.vision`")
+    parser.add_argument("--format", choices=get_args(Format), required=True)
+    parser.add_argument(
+        "--features", type=_numbers, metavar="0,1,2,3", help="export these feature maps, not the classifier"
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", type=Path, help="of train.py, of timm, or published; without one: random weights"
+    )
+    weights.add_argument("--pretrained", action="store_true", help="the published weights, downloaded by timm")
+    parser.add_argument("--output", type=Path, help="default: MODEL.onnx, MODEL.pt2, or the folder MODEL")
+    parser.add_argument("--input-size", type=_numbers, metavar="H,W", help="while tracing; one number is a square")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--dynamic", action="store_true", default=True, help="free batch, height and width (default)")
+    shape.add_argument("--static", action="store_false", dest="dynamic", help="batch 1 and the traced size only")
+    parser.add_argument("--num-classes", type=int)
+    parser.add_argument("--model-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE")
+    return parser
+
+
+def _run_cli(arguments: argparse.Namespace) -> None:
+    size = arguments.input_size
+    if size is not None and (len(size) > 2 or min(size) < 1):
+        raise ValueError(f"--input-size takes one or two positive numbers, got {','.join(map(str, size))}")
+    image_size = (size[0], size[-1]) if size is not None else None
+    model = load_model(
+        arguments.model,
+        checkpoint=arguments.checkpoint,
+        pretrained=arguments.pretrained,
+        num_classes=arguments.num_classes,
+        image_size=image_size,
+        **arguments.model_kwargs,
+    )
+    suffix = "" if arguments.format == "safetensors" else f".{arguments.format}"
+    report = export_model(
+        model,
+        arguments.output or Path(f"{arguments.model}{suffix}"),
+        format=arguments.format,
+        features=arguments.features,
+        image_size=image_size,
+        dynamic=arguments.dynamic,
+    )
+    print(report)
+    free = [f"{axis} from {low}" + (f" to {high}" if high else "") for axis, (low, high) in report.axes.items()]
+    print(f"wrote {report.path}; free: {', '.join(free) or 'nothing'}")
+    if arguments.dynamic and "height" not in report.axes:
+        print("height and width are fixed: this model is built for one size or cannot be traced for others")
+    if arguments.checkpoint is None and not arguments.pretrained:
+        print("the weights are random: give --checkpoint FILE or --pretrained for trained ones")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: written and right. 1: could not be exported, or differs; nothing written. 2: wrong arguments."""
+    try:
+        _run_cli(_parser().parse_args(argv))
+    except ExportError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"export: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
