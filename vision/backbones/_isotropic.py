@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from timm.models import checkpoint
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._compat import feature_take_indices
 
 
 class IsotropicBackbone(VisionTransformer):
     """A stack of equal blocks over [B, N, C] tokens; constructor arguments as of timm's `VisionTransformer`."""
+
+    def __init__(self, **vit_args: Any) -> None:
+        super().__init__(**vit_args)
+        # Not a Sequential: TorchScript would compile its forward, which hands on one argument.
+        self.blocks = nn.ModuleList(self.blocks)
 
     def initial_state(self, x: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
         """What the first block gets beside the tokens `x` [B, N, C] of a `grid` (rows, columns) of patches.
