@@ -1,0 +1,195 @@
+"""Pictures with one label each: Fashion-MNIST, scikit-learn's digits, or a folder with a sub-folder a class.
+
+Small pictures are kept in memory and framed (not resampled) to the wanted size where they fit, so that no detail is
+invented; they are augmented a batch at a time. Folders are read through torchvision with timm's transforms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
+
+from . import fashion_mnist
+from .fashion_mnist import Arrays
+from .loading import Request, SeededItems, mix_seed, seed_everything
+from .splits import Augmentation, DataSettings, Splits
+
+_log = logging.getLogger(__name__)
+
+
+class PicturesInMemory:
+    """Grey pictures uint8 [N, H, W] as normalised batches [B, 1, size, size], augmented a batch at a time."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        size: int,
+        mean: float,
+        std: float,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.images = _to_size(torch.from_numpy(np.ascontiguousarray(images)), size)
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels))
+        self.mean, self.std, self.augmentation = mean, std, augmentation
+        probability = augmentation.erasing if augmentation else 0.0
+        self._erase = RandomErasing(probability, mode="const", device="cpu") if probability else None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
+        indices = torch.as_tensor(request.indices)
+        images = self.images[indices]
+        if self.augmentation is not None:
+            images = _shift_and_flip(images, self.augmentation, torch.Generator().manual_seed(request.seed))
+        normalised = images[:, None].to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        if self._erase is not None:
+            seed_everything(request.seed)
+            normalised = self._erase(normalised)
+        return normalised, self.labels[indices]
+
+
+def _to_size(images: Tensor, size: int) -> Tensor:
+    """uint8 [N, H, W] to [N, size, size]: enlarged by a whole factor, then framed with black; shrunk only if too large."""
+    height, width = images.shape[1:]
+    if max(height, width) > size:
+        small = F.interpolate(images[:, None].float(), (size, size), mode="bilinear", antialias=True)
+        return small[:, 0].round().to(torch.uint8)
+    factor = size // max(height, width)
+    if factor > 1:
+        shape = (height * factor, width * factor)
+        large = F.interpolate(images[:, None].float(), shape, mode="bilinear", align_corners=False)
+        images, (height, width) = large[:, 0].round().to(torch.uint8), shape
+    top, left = (size - height) // 2, (size - width) // 2
+    return F.pad(images, (left, size - width - left, top, size - height - top))
+
+
+def _shift_and_flip(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """[B, S, S] moved by up to `shift` pixels in each direction, black coming in, and mirrored with probability `hflip`."""
+    batch, size, shift = len(images), images.shape[-1], augmentation.shift
+    flip = torch.rand(batch, generator=generator) < augmentation.hflip
+    offset = torch.randint(0, 2 * shift + 1, (2, batch), generator=generator)
+    steps = torch.arange(size)
+    rows = steps + offset[0, :, None]
+    columns = torch.where(flip[:, None], steps.flip(0), steps) + offset[1, :, None]
+    padded = F.pad(images, (shift,) * 4)
+    return padded[torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def load_fashion_mnist(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
+    """Fashion-MNIST, or digits where it cannot be had. Validation pictures come out of the training files."""
+    arrays = fashion_mnist.load(config.root, download=config.download)
+    if arrays is None:
+        _log.warning(
+            "Fashion-MNIST is nowhere to be had (apt-get install %s): using digits", fashion_mnist.DEBIAN_PACKAGE
+        )
+        return load_digits(config, augmentation, seed)
+    return _from_arrays(arrays, fashion_mnist.CLASSES, config, augmentation, seed)
+
+
+def load_digits(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
+    """scikit-learn's 1,797 digits; every sixth picture is for testing."""
+    return _from_arrays(digits(), tuple("0123456789"), config, augmentation, seed)
+
+
+def digits() -> Arrays:
+    from sklearn.datasets import load_digits as read
+
+    bunch: Any = read()
+    images = (bunch.images * (255 / 16)).round().astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    test = np.arange(len(images)) % 6 == 5
+    return Arrays(images[~test], labels[~test], images[test], labels[test], "digits from scikit-learn")
+
+
+def _from_arrays(
+    arrays: Arrays, classes: tuple[str, ...], config: DataSettings, augmentation: Augmentation, seed: int
+) -> Splits:
+    train, val = split_indices(len(arrays.train_images), config.held_out, seed, config.limit)
+    mean, std = float(arrays.train_images.mean() / 255), float(arrays.train_images.std() / 255)
+    common = {"size": config.size, "mean": mean, "std": std}
+
+    def make(images: np.ndarray, labels: np.ndarray, augment: Augmentation | None = None) -> PicturesInMemory:
+        return PicturesInMemory(images, labels, augmentation=augment, **common)
+
+    return Splits(
+        train=make(arrays.train_images[train], arrays.train_labels[train], augmentation),
+        val=make(arrays.train_images[val], arrays.train_labels[val]),
+        test=make(arrays.test_images, arrays.test_labels),
+        classes=classes,
+        mean=(mean,),
+        std=(std,),
+        size=config.size,
+        origin=arrays.origin,
+    )
+
+
+def split_indices(length: int, held_out: float, seed: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Indices for training and for validation: a fixed shuffle, so that the two never meet."""
+    order = np.random.default_rng(mix_seed(seed, length)).permutation(length)
+    count = min(max(round(length * held_out), 1), length - 1)
+    return order[count:][:limit], order[:count]
+
+
+def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
+    """ROOT/train/CLASS/… with val (or validation) and test beside train; what is missing is split off, or equals val."""
+    root = Path(config.root or "")
+    if config.root is None or not root.is_dir():
+        raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")
+    folders = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
+    shape = {"input_size": (3, config.size, config.size), "use_prefetcher": False}
+    evaluate = create_transform(**shape, is_training=False, crop_pct=0.9 if config.size > 64 else 1.0)
+    augmented = create_transform(
+        **shape,
+        is_training=True,
+        scale=tuple(augmentation.scale),
+        hflip=augmentation.hflip,
+        color_jitter=augmentation.color_jitter or None,
+        auto_augment=augmentation.auto_augment,
+        re_prob=augmentation.erasing,
+        re_mode="pixel",
+    )
+    train = _read_folder(folders.get("train", root), augmented)
+    val_folder = folders.get("val") or folders.get("validation")
+    if val_folder is None:
+        chosen, kept = split_indices(len(train), config.held_out, seed, config.limit)
+        val = SeededItems(_read_folder(folders.get("train", root), evaluate), kept.tolist())
+    else:
+        chosen = np.random.default_rng(seed).permutation(len(train))[: config.limit]
+        val = SeededItems(_read_folder(val_folder, evaluate, train.classes))
+    if "test" not in folders:
+        _log.warning("%s has no folder `test`: the final numbers are those of the validation pictures", root)
+    return Splits(
+        train=SeededItems(train, chosen.tolist()),
+        val=val,
+        test=SeededItems(_read_folder(folders["test"], evaluate, train.classes)) if "test" in folders else val,
+        classes=tuple(train.classes),
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        size=config.size,
+        origin=f"pictures in {root}",
+    )
+
+
+def _read_folder(folder: Path, transform: Any, classes: Sequence[str] | None = None) -> ImageFolder:
+    try:
+        dataset = ImageFolder(str(folder), transform=transform)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} needs a sub-folder with pictures for each class: {error}") from None
+    if classes is not None and dataset.classes != list(classes):
+        odd = sorted(set(dataset.classes) ^ set(classes))
+        raise ValueError(f"{folder} has other classes than the training folder: {', '.join(odd[:10])}")
+    return dataset

@@ -1,0 +1,141 @@
+"""Fashion-MNIST: 60,000 + 10,000 photos of clothing, 28 x 28, grey, ten classes. Found on this machine, or fetched.
+
+H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms, 2017,
+https://github.com/zalandoresearch/fashion-mnist (MIT licence). Its files have MNIST's IDX format (Y. LeCun): a magic
+number 0x0000TTDD (TT the type, DD the number of axes), the axes as big-endian 32-bit integers, then the values.
+
+Unusual: Debian and its descendants ship the data as a package, `dataset-fashion-mnist`. `apt-get download` and `dpkg -x`
+unpack it into a cache folder without root, which works wherever a package mirror does and the web does not.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+_log = logging.getLogger(__name__)
+
+CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+DEBIAN_FOLDER = "usr/share/datasets/fashion-mnist"
+_STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+class Arrays(NamedTuple):
+    """Pictures uint8 [N, H, W] and labels int64 [N], for training and for testing, and where they came from."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    origin: str
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array in an IDX file of unsigned bytes, gzipped or plain."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} is no IDX file of unsigned bytes: it begins with {data[:4].hex()}, not 000008..")
+    axes = data[3]
+    shape = np.frombuffer(data, ">u4", axes, 4) if len(data) >= 4 + 4 * axes else np.array([0])
+    values = data[4 + 4 * axes :]
+    if len(values) != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"{path} is damaged: shape {tuple(shape.tolist())} does not match {len(values)} values")
+    return np.frombuffer(values, np.uint8).reshape(shape).copy()  # a view of bytes would be read-only
+
+
+def load(root: str | None = None, *, download: bool = True) -> Arrays | None:
+    """The data set from `root`, else from the usual places, else fetched; None where it cannot be had."""
+    if root is not None:
+        found = _find(Path(root))
+        if found is None:
+            raise ValueError(
+                f"no Fashion-MNIST in {root}: needs {_STEMS[0]}[.gz] and its three companions there, or in "
+                f"FashionMNIST/raw below; `apt-get install {DEBIAN_PACKAGE}` puts them into /{DEBIAN_FOLDER}"
+            )
+        return _read(found)
+    for place in _places():
+        if (found := _find(place)) is not None:
+            return _read(found)
+    if not download:
+        return None
+    found = _unpack_debian_package(cache_folder()) or _download_with_torchvision(cache_folder())
+    return None if found is None else _read(found)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixerzoo"
+
+
+def _places() -> list[Path]:
+    given = os.environ.get("MIXERZOO_DATA")
+    return [*([Path(given)] if given else []), Path("/") / DEBIAN_FOLDER, cache_folder()]
+
+
+def _find(place: Path) -> list[Path] | None:
+    """The four files in a folder or in the layouts that the Debian package and torchvision make below one."""
+    for folder in (place, place / "fashion-mnist", place / DEBIAN_FOLDER, place / "FashionMNIST" / "raw"):
+        files = [
+            next((path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()), None) for stem in _STEMS
+        ]
+        if all(files):
+            return [path for path in files if path is not None]
+    return None
+
+
+def _read(files: list[Path]) -> Arrays:
+    train_images, train_labels, test_images, test_labels = (read_idx(path) for path in files)
+    for images, labels, path in ((train_images, train_labels, files[0]), (test_images, test_labels, files[2])):
+        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+            raise ValueError(f"{path} has shape {images.shape}, its labels {labels.shape}: they do not belong together")
+    labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
+    return Arrays(train_images, labels[0], test_images, labels[1], f"Fashion-MNIST from {files[0].parent}")
+
+
+def _unpack_debian_package(cache: Path) -> list[Path] | None:
+    """The package's files in the cache, without root; None where there is no apt, no dpkg or no mirror."""
+    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
+        return None
+    _log.info("fetching the Debian package %s (31 MB) into %s", DEBIAN_PACKAGE, cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        try:
+            _run(["apt-get", "download", "-q", DEBIAN_PACKAGE], folder)
+            [package] = Path(folder).glob("*.deb")
+            _run(["dpkg", "-x", str(package), folder], folder)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            _log.info("the package could not be fetched: %s", getattr(error, "stderr", "") or error)
+            return None
+        # Renamed in one step: a second process never sees half a data set.
+        target = cache / "fashion-mnist"
+        if not target.exists():
+            os.replace(Path(folder) / DEBIAN_FOLDER, target)
+    return _find(cache)
+
+
+def _run(command: list[str], folder: str) -> None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=300)
+
+
+def _download_with_torchvision(cache: Path) -> list[Path] | None:
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(cache), download=True)
+    except (OSError, RuntimeError) as error:
+        _log.info("torchvision could not download Fashion-MNIST: %s", error)
+        return None
+    return _find(cache)

@@ -1,0 +1,52 @@
+"""`ZooData`: any data set of this library as a Lightning data module, and the table of readers.
+
+A new data set is a function that returns `Splits` and one line in `SOURCES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytorch_lightning as pl
+
+from .classification import load_digits, load_fashion_mnist, load_image_folder
+from .loading import Batches, EpochBatches, ResumableLoader
+from .scenes import load_fashion_scenes
+from .splits import Augmentation, DataSettings, Splits
+
+SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
+    "fashion_mnist": load_fashion_mnist,
+    "digits": load_digits,
+    "image_folder": load_image_folder,
+    "fashion_scenes": load_fashion_scenes,
+}
+
+
+class ZooData(pl.LightningDataModule):
+    """Loaders over `splits`, sharded over the trainer's processes by themselves (use_distributed_sampler=False)."""
+
+    def __init__(self, splits: Splits, *, batch_size: int, seed: int = 0, workers: int = 0) -> None:
+        super().__init__()
+        self.splits, self.batch_size, self.seed, self.workers = splits, batch_size, seed, workers
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.splits.train, training=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return self._loader(self.splits.val)
+
+    def test_dataloader(self) -> ResumableLoader:
+        return self._loader(self.splits.test)
+
+    def _loader(self, dataset: Batches, *, training: bool = False) -> ResumableLoader:
+        trainer = self.trainer
+        batches = EpochBatches(
+            len(dataset),
+            self.batch_size,
+            seed=self.seed,
+            training=training,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+        )
+        on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return ResumableLoader(dataset, batches, workers=self.workers, pin_memory=on_gpu)

@@ -1,0 +1,173 @@
+"""Scenes for segmentation, composed of real photos: Fashion-MNIST items, turned, scaled and tinted, on textured ground.
+
+Scene number i of a seed is always the same picture, whatever batch it is drawn in and however many there are; a batch of
+scenes is rendered at once. Its mask holds 0 for the ground, 1 + class for an item, and `IGNORE_INDEX` on the outline of
+every item, as Pascal VOC's masks do, where a pixel belongs to neither side.
+
+Unusual: items of the training scenes come from the training pictures only, those of the validation and test scenes from the
+pictures held out and from the test files, so that the numbers are about clothes never seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import fashion_mnist
+from .classification import digits, split_indices
+from .loading import Request
+from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
+
+_log = logging.getLogger(__name__)
+
+MOST_ITEMS = 4
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+_OCTAVES = (2, 5, 11, 23)  # cells of the noise grids that are summed into a texture, coarse to fine
+
+
+@dataclass
+class Layout:
+    """Random choices of a batch of scenes; the first axis is the scene, the second its items, last in front."""
+
+    item: Tensor  # int64 [B, K], an index of the item pictures
+    shown: Tensor  # bool [B, K]
+    theta: Tensor  # [B, K, 2, 3], from scene to item coordinates, both -1 to 1
+    tint: Tensor  # [B, K, 3]
+    ground: list[Tensor]  # [B, 3, n, n] for n in _OCTAVES
+
+
+class FashionScenes:
+    """`count` scenes as (pictures float [B, 3, size, size], masks int64 [B, size, size])."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        *,
+        count: int,
+        size: int,
+        seed: int,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.images = torch.from_numpy(np.ascontiguousarray(images))
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels))
+        self.count, self.size, self.seed, self.augmentation = count, size, seed, augmentation
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
+        scenes, masks = self.render(request.indices)
+        if self.augmentation is not None:
+            generator = torch.Generator().manual_seed(request.seed)
+            flip = torch.rand(len(scenes), generator=generator) < self.augmentation.hflip
+            scenes[flip], masks[flip] = scenes[flip].flip(-1), masks[flip].flip(-1)
+        return (scenes - MEAN[0]) / STD[0], masks
+
+    def render(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Scenes in 0..1, float [B, 3, size, size], and masks int64 [B, size, size]."""
+        layout = self._draw(indices)
+        scene, mask = (
+            _texture(layout.ground, self.size),
+            torch.zeros(len(indices), self.size, self.size, dtype=torch.int64),
+        )
+        pictures, shapes = self._place(layout)
+        labels = 1 + self.labels[layout.item]
+        for k in range(MOST_ITEMS):
+            inside = shapes[:, k] & layout.shown[:, k, None, None]
+            coloured = pictures[:, k, None] * layout.tint[:, k, :, None, None]
+            scene = torch.where(inside[:, None], coloured, scene)
+            mask = torch.where(inside, labels[:, k, None, None], mask)
+            mask = torch.where(_outline(inside), IGNORE_INDEX, mask)
+        return scene, mask
+
+    def _draw(self, indices: list[int]) -> Layout:
+        items, shown, theta, tint, ground = [], [], [], [], []
+        for index in indices:
+            rng = np.random.default_rng((self.seed, index))
+            items.append(rng.integers(len(self.images), size=MOST_ITEMS))
+            shown.append(np.arange(MOST_ITEMS) < rng.integers(1, MOST_ITEMS + 1))
+            theta.append(_placement(rng))
+            tint.append(rng.uniform(0.45, 1.0, (MOST_ITEMS, 3)))
+            ground.append([rng.uniform(size=(3, n, n)) for n in _OCTAVES])
+        grids = [torch.from_numpy(np.stack(octave)).float() for octave in zip(*ground, strict=True)]
+        return Layout(
+            torch.from_numpy(np.stack(items)),
+            torch.from_numpy(np.stack(shown)),
+            torch.from_numpy(np.stack(theta)).float(),
+            torch.from_numpy(np.stack(tint)).float(),
+            grids,
+        )
+
+    def _place(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Every item on a scene of its own: brightness float and shape bool, both [B, K, size, size]."""
+        items = self.images[layout.item.flatten()][:, None].float() / 255
+        # An item's dark spots belong to it: closing fills what is darker than the outline around it.
+        shape = (items > 0.06).float()
+        shape = -F.max_pool2d(-F.max_pool2d(shape, 5, 1, 2), 5, 1, 2)
+        grid = F.affine_grid(layout.theta.flatten(0, 1), [len(items), 1, self.size, self.size], align_corners=False)
+        placed = F.grid_sample(torch.cat([items, shape], 1), grid, align_corners=False)
+        placed = placed.unflatten(0, layout.item.shape)
+        return placed[:, :, 0], placed[:, :, 1] > 0.5
+
+
+def _placement(rng: np.random.Generator) -> np.ndarray:
+    """[K, 2, 3]: each item shrunk to between a quarter and a half of the scene, turned, maybe mirrored, and moved."""
+    extent = rng.uniform(0.27, 0.5, MOST_ITEMS)
+    angle = rng.uniform(-math.pi / 7, math.pi / 7, MOST_ITEMS)
+    mirror = rng.choice([-1.0, 1.0], MOST_ITEMS)
+    centre = rng.uniform(-0.75, 0.75, (MOST_ITEMS, 2))
+    cos, sin = np.cos(angle) / extent, np.sin(angle) / extent
+    linear = np.stack([np.stack([mirror * cos, mirror * sin], -1), np.stack([-sin, cos], -1)], -2)
+    return np.concatenate([linear, -linear @ centre[..., None]], -1)
+
+
+def _texture(ground: list[Tensor], size: int) -> Tensor:
+    """Smooth noise of several scales, [B, 3, size, size] in 0..1."""
+    total = torch.zeros(())
+    for octave, grid in enumerate(ground):
+        # Fine noise is grey: colour that changes within a few pixels looks like no material.
+        grid = grid if octave < 2 else grid[:, :1].expand(-1, 3, -1, -1)
+        total = total + F.interpolate(grid, (size, size), mode="bicubic", align_corners=False) * 0.75**octave
+    return (total / sum(0.75**octave for octave in range(len(ground)))).clamp(0, 1)
+
+
+def _outline(inside: Tensor) -> Tensor:
+    """The pixels on either side of a shape's edge, bool [B, S, S]. Beyond the scene nothing begins or ends."""
+    area = inside[:, None].float()
+    grown, shrunk = F.max_pool2d(area, 3, 1, 1), -F.max_pool2d(-area, 3, 1, 1)
+    return (grown != shrunk)[:, 0]
+
+
+def load_fashion_scenes(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
+    """Training, validation and test scenes, a quarter as many for each of the last two, no item in two of them."""
+    arrays = fashion_mnist.load(config.root, download=config.download)
+    names = fashion_mnist.CLASSES
+    if arrays is None:
+        _log.warning(
+            "Fashion-MNIST is nowhere to be had (apt-get install %s): using digits", fashion_mnist.DEBIAN_PACKAGE
+        )
+        arrays, names = digits(), tuple("0123456789")
+    train, val = split_indices(len(arrays.train_images), config.held_out, seed, config.limit)
+    fewer = max(config.scenes // 4, 1)
+    pixels, labels = arrays.train_images, arrays.train_labels
+    size = config.size
+    return Splits(
+        train=FashionScenes(
+            pixels[train], labels[train], count=config.scenes, size=size, seed=seed, augmentation=augmentation
+        ),
+        val=FashionScenes(pixels[val], labels[val], count=fewer, size=size, seed=seed + 1),
+        test=FashionScenes(arrays.test_images, arrays.test_labels, count=fewer, size=size, seed=seed + 2),
+        classes=("ground", *names),
+        mean=MEAN,
+        std=STD,
+        size=size,
+        origin=f"scenes of items, {arrays.origin}",
+        dense=True,
+    )

@@ -1,0 +1,25 @@
+"""All numbers of a classifier of pictures or of pixels from one confusion matrix, which adds up exactly over processes.
+
+Unusual: a class that is neither present nor predicted has no IoU and stays out of the mean. Per-class results that report 0
+for it, as some libraries do, make a mean that is too low.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scores(confusion: Tensor) -> dict[str, Tensor]:
+    """From counts [truth, prediction]: accuracy, mean accuracy over classes, mIoU (0-dim) and IoU, recall (per class, nan if absent)."""
+    counts = confusion.double()
+    hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    iou = hits / (truth + predicted - hits)  # 0 / 0 is nan: the class does not occur
+    recall = hits / truth
+    return {
+        "accuracy": hits.sum() / counts.sum(),
+        "mean_accuracy": torch.nanmean(recall),
+        "mean_iou": torch.nanmean(iou),
+        "iou": iou,
+        "recall": recall,
+    }

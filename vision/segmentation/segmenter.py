@@ -1,0 +1,43 @@
+"""`Segmenter`: a feature backbone and a head, and nothing between them but sizes.
+
+Unusual: no multiple of 32 is asked of the picture. Heads take sizes from the maps they get, and the logits are brought to
+the size of the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Segmenter(nn.Module):
+    """`backbone` is what timm makes with features_only=True (NCHW maps); `head` turns its maps into logits."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, num_classes, H, W]."""
+        logits = self.head(self.backbone(images))
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+    def no_weight_decay(self) -> set[str]:
+        """What the backbone spares from weight decay, under the names it has here (timm's optimisers ask)."""
+        spared: Callable[[], Any] | None = getattr(self.backbone, "no_weight_decay", None)
+        inner = getattr(self.backbone, "model", None)
+        if spared is None and inner is not None and hasattr(inner, "no_weight_decay"):
+            return {f"backbone.model.{name}" for name in inner.no_weight_decay()}
+        return {f"backbone.{name}" for name in spared()} if spared is not None else set()
+
+
+def feature_channels(backbone: nn.Module) -> Sequence[int]:
+    """Channels of the maps that a features_only backbone returns."""
+    info: Any = getattr(backbone, "feature_info", None)
+    if info is None:
+        raise ValueError(f"{type(backbone).__name__} has no feature_info; make it with features_only=True")
+    return info.channels()

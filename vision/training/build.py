@@ -1,0 +1,80 @@
+"""From settings to a model that has answered once: errors come before the first step and name the setting to change."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .. import backbones as backbones  # registers the models
+from ..data.splits import Splits
+from ..segmentation import FPNHead, Segmenter
+from ..segmentation.segmenter import feature_channels
+from .config import Config
+from .settings import ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def build_model(config: Config, splits: Splits) -> nn.Module:
+    """The classifier, or the backbone under its segmentation head, tried on an empty picture."""
+    check_name(config.model.name)
+    arguments = _model_arguments(config, splits)
+    try:
+        if splits.dense:
+            backbone = timm.create_model(config.model.name, features_only=True, **arguments)
+            head = FPNHead(
+                feature_channels(backbone),
+                len(splits.classes),
+                channels=config.head.channels,
+                dropout=config.head.dropout,
+            )
+            model: nn.Module = Segmenter(backbone, head)
+        else:
+            model = timm.create_model(config.model.name, num_classes=len(splits.classes), **arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
+        raise ConfigError(f"model.name={config.model.name} cannot be made with {arguments}: {error}") from error
+    _try(model, config, splits)
+    return model
+
+
+def check_name(name: str) -> None:
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"model.name={name}: timm and mixerzoo have no such model{hint}")
+
+
+def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"in_chans": splits.channels, "pretrained": config.model.pretrained}
+    if config.model.checkpoint is not None:
+        if not Path(config.model.checkpoint).is_file():
+            raise ConfigError(f"model.checkpoint={config.model.checkpoint}: there is no such file")
+        # timm's road for published weights: it converts their names and leaves out a head of another size.
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.model.checkpoint}}
+    defaults = timm.get_pretrained_cfg(config.model.name)
+    if defaults is not None and defaults.fixed_input_size:
+        arguments["img_size"] = splits.size
+    return arguments | config.model.kwargs
+
+
+@torch.no_grad()
+def _try(model: nn.Module, config: Config, splits: Splits) -> None:
+    size = splits.size
+    was_training = model.training
+    try:
+        output = model.eval()(torch.zeros(1, splits.channels, size, size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"{config.model.name} cannot take pictures of {size} x {size} ({error}); try a larger data.size, or a stem "
+            f"that shrinks less (model.kwargs.stem_stride=1 for mixerzoo's hierarchical models)"
+        ) from error
+    expected = (1, len(splits.classes), *((size, size) if splits.dense else ()))
+    if tuple(output.shape) != expected:
+        raise ConfigError(f"{config.model.name} answers with shape {tuple(output.shape)}, but {expected} is needed")
+    model.train(was_training)

@@ -1,0 +1,126 @@
+"""Stopping and recording: the last checkpoint, what Ctrl-C does, and a table with a row an epoch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import signal
+from argparse import Namespace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from .checkpoints import write_atomically
+
+
+class Interrupted(Exception):
+    """Training stopped because of a signal; everything is in last.ckpt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class SignalWatch:
+    """Remembers the first SIGINT or SIGTERM instead of acting on it; a second SIGINT stops at once.
+
+    Lightning's own handling ends the process with nothing saved, and for SIGTERM with the exit code of a success.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `path` after every epoch, every `every` steps, and when a signal has come, after which training stops.
+
+    A `Checkpoint` by base class, so that Lightning calls it after the module has logged its epoch.
+    """
+
+    def __init__(self, path: Path, watch: SignalWatch, *, every: int | None = None) -> None:
+        super().__init__()
+        self.path, self.watch, self.every = path, watch, every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # All processes must agree to stop, or those that go on would wait for ever for those that do not.
+        stop = self.watch.received is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients are not in a checkpoint
+        due = stepped and self.every is not None and trainer.global_step % self.every == 0
+        if due or (stop and stepped):
+            trainer.save_checkpoint(self.path)
+        if stop and stepped:
+            raise Interrupted(self.watch.received or signal.SIGTERM)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class EpochTable(Logger):
+    """metrics.csv: one row an epoch, whole numbers and floats that read back exactly.
+
+    Lightning's CSVLogger writes a row for each call, mostly empty, and deletes the table of the run that is resumed.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: dict[int, dict[str, Any]] = {}
+        if resume and path.is_file():
+            self.rows = {int(row["epoch"]): dict(row) for row in read_table(path)}
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The settings are in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {name: value for name, value in metrics.items() if name.startswith(("train/", "val/"))}
+        if not values:
+            return
+        epoch = int(metrics["epoch"])
+        self.rows = {known: row for known, row in self.rows.items() if known <= epoch}
+        self.rows.setdefault(epoch, {"epoch": epoch}).update(values)
+        names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator=os.linesep)
+        writer.writeheader()
+        writer.writerows(self.rows[known] for known in sorted(self.rows))
+        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+
+
+def read_table(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv; an empty cell is left out."""
+    with open(path, newline="") as file:
+        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]

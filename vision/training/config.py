@@ -1,0 +1,170 @@
+"""The settings of a run, as typed dataclasses: the only place where a key, its type, its range and its words are written.
+
+`option` puts a key's documentation and range beside its default; `python train.py --help` and the checks in
+`settings.py` read them from there. YAML files in `configs/` and `key=value` arguments fill this schema through
+OmegaConf; the rest of the code sees plain dataclass instances.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+def option(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its documentation and its allowed range, both ends included."""
+    metadata = {"doc": doc, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    name: str = option("nat_mini", "a timm model name: one of mixerzoo's or any other; `model=NAME` for short")
+    pretrained: bool = option(False, "begin with the published weights")
+    checkpoint: str | None = option(None, "begin with the weights of this file, in the model's published format")
+    kwargs: dict[str, Any] = option({}, "further arguments of the model, such as model.kwargs.stem_stride=1")
+
+
+@dataclass
+class HeadConfig:
+    channels: int = option(64, "width of the segmentation head", low=1)
+    dropout: float = option(0.0, "dropout before the head's classifier", low=0, high=1)
+
+
+@dataclass
+class DataConfig:
+    name: str = option("fashion_mnist", "a file in configs/data, or a folder of pictures; `data=NAME` for short")
+    source: str = option("fashion_mnist", "the reader: fashion_mnist, digits, image_folder or fashion_scenes")
+    root: str | None = option(None, "where the files lie; null looks in the usual places")
+    download: bool = option(True, "fetch files that are found nowhere (Debian package or torchvision)")
+    size: int = option(32, "height and width of the pictures the model sees", low=1)
+    held_out: float = option(0.1, "share of the training pictures kept for validation", low=0.001, high=0.9)
+    limit: int | None = option(None, "use at most this many training pictures", low=2)
+    scenes: int = option(4000, "training scenes to compose (fashion_scenes only)", low=2)
+    workers: int = option(0, "processes that load data; 0 loads in the main process", low=0)
+
+
+@dataclass
+class AugmentConfig:
+    shift: int = option(0, "move by up to this many pixels (pictures held in memory)", low=0)
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    scale: list[float] = option(
+        [0.35, 1.0], "share of the picture that a random crop keeps (image_folder)", low=0, high=1
+    )
+    color_jitter: float = option(
+        0.0, "strength of random brightness, contrast and colour (image_folder)", low=0, high=1
+    )
+    auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5-inc1 (image_folder)")
+    erasing: float = option(0.0, "probability of erasing a rectangle", low=0, high=1)
+    mixup: float = option(0.0, "alpha of mixup; 0 is off", low=0)
+    cutmix: float = option(0.0, "alpha of cutmix; 0 is off", low=0)
+    label_smoothing: float = option(0.0, "label smoothing", low=0, high=0.99)
+
+
+@dataclass
+class OptimConfig:
+    name: str = option("adamw", "a timm optimiser")
+    lr: float = option(1e-3, "highest learning rate", low=0)
+    weight_decay: float = option(0.05, "weight decay; biases, norms and what the model names are spared", low=0)
+    layer_decay: float | None = option(
+        None, "multiply the rate by this for each layer towards the input", low=0, high=1
+    )
+    clip_grad: float | None = option(None, "clip the gradient's norm at this value", low=0)
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = option("cosine", "a timm scheduler, moved at every step")
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", low=0)
+    warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", low=0)
+    min_lr: float = option(0.0, "learning rate at the end", low=0)
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = option(10, "passes over the training pictures", low=1)
+    batch_size: int = option(128, "pictures in a batch, on each device", low=1)
+    accumulate: int = option(1, "batches to an optimiser step", low=1)
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "Lightning's precision")
+    accelerator: str = option("auto", "Lightning's accelerator: auto, cpu, gpu, mps")
+    devices: int = option(1, "devices (processes on a CPU)", low=1)
+    strategy: str = option("auto", "Lightning's strategy for several devices, such as ddp")
+    threads: int | None = option(None, "CPU threads of each process; null is torch's own choice", low=1)
+    compile: bool = option(False, "run the model through torch.compile")
+    channels_last: bool = option(False, "keep tensors in channels-last order")
+    save_every: int | None = option(None, "also write last.ckpt every so many steps", low=1)
+    limit_batches: int | None = option(
+        None, "stop each epoch and each evaluation after so many batches: a dry run", low=1
+    )
+    progress: bool = option(True, "show a progress bar")
+
+
+@dataclass
+class Config:
+    recipe: str = option("classification", "a file in configs/recipes")
+    out: str | None = option(None, "run folder; null makes runs/TIME-MODEL-DATA")
+    overwrite: bool = option(False, "allow a run folder that holds files already")
+    resume: str | None = option(None, "continue: `last` (the newest run), a run folder or a checkpoint")
+    seed: int = option(0, "seed of everything random", low=0)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+SHORTHANDS = ("model", "data")
+"""Sections that may be given by their name alone: `model=nat_tiny` is `model.name=nat_tiny`."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its dotted name and what the schema says about it."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    low: float | None
+    high: float | None
+
+    @property
+    def optional(self) -> bool:
+        return type(None) in get_args(self.type)
+
+    @property
+    def base(self) -> Any:
+        """The type without `None`."""
+        return next(kind for kind in get_args(self.type) if kind is not type(None)) if self.optional else self.type
+
+    def describe_type(self) -> str:
+        if get_origin(self.base) is Literal:
+            words = " | ".join(str(choice) for choice in get_args(self.base))
+        elif get_origin(self.base) is None:
+            words = self.base.__name__
+        else:
+            words = str(self.base).replace("typing.", "")
+        return f"{words} | null" if self.optional else words
+
+    def describe_range(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        return f"at least {self.low:g}" if self.low is not None else ""
+
+
+def keys(schema: type = Config, prefix: str = "") -> Iterator[Key]:
+    """Every setting of the schema, in the order of the file."""
+    types = get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        kind = types[item.name]
+        if dataclasses.is_dataclass(kind):
+            yield from keys(kind, f"{prefix}{item.name}.")  # pyright: ignore[reportArgumentType]
+            continue
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        yield Key(f"{prefix}{item.name}", kind, default, **item.metadata)

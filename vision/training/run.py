@@ -1,0 +1,230 @@
+"""A run from settings to results: data, model, training, test, and a folder that shows all of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import timm
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from ..data.loading import EpochBatches, Request, mix_seed, seed_everything
+from ..data.module import SOURCES, ZooData
+from ..data.splits import Splits
+from ..segmentation import scores
+from . import pictures
+from .build import build_model
+from .callbacks import EpochTable, LastCheckpoint, SignalWatch, read_table
+from .checkpoints import AtomicCheckpointIO, load_checkpoint
+from .config import Config
+from .settings import ConfigError, nearest, to_yaml
+from .summary import Summary, summarize
+from .tasks import Task
+
+_log = logging.getLogger(__name__)
+_FOLDER_VARIABLE = "MIXERZOO_RUN_FOLDER"  # tells the processes that Lightning starts where the first one writes
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains and tests as `config` says; returns what results.json holds. Raises `Interrupted` on SIGINT or SIGTERM."""
+    started = time.monotonic()
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    splits = load_data(config)
+    _log.info("data: %s (%d training, %d validation, %d test)", splits.origin, *map(len, _parts(splits)))
+    seed_everything(mix_seed(config.seed))
+    model = build_model(config, splits)
+    summary = summarize(model, (splits.channels, splits.size, splits.size))
+    _log.info(
+        "model: %s, %.2f M parameters, %.3f GMACs", config.model.name, summary.parameters / 1e6, summary.macs / 1e9
+    )
+    folder = _make_folder(config)
+    task = Task(model, config, splits, steps_per_epoch=_steps_per_epoch(config, splits))
+    if _is_first_process():
+        (folder / "config.yaml").write_text(to_yaml(config))
+        (folder / "summary.txt").write_text(f"{summary}\n")
+        _draw_batch(folder / "batch.png", task, splits, config)
+
+    data = ZooData(splits, batch_size=config.train.batch_size, seed=config.seed, workers=config.data.workers)
+    with SignalWatch() as watch:
+        trainer = _make_trainer(config, folder, watch, task.metric)
+        if config.train.compile:
+            model.compile()
+        trainer.fit(task, data, ckpt_path=config.resume, weights_only=True)
+    best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
+    task.load_state_dict(best["state_dict"])
+    [test] = trainer.test(task, data, verbose=False)
+
+    results = _results(config, splits, summary, task, test, best)
+    results["seconds"] = round(time.monotonic() - started, 1)
+    results["folder"] = str(folder)
+    if trainer.is_global_zero:
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        _draw_results(folder, task, splits, results)
+    return results
+
+
+def load_data(config: Config) -> Splits:
+    if config.data.source not in SOURCES:
+        known = ", ".join(SOURCES)
+        raise ConfigError(
+            f"data.source={config.data.source}: choose one of {known}{nearest(config.data.source, list(SOURCES))}"
+        )
+    return SOURCES[config.data.source](config.data, config.augment, config.seed)
+
+
+def _parts(splits: Splits) -> tuple[Any, Any, Any]:
+    return splits.train, splits.val, splits.test
+
+
+def _steps_per_epoch(config: Config, splits: Splits) -> int:
+    train = config.train
+    batches = EpochBatches(
+        len(splits.train), train.batch_size, seed=config.seed, training=True, world_size=train.devices
+    )
+    count = min(len(batches), train.limit_batches or len(batches))
+    return -(-count // train.accumulate)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def _make_folder(config: Config) -> Path:
+    """The run folder: given, resumed, or named by time. One with files in it needs `overwrite=true`."""
+    if config.out is not None:
+        folder = Path(config.out)
+    elif not _is_first_process() and _FOLDER_VARIABLE in os.environ:
+        folder = Path(os.environ[_FOLDER_VARIABLE])
+    else:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}-{config.data.name}"
+        folder = Path("runs") / name.replace("/", "_")
+    if not _is_first_process():
+        return folder
+    os.environ[_FOLDER_VARIABLE] = str(folder)
+    if config.resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not config.overwrite:
+            raise ConfigError(f"out={folder} exists already; choose another, or overwrite=true, or resume={folder}")
+        _remove_old_results(folder)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder} cannot be written: {error}") from error
+    return folder
+
+
+def _remove_old_results(folder: Path) -> None:
+    """What a run writes and another run would take for its own; nothing else in the folder is touched."""
+    for name in ("metrics.csv", "results.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _make_trainer(config: Config, folder: Path, watch: SignalWatch, metric: str) -> pl.Trainer:
+    train = config.train
+    best = ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best",
+        monitor=f"val/{metric}",
+        mode="max",
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+    return pl.Trainer(
+        accelerator=train.accelerator,
+        devices=train.devices,
+        strategy=train.strategy,
+        precision=train.precision,
+        max_epochs=train.epochs,
+        accumulate_grad_batches=train.accumulate,
+        gradient_clip_val=config.optim.clip_grad,
+        limit_train_batches=train.limit_batches,
+        limit_val_batches=train.limit_batches,
+        limit_test_batches=train.limit_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        logger=[
+            TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+            EpochTable(folder / "metrics.csv", resume=config.resume is not None),
+        ],
+        callbacks=[best, LastCheckpoint(folder / "checkpoints" / "last.ckpt", watch, every=train.save_every)],
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,  # ours shards by itself, without repeating pictures
+        enable_model_summary=False,
+        enable_progress_bar=train.progress,
+    )
+
+
+def _results(
+    config: Config, splits: Splits, summary: Summary, task: Task, test: Any, best: dict[str, Any]
+) -> dict[str, Any]:
+    result = scores(task.result)
+    each = result["iou" if splits.dense else "recall"]
+    per_class = {name: _number(value) for name, value in zip(splits.classes, each, strict=True)}
+    return {
+        "model": config.model.name,
+        "model_kwargs": config.model.kwargs,
+        "data": splits.origin,
+        "test": {name.removeprefix("test/"): value for name, value in test.items()},
+        ("test_iou_by_class" if splits.dense else "test_recall_by_class"): per_class,
+        "best_epoch": best["epoch"] + 1,
+        "epochs": config.train.epochs,
+        "parameters": summary.parameters,
+        "gmacs": summary.macs / 1e9,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {task.device}",
+    }
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return None if value.isnan() else round(float(value), 6)
+
+
+def _draw_batch(path: Path, task: Task, splits: Splits, config: Config) -> None:
+    count = 6 if splits.dense else 32
+    batches = EpochBatches(len(splits.train), config.train.batch_size, seed=config.seed, training=True)
+    request = next(iter(batches))
+    images, targets = splits.train.__getitems__(request._replace(indices=request.indices[: count - count % 2]))
+    if splits.dense:
+        return pictures.draw_masks(path, images, {"truth": targets}, splits.classes, splits.mean, splits.std)
+    names = [splits.classes[int(target)] for target in targets]
+    if task.mix is not None and len(images) % 2 == 0:
+        seed_everything(request.seed)
+        images, soft = task.mix(images, targets)
+        names = [_blend_name(weights, splits.classes) for weights in soft]
+    pictures.draw_batch(path, images, names, splits.mean, splits.std)
+
+
+def _blend_name(weights: torch.Tensor, classes: tuple[str, ...]) -> str:
+    first, second = weights.topk(2).indices.tolist()
+    share = float(weights[second] / (weights[first] + weights[second]))
+    return classes[first] if share < 0.1 else f"{classes[first]} +\n{100 * share:.0f} % {classes[second]}"
+
+
+@torch.no_grad()
+def _draw_results(folder: Path, task: Task, splits: Splits, results: dict[str, Any]) -> None:
+    title = f"{results['model']} on {results['data']}"
+    pictures.draw_curves(folder / "curves.png", read_table(folder / "metrics.csv"), task.metric, title)
+    count = min(6 if splits.dense else 32, len(splits.test))
+    spread = torch.linspace(0, len(splits.test) - 1, count).long().tolist()
+    images, truth = splits.test.__getitems__(Request(spread, 0))
+    model = task.model.eval().cpu()
+    logits = model(images)
+    value = 100 * results["test"][task.metric]
+    if splits.dense:
+        masks = {"truth": truth, "prediction": logits.argmax(1)}
+        pictures.draw_masks(folder / "predictions.png", images, masks, splits.classes, splits.mean, splits.std)
+    else:
+        shown = (images, truth, logits.softmax(1), splits.classes, splits.mean, splits.std)
+        pictures.draw_predictions(folder / "predictions.png", *shown)
+    title = f"{title}\ntest {'mean IoU' if splits.dense else 'accuracy'} {value:.1f} %"
+    pictures.draw_confusion(folder / "confusion.png", task.result, splits.classes, title)

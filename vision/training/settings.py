@@ -1,0 +1,244 @@
+"""From files and arguments to a checked `Config`: recipe and data set from `configs/`, then `key=value`, in this order.
+
+OmegaConf merges and checks types. It is asked key by key, so that an error names the argument or file it came from.
+Unusual:
+
+* A name given for a model starts from that model's own defaults: arguments that a recipe passes to its own model
+  (`stem_stride`, `dims`) mean nothing to another, so they are dropped with the recipe's name.
+* A value for a key of type str is taken as it stands. YAML would turn a model called `1e5` into 100000.0.
+* Lists are given whole. OmegaConf reads `betas.0=…` as a mapping and fails with a message about containers.
+* A resumed run is described by the config.yaml of its folder; recipe and data file are not read again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import SHORTHANDS, Config, Key, keys
+
+_KEYS = {key.name: key for key in keys()}
+_SECTIONS = {name.split(".")[0] for name in _KEYS if "." in name}
+_OPEN = tuple(name for name, key in _KEYS.items() if key.describe_type().startswith("dict"))  # any key may stand below
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message says which, why, and what to write."""
+
+
+def load(arguments: Sequence[str], folder: Path) -> Config:
+    """The checked settings of a run, from its command-line arguments and the files in `folder`."""
+    given = dict(_parse(argument) for argument in arguments)
+    texts = {argument.partition("=")[0].strip(): argument for argument in arguments}
+    if given.get("resume") is None:
+        trees = _from_files(given, folder)
+    else:
+        checkpoint = find_checkpoint(given["resume"], given.get("out"))
+        trees = _read(_saved_config(checkpoint))
+        _same_experiment(given, trees[0][1])
+        given |= {"resume": str(checkpoint), "out": str(checkpoint.parent.parent)}
+    trees += [(texts.get(name, name), {name: value}) for name, value in given.items()]
+
+    config = OmegaConf.structured(Config)
+    unset: set[str] = set()  # merging ignores `???`, so that it would leave the default in place
+    for origin, tree in trees:
+        for name, value in _flatten(tree, origin):
+            unset = unset | {name} if value == "???" else unset - {name}
+            config = _set(config, name, value, origin)
+    if unset:
+        raise ConfigError(f"{min(unset)} has no value and no default; give {min(unset)}=…")
+    return _finish(config)
+
+
+def find_checkpoint(resume: str, out: str | None = None) -> Path:
+    """The checkpoint that `resume=` means: of the run folder `out`, of the newest one in runs/, or at a path."""
+    if resume != "last":
+        path = Path(resume)
+        path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"resume={resume}: there is no checkpoint at {path}; give a run folder or a .ckpt file")
+        return path
+    found = list((Path(out) if out else Path("runs")).glob(f"{'' if out else '*/'}checkpoints/last.ckpt"))
+    if not found:
+        place = f"{out}/checkpoints" if out else "any folder of runs/"
+        raise ConfigError(f"resume=last: no last.ckpt in {place}; start without resume=, or name the run folder")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def choices(folder: Path, kind: str) -> list[str]:
+    """The names that `recipe=` or `data=` can take."""
+    return sorted(path.stem for path in (folder / kind).glob("*.yaml"))
+
+
+def nearest(word: str, words: Sequence[str] | set[str]) -> str:
+    """A sentence with what may have been meant, or nothing."""
+    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _parse(argument: str) -> tuple[str, Any]:
+    name, equals, text = argument.partition("=")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"{argument!r} is not key=value; `python train.py --help` lists the keys")
+    _known(name, argument)
+    if text.strip() == "":
+        raise ConfigError(f"{argument} has no value; write {name}=null where a key may be empty")
+    key = _KEYS.get(f"{name}.name" if name in SHORTHANDS else name)
+    if key is not None and key.base is str:
+        return name, None if text == "null" and key.optional else text
+    try:
+        return name, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # pyright: ignore
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"{argument}: {_first_line(error)}") from None
+
+
+def _known(name: str, origin: str) -> None:
+    """Refuses a key that the schema does not have, with the nearest one that it has."""
+    if name in _KEYS or name in SHORTHANDS or name.startswith(tuple(f"{key}." for key in _OPEN)):
+        if any(part.isdigit() for part in name.split(".")):
+            raise ConfigError(f"{origin}: one entry of a list cannot be set; give the list whole, as in key=[1,2]")
+        return
+    if name in _SECTIONS:
+        members = ", ".join(key for key in _KEYS if key.startswith(f"{name}."))
+        raise ConfigError(f"{origin}: {name} is a section; set one of {members}")
+    parent = next((key for key in _KEYS if name.startswith(f"{key}.")), None)
+    if parent is not None:
+        raise ConfigError(
+            f"{origin}: {parent} is one value of type {_KEYS[parent].describe_type()}, with nothing below"
+        )
+    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(_KEYS)}
+    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(_KEYS), n=1, cutoff=0.75)
+    guess = close[0] if close else leaves[leaf[0]] if leaf else None
+    hint = f"; did you mean {guess}?" if guess else "; `python train.py --help` lists the keys"
+    raise ConfigError(f"{origin}: there is no key {name}{hint}")
+
+
+def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """The trees of the data file and of the recipe, data first: a recipe may refine its data set."""
+    recipe = given.get("recipe") or _KEYS["recipe"].default
+    _check_choice("recipe", recipe, choices(folder, "recipes"))
+    [(origin, tree)] = _read(folder / "recipes" / f"{recipe}.yaml")
+    tree = {
+        name: {"name": value} if name in SHORTHANDS and isinstance(value, str) else value
+        for name, value in tree.items()
+    }
+
+    model = given.get("model") or given.get("model.name")
+    own = tree.get("model", {}).get("name")
+    if model is not None and own is not None and model != own:
+        tree["model"] = {"name": model}
+
+    data = str(
+        given.pop("data", None) or given.pop("data.name", None) or tree.get("data", {}).get("name", "fashion_mnist")
+    )
+    names = choices(folder, "data")
+    if data not in names and Path(data).is_dir():
+        given.setdefault("data.root", data)
+        data = "image_folder"
+    _check_choice("data", data, names)
+    [(data_origin, data_tree)] = _read(folder / "data" / f"{data}.yaml")
+    tree["data"] = {**tree.get("data", {}), "name": data}
+    return [(data_origin, {"data": data_tree}), (origin, {"recipe": recipe, **tree})]
+
+
+def _check_choice(key: str, value: str, names: list[str]) -> None:
+    if value not in names:
+        raise ConfigError(f"{key}={value}: choose one of {', '.join(names)}{nearest(value, names)}")
+
+
+def _read(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    try:
+        # OmegaConf's reader, not PyYAML's: 1e-3 is a number here, as it is in an argument.
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, not a list")
+    return [(str(path), {str(name): value for name, value in tree.items()})]
+
+
+def _saved_config(checkpoint: Path) -> Path:
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume: {checkpoint} has no {path} beside it, so its settings are unknown")
+    return path
+
+
+def _same_experiment(given: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Drops from the arguments what names the resumed experiment, and refuses to resume as another one."""
+    for name in ("recipe", *SHORTHANDS):
+        wanted = given.pop(name, None) or given.pop(f"{name}.name", None)
+        was = saved[name] if name == "recipe" else saved[name]["name"]
+        if wanted not in (None, was):
+            raise ConfigError(
+                f"{name}={wanted}: the run to resume has {name}={was}; leave resume= out to start a new run"
+            )
+
+
+def _flatten(tree: Mapping[str, Any], origin: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of a tree; the values of open mappings (model.kwargs) stay whole."""
+    for part, value in tree.items():
+        name = f"{prefix}{part}"
+        if isinstance(value, dict) and (name in _SECTIONS or (name not in _KEYS and not prefix)):
+            yield from _flatten(value, origin, f"{name}.")
+            continue
+        _known(name, origin)
+        yield (f"{name}.name" if name in SHORTHANDS else name), value
+
+
+def _set(config: DictConfig, name: str, value: Any, origin: str) -> DictConfig:
+    """The settings with one key changed, its type checked. Mappings are merged, everything else is replaced."""
+    key = _KEYS.get(name)
+    tree: Any = value
+    for part in reversed(name.split(".")):
+        tree = {part: tree}
+    try:
+        if key is not None and key.base is bool and not isinstance(value, bool):
+            raise ConfigError(f"{origin}: {name} needs true or false")
+        merged = OmegaConf.merge(config, tree)
+    except OmegaConfBaseException as error:
+        needed = f"a value of type {key.describe_type()}" if key else "another value"
+        raise ConfigError(f"{origin}: {name} needs {needed} ({_first_line(error)})") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _finish(config: DictConfig) -> Config:
+    """References resolved, every number inside its range."""
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"a reference ${{…}} leads nowhere: {_first_line(error)}") from None
+    for key in _KEYS.values():
+        value = OmegaConf.select(config, key.name)
+        for number in value if OmegaConf.is_list(value) else [value]:
+            _check_range(key, number)
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, Config)
+    return result
+
+
+def _check_range(key: Key, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    low = -math.inf if key.low is None else key.low
+    high = math.inf if key.high is None else key.high
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ConfigError(f"{key.name}={value}: needs a finite number, {key.describe_range() or 'any'}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

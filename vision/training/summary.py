@@ -1,0 +1,85 @@
+"""Parameters and multiply-adds of a model, by its parts. Custom operators are counted by formulas given here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`rows` are (part, class, parameters, multiply-adds); the multiply-adds are those of one picture."""
+
+    rows: tuple[tuple[str, str, int, int], ...]
+    parameters: int
+    trainable: int
+    macs: int
+    size: tuple[int, ...]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, *_ in self.rows) + 2
+        kind_width = max(len(kind) for _, kind, *_ in self.rows) + 2
+        lines = [f"{'part':{width}}{'class':{kind_width}}{'parameters':>14}{'MMACs':>12}"]
+        for name, kind, parameters, macs in self.rows:
+            lines.append(f"{name:{width}}{kind:{kind_width}}{parameters:>14,}{macs / 1e6:>12,.2f}")
+        shape = " x ".join(str(length) for length in self.size)
+        lines.append(f"{'total':{width}}{'':{kind_width}}{self.parameters:>14,}{self.macs / 1e6:>12,.2f}")
+        return "\n".join(
+            [*lines, "", f"{self.trainable:,} trainable parameters; multiply-adds for a picture of {shape}"]
+        )
+
+
+@torch.no_grad()
+def summarize(model: nn.Module, size: tuple[int, int, int]) -> Summary:
+    """Counts for a picture of [channels, height, width]. Elementwise operations are not counted, as everywhere."""
+    register_formulas()
+    was_training = model.training
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.zeros(1, *size))
+    model.train(was_training)
+    by_module = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    rows = tuple(
+        (name, type(part).__name__, count_parameters(part), by_module.get(f"{root}.{name}", 0) // 2)
+        for name, part in _parts(model)
+    )
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Summary(rows, count_parameters(model), trainable, counter.get_total_flops() // 2, size)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children, and the grandchildren where a child is a mere list of stages."""
+    parts: list[tuple[str, nn.Module]] = []
+    for name, child in model.named_children():
+        inner = list(child.named_children())
+        if isinstance(child, (nn.Sequential, nn.ModuleList)) and 1 < len(inner) <= 8:
+            parts += [(f"{name}.{key}", part) for key, part in inner]
+        elif not isinstance(child, nn.Identity):
+            parts.append((name, child))
+    return parts
+
+
+def register_formulas() -> None:
+    """Tells torch's counter what our operators cost. Lazily: the counter is no part of `import mixerzoo.vision`."""
+    operator = getattr(torch.ops.mixerzoo, "neighborhood_attention", None)
+    if operator is not None and operator not in flop_registry:
+        register_flop_formula(operator)(_neighborhood_attention_flops)
+
+
+def _neighborhood_attention_flops(
+    query: Any, key: Any, value: Any, rpb: Any, kernel_size: list[int], *_: Any, **__: Any
+) -> int:
+    """Every query meets a window of keys and of values: two multiply-adds' worth of flops a channel of each."""
+    *batch_and_map, heads, head_dim = query
+    return 2 * math.prod(batch_and_map) * heads * math.prod(kernel_size) * (head_dim + value[-1])

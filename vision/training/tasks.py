@@ -1,0 +1,154 @@
+"""What Lightning trains: a classifier of pictures, or of their pixels. Both are `Task`; only the model differs.
+
+Unusual:
+
+* The number of steps comes from the configuration, never from `trainer.estimated_stepping_batches`: asking for that inside
+  `configure_optimizers` makes Lightning lose the loader's place when a run is resumed inside an epoch.
+* torch, numpy and random are seeded anew before every step, from (seed, epoch, step, rank). Drop path, dropout and mixup are
+  then the same in a resumed run, without random states in the checkpoint.
+* No hyper-parameters are saved, so that a checkpoint holds tensors, numbers and text and loads with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from timm.data.mixup import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from ..data.loading import mix_seed, seed_everything
+from ..data.splits import IGNORE_INDEX, Splits
+from ..segmentation import scores
+from .config import Config
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite: training cannot go on."""
+
+
+class Task(pl.LightningModule):
+    """Trains `model` on batches (pictures, integer labels of pictures or pixels) with cross entropy."""
+
+    def __init__(self, model: nn.Module, config: Config, splits: Splits, *, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
+        self.metric = "mean_iou" if splits.dense else "accuracy"
+        self.classes = splits.classes
+        augment = config.augment
+        mixes = augment.mixup > 0 or augment.cutmix > 0
+        if mixes and splits.dense:
+            raise ValueError("augment.mixup and augment.cutmix blend whole pictures: set both to 0 for segmentation")
+        if mixes and config.train.batch_size % 2:
+            raise ValueError(f"mixup pairs pictures: train.batch_size={config.train.batch_size} must be even")
+        self.mix = _mixup(config, len(splits.classes)) if mixes else None
+        smoothing = augment.label_smoothing
+        self.hard_loss = nn.CrossEntropyLoss(
+            ignore_index=IGNORE_INDEX if splits.dense else -100, label_smoothing=smoothing
+        )
+        # Kept in the checkpoint: an epoch that is interrupted and resumed reports the loss of all its steps.
+        self.train_loss = MeanMetric()
+        self.train_loss.persistent(True)
+        self.val_loss = MeanMetric()
+        ignored = IGNORE_INDEX if splits.dense else None
+        self.result = torch.zeros(len(splits.classes), len(splits.classes), dtype=torch.int64)
+        """Counts [truth, prediction] of the latest evaluation, over all processes."""
+        self.confusion = MulticlassConfusionMatrix(len(splits.classes), ignore_index=ignored, validate_args=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_everything(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = self._laid_out(batch)
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+            loss = SoftTargetCrossEntropy()(self.model(images), targets)
+        else:
+            loss = self.hard_loss(self.model(images), targets)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}; last.ckpt is from before. "
+                f"Try a lower optim.lr (now {self.config.optim.lr:g}) or optim.clip_grad=1"
+            )
+        self.train_loss.update(loss.detach())
+        self.log("loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/loss", self.train_loss.compute())
+        self.train_loss.reset()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset_evaluation()
+
+    def on_test_epoch_start(self) -> None:
+        self._reset_evaluation()
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, targets = self._laid_out(batch)
+        logits = self.model(images)
+        self.val_loss.update(self.hard_loss(logits, targets), len(images))
+        self.confusion.update(logits.argmax(1), targets)
+
+    def _reset_evaluation(self) -> None:
+        self.val_loss.reset()
+        self.confusion.reset()
+
+    def _report(self, stage: str) -> None:
+        self.result = self.confusion.compute().cpu()
+        result = scores(self.result)
+        self.log(f"{stage}/loss", self.val_loss.compute())
+        self.log(f"{stage}/{self.metric}", result[self.metric].float(), prog_bar=True)
+        self.log(f"{stage}/mean_accuracy", result["mean_accuracy"].float())
+
+    def _laid_out(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, targets = batch
+        if self.config.train.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, targets
+
+    def configure_optimizers(self) -> Any:
+        optim, schedule, train = self.config.optim, self.config.schedule, self.config.train
+        optimizer = create_optimizer_v2(
+            self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay
+        )
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            schedule.name,
+            num_epochs=train.epochs,
+            warmup_epochs=schedule.warmup_epochs,  # pyright: ignore[reportArgumentType]  # fractions work
+            warmup_lr=schedule.warmup_lr,
+            min_lr=schedule.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=self.steps_per_epoch,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step, metric=metric)
+
+
+def _mixup(config: Config, num_classes: int) -> Mixup:
+    augment = config.augment
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=num_classes)
