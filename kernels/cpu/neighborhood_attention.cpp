@@ -30,6 +30,7 @@
 namespace {
 
 constexpr int64_t kLanes = 8;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));
 typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -37,6 +38,15 @@ typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), m
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 inline Vec splat(float x) { return Vec{} + x; }
+
+// `load`, into a register: GCC would read the memory again for each use, and loads are what limits the inner loops.
+inline Vec load_once(const float* p) {
+  Vec x = load(p);
+#ifdef __AVX__
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 
 // Both fold the lanes in a fixed order.
 inline float sum_lanes(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
@@ -78,14 +88,23 @@ struct Slice {
   int length[3];  // per axis 0 where the lattice has ceil(size / dilation) points, 1 where one less
 };
 
+// Points of one row of a slice.
+struct Points {
+  float* data;
+  int64_t step;
+  float* operator[](int64_t x) const { return data + x * step; }
+  Points from(int64_t x) const { return {data + x * step, step}; }
+};
+
 // [batch, Z, Y, X, heads(, dim)] float32 with strides in elements; dim, if any, is contiguous.
 struct View {
   float* data;
   int64_t batch, axis[3], head;
 
-  float* at(const Geometry& g, const Slice& s, int64_t z, int64_t y, int64_t x) const {
-    return data + s.batch * batch + s.head * head + (s.origin[0] + z * g.dilation[0]) * axis[0] +
-           (s.origin[1] + y * g.dilation[1]) * axis[1] + (s.origin[2] + x * g.dilation[2]) * axis[2];
+  Points row(const Geometry& g, const Slice& s, int64_t z, int64_t y) const {
+    float* first = data + s.batch * batch + s.head * head + (s.origin[0] + z * g.dilation[0]) * axis[0] +
+                   (s.origin[1] + y * g.dilation[1]) * axis[1] + s.origin[2] * axis[2];
+    return {first, g.dilation[2] * axis[2]};
   }
 };
 
@@ -258,60 +277,72 @@ inline void transpose_tile(Vec (&t)[8]) {
 #undef MIX
 }
 
-// source[x * step + d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`.
-void copy_transposed(const float* source, int64_t step, int64_t begin, int64_t end, int64_t fill, const Layout& layout, float* to) {
+// source[x][d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`.
+void copy_transposed(Points source, int64_t begin, int64_t end, int64_t fill, const Layout& layout, float* to) {
   for (int64_t d0 = 0; d0 < layout.dim; d0 += kLanes) {
     const int64_t channels = std::min(kLanes, layout.dim - d0);
     int64_t x = begin;
     for (; channels == kLanes && x + kLanes <= end; x += kLanes) {
       Vec tile[8];
-      for (int i = 0; i < 8; ++i) tile[i] = load(source + (x + i) * step + d0);
+      for (int i = 0; i < 8; ++i) tile[i] = load(source[x + i] + d0);
       transpose_tile(tile);
       for (int i = 0; i < 8; ++i) store(to + (d0 + i) * layout.pitch + x, tile[i]);
     }
     for (int64_t d = d0; d < d0 + channels; ++d) {
       float* row = to + d * layout.pitch;
-      for (int64_t i = x; i < end; ++i) row[i] = source[i * step + d];
+      for (int64_t i = x; i < end; ++i) row[i] = source[i][d];
       std::fill(row + end, row + fill, 0.f);
     }
   }
 }
 
-void copy_plain(const float* source, int64_t step, int64_t begin, int64_t end, const Layout& layout, float* to) {
+// source[x][d] -> to[x * width + d], zeros from dim on.
+void copy_plain(Points source, int64_t begin, int64_t end, const Layout& layout, float* to) {
   for (int64_t x = begin; x < end; ++x) {
-    std::memcpy(to + x * layout.width, source + x * step, sizeof(float) * layout.dim);
-    std::fill(to + x * layout.width + layout.dim, to + (x + 1) * layout.width, 0.f);
+    const float* point = source[x];
+    float* row = to + x * layout.width;
+    int64_t d = 0;
+    for (; d + kLanes <= layout.dim; d += kLanes) store(row + d, load(point + d));
+    for (; d < layout.width; ++d) row[d] = d < layout.dim ? point[d] : 0.f;
   }
 }
 
 // ---- Inner loops. Q is the number of near points that share a tile.
 
-// What one thread keeps while it visits a group of near points.
+// The far rows that the near points of a row see, and one thread's room for what it computes about them.
 struct Reach {
-  std::vector<int64_t> rows, bias, tiles;  // far rows; where each starts in a bias table; offsets of their tiles
-  int64_t row_count = 0, tile_count = 0;
-  Floats scores, grads;  // [Q][row][column]
+  std::vector<int64_t> rows, bias, tiles;  // far rows; where each starts in a bias table; where their tiles start
+  int64_t row_count = 0, tile_count = 0, columns = 0, room = 0;
+  Floats scores, grads;  // [group][Q][row][column], `room` a group
+
+  // Lists the tiles of `row_count` rows for groups that see this many columns; a group adds its first column.
+  void aim(int64_t group_columns, const Layout& layout) {
+    if (columns == group_columns) return;
+    columns = group_columns;
+    tile_count = 0;
+    for (int64_t r = 0; r < row_count; ++r)
+      for (int64_t c = 0; c < columns; c += kLanes) tiles[tile_count++] = rows[r] * layout.transposed_row + c;
+  }
 };
 
 // scores[q][t][lane] = sum over d of near[q][d] * columns[tiles[t] + d * pitch + lane], for T tiles from `first`
 template <int Q, int T>
-inline void dot_tiles(const float* const* near, const float* columns, const Reach& reach, int64_t first, const Layout& layout,
-                      float* const* scores) {
-  const float* tile[T];
+inline void dot_tiles(Points near, const float* columns, const Reach& reach, int64_t first, const Layout& layout, float* scores) {
+  const float *point[Q], *tile[T];
   Vec sum[Q][T] = {};
+  for (int q = 0; q < Q; ++q) point[q] = near[q];
   for (int t = 0; t < T; ++t) tile[t] = columns + reach.tiles[first + t];
   for (int64_t d = 0, i = 0; d < layout.dim; ++d, i += layout.pitch)
     for (int t = 0; t < T; ++t) {
-      const Vec far = load(tile[t] + i);
-      for (int q = 0; q < Q; ++q) sum[q][t] += near[q][d] * far;
+      const Vec far = load_once(tile[t] + i);
+      for (int q = 0; q < Q; ++q) sum[q][t] += point[q][d] * far;
     }
   for (int q = 0; q < Q; ++q)
-    for (int t = 0; t < T; ++t) store(scores[q] + (first + t) * kLanes, sum[q][t]);
+    for (int t = 0; t < T; ++t) store(scores + (q * reach.tile_count + first + t) * kLanes, sum[q][t]);
 }
 
 template <int Q, int T>
-inline void dot_last_tiles(const float* const* near, const float* columns, const Reach& reach, int64_t first,
-                           const Layout& layout, float* const* scores) {
+inline void dot_last_tiles(Points near, const float* columns, const Reach& reach, int64_t first, const Layout& layout, float* scores) {
   if constexpr (T > 0) {
     if (reach.tile_count - first == T) return dot_tiles<Q, T>(near, columns, reach, first, layout, scores);
     dot_last_tiles<Q, T - 1>(near, columns, reach, first, layout, scores);
@@ -319,7 +350,7 @@ inline void dot_last_tiles(const float* const* near, const float* columns, const
 }
 
 template <int Q>
-void dot(const float* const* near, const float* columns, const Reach& reach, const Layout& layout, float* const* scores) {
+void dot(Points near, const float* columns, const Reach& reach, const Layout& layout, float* scores) {
   constexpr int T = 8 / Q;  // eight sums hide the latency of a fused multiply-add
   int64_t t = 0;
   for (; t + T <= reach.tile_count; t += T) dot_tiles<Q, T>(near, columns, reach, t, layout, scores);
@@ -332,20 +363,19 @@ inline void add_columns(const float* const* weights, const float* values, int64_
                         Vec (*sum)[N]) {
   for (int64_t c = begin; c < end; ++c)
     for (int n = 0; n < N; ++n) {
-      const Vec value = load(values + c * width + n * kLanes);
+      const Vec value = load_once(values + c * width + n * kLanes);
       for (int q = 0; q < Q; ++q) sum[q][n] += weights[q][c] * value;
     }
 }
 
 // out[q] = factor[q] * sum over q's window of weights[q] * values, for N vectors of channels from `channel`
 template <int Q, int N>
-inline void average_channels(const Group& group, const Reach& reach, const Layout& layout, int64_t channel,
-                             const float* const* weights, const float* values, const float* factor, float* const* out) {
+inline void average_channels(const Group& group, const Reach& reach, const Layout& layout, int64_t channel, const float* weights,
+                             const float* values, const float* factor, Points out) {
   Vec sum[Q][N] = {};
   for (int64_t r = 0; r < reach.row_count; ++r) {
     const float* row = values + reach.rows[r] * layout.plain_row + group.start * layout.width + channel;
-    const float* w[Q];
-    for (int q = 0; q < Q; ++q) w[q] = weights[q] + r * group.columns;
+    const float* w[2] = {weights + r * group.columns, weights + (reach.row_count + r) * group.columns};
     if constexpr (Q == 1) {
       add_columns<1>(w, row, layout.width, 0, group.end[0], sum);
     } else {  // the columns of the first alone, of both, of the second alone
@@ -357,14 +387,15 @@ inline void average_channels(const Group& group, const Reach& reach, const Layou
   for (int q = 0; q < Q; ++q)
     for (int n = 0; n < N; ++n) {
       const Vec result = factor[q] * sum[q][n];
-      const int64_t d = channel + n * kLanes;
-      std::memcpy(out[q] + d, &result, sizeof(float) * std::min(kLanes, layout.dim - d));
+      const int64_t d = channel + n * kLanes, left = layout.dim - d;
+      if (left >= kLanes) store(out[q] + d, result);
+      else std::memcpy(out[q] + d, &result, sizeof(float) * left);
     }
 }
 
 template <int Q>
-void average(const Group& group, const Reach& reach, const Layout& layout, const float* const* weights, const float* values,
-             const float* factor, float* const* out) {
+void average(const Group& group, const Reach& reach, const Layout& layout, const float* weights, const float* values,
+             const float* factor, Points out) {
   for (int64_t d = 0; d < layout.width; d += 4 * kLanes) switch ((layout.width - d) / kLanes) {
       case 1: average_channels<Q, 1>(group, reach, layout, d, weights, values, factor, out); break;
       case 2: average_channels<Q, 2>(group, reach, layout, d, weights, values, factor, out); break;
@@ -389,6 +420,7 @@ template <Kind kind>
 class Pass {
   static constexpr bool kForward = kind == Kind::kForward, kNearKeys = kind == Kind::kKeyGrad;
   static constexpr int64_t kUnitPoints = 64;      // near points of a unit of work, about
+  static constexpr int64_t kChunk = 4;            // groups that take each step together
   static constexpr int64_t kCopyColumns = 256;    // far columns copied by one unit
   static constexpr int64_t kUnitsPerThread = 8;   // in a wave at least, for balance
   static constexpr int64_t kWaveFloats = 1 << 18; // in a wave at least, so that small slices do not wait for each other
@@ -426,104 +458,121 @@ class Pass {
     const int64_t end = std::min(begin + kCopyColumns, s.points[2]), z = row / s.points[1], y = row % s.points[1];
     if (z >= s.points[0] || begin >= end) return;
     const int64_t fill = end == s.points[2] ? layout_.pitch : end;
-    const float *a = o_.far_a.at(g_, s, z, y, 0), *b = o_.far_b.at(g_, s, z, y, 0);
-    const int64_t step_a = o_.far_a.axis[2] * g_.dilation[2], step_b = o_.far_b.axis[2] * g_.dilation[2];
-    copy_transposed(a, step_a, begin, end, fill, layout_, slot + columns_a_ + row * layout_.transposed_row);
+    const Points a = o_.far_a.row(g_, s, z, y), b = o_.far_b.row(g_, s, z, y);
+    copy_transposed(a, begin, end, fill, layout_, slot + columns_a_ + row * layout_.transposed_row);
     if (!kForward) {
-      copy_transposed(b, step_b, begin, end, fill, layout_, slot + columns_b_ + row * layout_.transposed_row);
-      copy_plain(a, step_a, begin, end, layout_, slot + plain_a_ + row * layout_.plain_row);
+      copy_transposed(b, begin, end, fill, layout_, slot + columns_b_ + row * layout_.transposed_row);
+      copy_plain(a, begin, end, layout_, slot + plain_a_ + row * layout_.plain_row);
     }
-    if (kForward || kNearKeys) copy_plain(b, step_b, begin, end, layout_, slot + plain_b_ + row * layout_.plain_row);
+    if (kForward || kNearKeys) copy_plain(b, begin, end, layout_, slot + plain_b_ + row * layout_.plain_row);
     if (kNearKeys)
       for (const auto& [view, place] : {std::pair{&o_.lse, lse_}, std::pair{&o_.delta, delta_}}) {
+        const Points points = view->row(g_, s, z, y);
         float* to = slot + place + row * layout_.pitch;
-        for (int64_t x = begin; x < end; ++x) to[x] = *view->at(g_, s, z, y, x);
+        for (int64_t x = begin; x < end; ++x) to[x] = *points[x];
         std::fill(to + end, to + fill, 0.f);
       }
   }
 
-  // Scores become probabilities, short of the factor that is returned.
-  float softmax(const Group& group, int q, const float* bias, const Reach& reach, float* scores, float* lse) const {
-    Vec largest = splat(-std::numeric_limits<float>::infinity());
+  // Scores become probabilities, short of the factors that are returned.
+  template <int Q>
+  void softmax(const Group& group, const Reach& reach, const float* bias, float* scores, Points lse, float* factor) const {
+    const int64_t size = reach.row_count * group.columns;
+    Vec largest[Q], sum[Q] = {};
+    for (Vec& x : largest) x = splat(-kInfinity);
     for (int64_t c = 0; c < group.columns; c += kLanes) {
-      const Mask inside = columns_between(c, group.begin[q], group.end[q]);
-      for (int64_t r = 0; r < reach.row_count; ++r) {
-        float* at = scores + r * group.columns + c;
-        Vec score = load(at) * scale_;
-        if (bias) score += load(bias + reach.bias[r] + c);
-        score = inside ? score : splat(-std::numeric_limits<float>::infinity());
-        store(at, score);
-        largest = score > largest ? score : largest;
+      Mask inside[Q];
+      for (int q = 0; q < Q; ++q) inside[q] = columns_between(c, group.begin[q], group.end[q]);
+      for (int64_t r = 0; r < reach.row_count; ++r)
+        for (int q = 0; q < Q; ++q) {
+          float* at = scores + q * size + r * group.columns + c;
+          Vec score = load(at) * scale_;
+          if (bias) score += load(bias + reach.bias[r] + c - q);
+          score = inside[q] ? score : splat(-kInfinity);
+          store(at, score);
+          largest[q] = score > largest[q] ? score : largest[q];
+        }
+    }
+    float shift[Q];
+    for (int q = 0; q < Q; ++q) shift[q] = max_lanes(largest[q]);
+    for (int64_t i = 0; i < size; i += kLanes)
+      for (int q = 0; q < Q; ++q) {
+        const Vec p = exp_lanes(load(scores + q * size + i) - shift[q]);
+        store(scores + q * size + i, p);
+        sum[q] += p;
       }
+    for (int q = 0; q < Q; ++q) {
+      const float total = sum_lanes(sum[q]);
+      *lse[q] = shift[q] + std::log(total);
+      factor[q] = 1.f / total;
     }
-    const float shift = max_lanes(largest);
-    Vec sum = {};
-    for (int64_t i = 0; i < reach.tile_count * kLanes; i += kLanes) {
-      const Vec p = exp_lanes(load(scores + i) - shift);
-      store(scores + i, p);
-      sum += p;
-    }
-    const float total = sum_lanes(sum);
-    *lse = shift + std::log(total);
-    return 1.f / total;
   }
 
   // Scores become probabilities, and gradients of probabilities gradients of scores.
-  void differentiate(const Slice& s, const float* slot, int64_t z, int64_t y, const Group& group, int q, const float* bias,
-                     const Reach& reach, float* scores, float* grads, float* bias_grad) const {
-    const int64_t x = group.x + q;
-    Vec lse{}, delta{};
-    if (!kNearKeys) lse = splat(*o_.lse.at(g_, s, z, y, x)), delta = splat(*o_.delta.at(g_, s, z, y, x));
-    for (int64_t c = 0; c < group.columns; c += kLanes) {
-      const Mask inside = columns_between(c, group.begin[q], group.end[q]);
-      for (int64_t r = 0; r < reach.row_count; ++r) {
-        float *score = scores + r * group.columns + c, *grad = grads + r * group.columns + c;
-        if (kNearKeys) {
-          const int64_t far = reach.rows[r] * layout_.pitch + group.start + c;
-          lse = load(slot + lse_ + far), delta = load(slot + delta_ + far);
+  template <int Q>
+  void differentiate(const Group& group, const Reach& reach, const float* slot, const float* bias, Points near_lse,
+                     Points near_delta, float* scores, float* grads, float* bias_grad) const {
+    const int64_t size = reach.row_count * group.columns;
+    for (int64_t c = 0; c < group.columns; c += kLanes)
+      for (int q = 0; q < Q; ++q) {
+        const Mask inside = columns_between(c, group.begin[q], group.end[q]);
+        Vec lse{}, delta{};
+        if (!kNearKeys) lse = splat(*near_lse[q]), delta = splat(*near_delta[q]);
+        for (int64_t r = 0; r < reach.row_count; ++r) {
+          const int64_t at = q * size + r * group.columns + c;
+          if (kNearKeys) {
+            const int64_t far = reach.rows[r] * layout_.pitch + group.start + c;
+            lse = load(slot + lse_ + far), delta = load(slot + delta_ + far);
+          }
+          Vec score = load(scores + at) * scale_ - lse;
+          if (bias) score += load(bias + reach.bias[r] + c - q);
+          const Vec p = exp_lanes(score), gradient = inside ? p * (load(grads + at) - delta) : Vec{};
+          store(scores + at, p);
+          store(grads + at, gradient);
+          if (bias_grad) {
+            float* to = bias_grad + reach.bias[r] + c - q;
+            store(to, load(to) + gradient);
+          }
         }
-        Vec p = load(score) * scale_ - lse;
-        if (bias) p += load(bias + reach.bias[r] + c);
-        p = exp_lanes(p);
-        const Vec gradient = inside ? p * (load(grad) - delta) : Vec{};
-        store(score, p);
-        store(grad, gradient);
-        if (bias_grad) store(bias_grad + reach.bias[r] + c, load(bias_grad + reach.bias[r] + c) + gradient);
       }
-    }
   }
 
-  template <int Q>
-  void visit(const Slice& s, const float* slot, int64_t z, int64_t y, const Group& group, Reach& reach, float* table_grad) const {
-    const int64_t columns = group.columns / kLanes;
-    reach.tile_count = reach.row_count * columns;
-    for (int64_t r = 0, t = 0; r < reach.row_count; ++r)
-      for (int64_t c = 0; c < columns; ++c) reach.tiles[t++] = reach.rows[r] * layout_.transposed_row + group.start + c * kLanes;
-
-    const float *near_a[Q], *near_b[Q];
-    float *scores[Q], *grads[Q], *out_a[Q], *out_b[Q], factor[Q];
-    for (int q = 0; q < Q; ++q) {
-      near_a[q] = o_.near_a.at(g_, s, z, y, group.x + q);
-      near_b[q] = o_.near_b.at(g_, s, z, y, group.x + q);
-      out_a[q] = o_.out_a.at(g_, s, z, y, group.x + q);
-      out_b[q] = o_.out_b.at(g_, s, z, y, group.x + q);
-      scores[q] = reach.scores.get() + q * reach.tile_count * kLanes;
-      grads[q] = reach.grads.get() + q * reach.tile_count * kLanes;
-      factor[q] = scale_;
-    }
-    dot<Q>(near_a, slot + columns_a_, reach, layout_, scores);
-    if (!kForward) dot<Q>(near_b, slot + columns_b_, reach, layout_, grads);
-    for (int q = 0; q < Q; ++q) {
-      const int64_t offset = bias_.pad + g_.kernel[2] - 1 + group.start - group.x - q;
+  // A few groups of one row, step by step: each step finds in the nearest cache what it read for the group before.
+  void visit(const Slice& s, const float* slot, int64_t z, int64_t y, const Group* groups, int64_t count, Reach& reach,
+             float* table_grad) const {
+    const Points a = o_.near_a.row(g_, s, z, y), b = o_.near_b.row(g_, s, z, y), lse = o_.lse.row(g_, s, z, y);
+    const Points delta = o_.delta.row(g_, s, z, y), out_a = o_.out_a.row(g_, s, z, y), out_b = o_.out_b.row(g_, s, z, y);
+    const auto each = [&](auto step) {
+      for (int64_t i = 0; i < count; ++i) {
+        float *scores = reach.scores.get() + i * reach.room, *grads = reach.grads.get() + i * reach.room;
+        if (groups[i].count == 2) step(std::integral_constant<int, 2>{}, groups[i], i, scores, grads);
+        else step(std::integral_constant<int, 1>{}, groups[i], i, scores, grads);
+      }
+    };
+    each([&](auto q, const Group& group, int64_t, float* scores, float*) {
+      reach.aim(group.columns, layout_);
+      dot<q>(a.from(group.x), slot + columns_a_ + group.start, reach, layout_, scores);
+    });
+    if (!kForward)
+      each([&](auto q, const Group& group, int64_t, float*, float* grads) {
+        reach.aim(group.columns, layout_);
+        dot<q>(b.from(group.x), slot + columns_b_ + group.start, reach, layout_, grads);
+      });
+    float factors[kChunk][2];
+    each([&](auto q, const Group& group, int64_t i, float* scores, float* grads) {
+      const int64_t offset = bias_.pad + g_.kernel[2] - 1 + group.start - group.x;
       const float* bias = o_.rpb ? bias_.data.data() + s.head * table_floats_ + offset : nullptr;
       float* bias_grad = table_grad ? table_grad + offset : nullptr;
-      if (kForward) factor[q] = softmax(group, q, bias, reach, scores[q], o_.lse.at(g_, s, z, y, group.x + q));
-      else differentiate(s, slot, z, y, group, q, bias, reach, scores[q], grads[q], bias_grad);
-    }
-    if (kForward) return average<Q>(group, reach, layout_, scores, slot + plain_b_, factor, out_a);
-    average<Q>(group, reach, layout_, grads, slot + plain_a_, factor, out_a);
-    std::fill(factor, factor + Q, 1.f);
-    if (kNearKeys) average<Q>(group, reach, layout_, scores, slot + plain_b_, factor, out_b);
+      if (kForward) return softmax<q>(group, reach, bias, scores, lse.from(group.x), factors[i]);
+      differentiate<q>(group, reach, slot, bias, lse.from(group.x), delta.from(group.x), scores, grads, bias_grad);
+      std::fill(factors[i], factors[i] + 2, scale_);
+    });
+    const float ones[2] = {1.f, 1.f};
+    each([&](auto q, const Group& group, int64_t i, float* scores, float* grads) {
+      const float* plain = slot + (kForward ? plain_b_ : plain_a_);
+      average<q>(group, reach, layout_, kForward ? scores : grads, plain, factors[i], out_a.from(group.x));
+      if (kNearKeys) average<q>(group, reach, layout_, scores, slot + plain_b_, ones, out_b.from(group.x));
+    });
   }
 
   // The near points of some rows, or of a part of one long row.
@@ -542,10 +591,10 @@ class Pass {
           reach.rows[reach.row_count] = far_z * s.points[1] + far_y;
           reach.bias[reach.row_count++] = (step_z * (2 * g_.kernel[1] - 1) + step_y) * bias_.pitch;
         }
-      for (int64_t i = begin; i < std::min(begin + kUnitPoints / 2, group_count); ++i) {
-        if (groups[i].count == 2) visit<2>(s, slot, z, y, groups[i], reach, table_grad);
-        else visit<1>(s, slot, z, y, groups[i], reach, table_grad);
-      }
+      reach.columns = 0;
+      const int64_t end = std::min(begin + kUnitPoints / 2, group_count);
+      for (int64_t i = begin; i < end; i += kChunk)
+        visit(s, slot, z, y, groups.data() + i, std::min(kChunk, end - i), reach, table_grad);
     }
   }
 
@@ -577,12 +626,12 @@ class Pass {
       table_totals_.resize(g.heads * bias_.rows * bias_.width);
     }
     for (Reach& reach : reaches_) {
-      const int64_t scores = 2 * near_.max_rows * near_.max_columns;
+      reach.room = 2 * near_.max_rows * near_.max_columns;
       reach.rows.resize(near_.max_rows);
       reach.bias.resize(near_.max_rows);
-      reach.tiles.resize(scores / kLanes);
-      reach.scores = allocate(scores);
-      reach.grads = allocate(kForward ? 0 : scores);
+      reach.tiles.resize(reach.room / 2 / kLanes);
+      reach.scores = allocate(kChunk * reach.room);
+      reach.grads = allocate(kForward ? 0 : kChunk * reach.room);
     }
   }
 
