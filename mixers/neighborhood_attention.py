@@ -30,9 +30,9 @@ def _per_axis(name: str, value: Axes, rank: int) -> list:
 def _shortfall(length: int, needed: int) -> int:
     """What an axis lacks; never a branch, since the length may be a symbol while exporting."""
     if torch.jit.is_scripting():
-        return max(needed - length, 0)
+        return max(length, needed) - length
     else:
-        return torch.sym_max(needed - length, 0)
+        return torch.sym_max(length, needed) - length
 
 
 class _NeighborhoodAttention(nn.Module):
