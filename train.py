@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mixerzoo.vision.training.cli import main
+from mixerzoo.vision.training.cli import main  # pyright: ignore[reportMissingImports]  # mapped in pyproject.toml
 
 if __name__ == "__main__":  # several processes: Lightning starts this file once for each
     sys.exit(main(sys.argv[1:], configs=Path(__file__).parent / "configs"))

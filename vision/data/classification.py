@@ -63,7 +63,7 @@ class PicturesInMemory:
 
 
 def _to_size(images: Tensor, size: int) -> Tensor:
-    """uint8 [N, H, W] to [N, size, size]: enlarged by a whole factor, then framed with black; shrunk only if too large."""
+    """uint8 [N, H, W] to [N, size, size]: enlarged by a whole factor, framed with black; shrunk only if too large."""
     height, width = images.shape[1:]
     if max(height, width) > size:
         small = F.interpolate(images[:, None].float(), (size, size), mode="bilinear", antialias=True)
@@ -78,7 +78,7 @@ def _to_size(images: Tensor, size: int) -> Tensor:
 
 
 def _shift_and_flip(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """[B, S, S] moved by up to `shift` pixels in each direction, black coming in, and mirrored with probability `hflip`."""
+    """[B, S, S], each picture moved by up to `shift` pixels, black coming in, and mirrored with probability `hflip`."""
     batch, size, shift = len(images), images.shape[-1], augmentation.shift
     flip = torch.rand(batch, generator=generator) < augmentation.hflip
     offset = torch.randint(0, 2 * shift + 1, (2, batch), generator=generator)
@@ -145,7 +145,7 @@ def split_indices(length: int, held_out: float, seed: int, limit: int | None = N
 
 
 def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """ROOT/train/CLASS/… with val (or validation) and test beside train; what is missing is split off, or equals val."""
+    """ROOT/train/CLASS/…, val and test beside it. Without val, training pictures are held out; without test, val is used."""
     root = Path(config.root or "")
     if config.root is None or not root.is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")
@@ -155,9 +155,9 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
     augmented = create_transform(
         **shape,
         is_training=True,
-        scale=tuple(augmentation.scale),
+        scale=(augmentation.scale[0], augmentation.scale[1]),
         hflip=augmentation.hflip,
-        color_jitter=augmentation.color_jitter or None,
+        color_jitter=augmentation.color_jitter,
         auto_augment=augmentation.auto_augment,
         re_prob=augmentation.erasing,
         re_mode="pixel",

@@ -1,11 +1,12 @@
 """Fashion-MNIST: 60,000 + 10,000 photos of clothing, 28 x 28, grey, ten classes. Found on this machine, or fetched.
 
-H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms, 2017,
-https://github.com/zalandoresearch/fashion-mnist (MIT licence). Its files have MNIST's IDX format (Y. LeCun): a magic
-number 0x0000TTDD (TT the type, DD the number of axes), the axes as big-endian 32-bit integers, then the values.
+H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms,
+2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence). Its files have MNIST's IDX format (Y. LeCun): a
+magic number 0x0000TTDD (TT the type, DD the number of axes), the axes as big-endian 32-bit integers, then the
+values.
 
-Unusual: Debian and its descendants ship the data as a package, `dataset-fashion-mnist`. `apt-get download` and `dpkg -x`
-unpack it into a cache folder without root, which works wherever a package mirror does and the web does not.
+Unusual: Debian and its descendants ship the data as a package, `dataset-fashion-mnist`. `apt-get download` and `dpkg
+-x` unpack it into a cache folder without root, which works wherever a package mirror does and the web does not.
 """
 
 from __future__ import annotations

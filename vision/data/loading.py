@@ -1,15 +1,15 @@
 """Batches that are the same whenever and wherever they are asked for: the ground under exact resumption.
 
-The order of an epoch is a function of (seed, epoch), the augmentation of a batch a function of (seed, epoch, rank, batch).
-Unusual:
+The order of an epoch is a function of (seed, epoch), the augmentation of a batch a function of (seed, epoch, rank,
+batch). Unusual:
 
-* A data set here answers `__getitems__(request)` with a finished batch. PyTorch's loader calls it when it exists, which lets
-  pictures in memory be augmented by one vectorised operation, and gives every batch its seed, whatever worker makes it.
-* `ResumableLoader` counts what it has handed out. Lightning stores that in the checkpoint and gives it back before the first
-  batch; without it a run resumed inside an epoch would see the epoch's first batches again.
+* A data set here answers `__getitems__(request)` with a finished batch. PyTorch's loader calls it when it exists,
+  which lets pictures in memory be augmented by one vectorised operation, and gives every batch its seed, whatever
+  worker makes it.
+* `ResumableLoader` counts what it has handed out. Lightning stores that in the checkpoint and gives it back before
+  the first batch; without it a run resumed inside an epoch would see the epoch's first batches again.
 * Evaluation shards hold each picture once. PyTorch's DistributedSampler repeats some to make the ranks equal, and so
-  falsifies every metric.
-"""
+  falsifies every metric."""
 
 from __future__ import annotations
 

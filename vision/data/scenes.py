@@ -1,11 +1,11 @@
 """Scenes for segmentation, composed of real photos: Fashion-MNIST items, turned, scaled and tinted, on textured ground.
 
-Scene number i of a seed is always the same picture, whatever batch it is drawn in and however many there are; a batch of
-scenes is rendered at once. Its mask holds 0 for the ground, 1 + class for an item, and `IGNORE_INDEX` on the outline of
-every item, as Pascal VOC's masks do, where a pixel belongs to neither side.
+Scene number i of a seed is always the same picture, whatever batch it is drawn in and however many there are; a
+batch of scenes is rendered at once. Its mask holds 0 for the ground, 1 + class for an item, and `IGNORE_INDEX` on
+the outline of every item, as Pascal VOC's masks do, where a pixel belongs to neither side.
 
-Unusual: items of the training scenes come from the training pictures only, those of the validation and test scenes from the
-pictures held out and from the test files, so that the numbers are about clothes never seen.
+Unusual: items of the training scenes come from the training pictures only, those of the validation and test scenes
+from the pictures held out and from the test files, so that the numbers are about clothes never seen.
 """
 
 from __future__ import annotations
@@ -133,16 +133,20 @@ def _texture(ground: list[Tensor], size: int) -> Tensor:
     total = torch.zeros(())
     for octave, grid in enumerate(ground):
         # Fine noise is grey: colour that changes within a few pixels looks like no material.
-        grid = grid if octave < 2 else grid[:, :1].expand(-1, 3, -1, -1)
-        total = total + F.interpolate(grid, (size, size), mode="bicubic", align_corners=False) * 0.75**octave
-    return (total / sum(0.75**octave for octave in range(len(ground)))).clamp(0, 1)
+        grid = grid if octave < 2 else grid[:, :1]
+        total = total + F.interpolate(grid, (size, size), mode="bilinear", align_corners=False) * 0.75**octave
+    return total / sum(0.75**octave for octave in range(len(ground)))
 
 
 def _outline(inside: Tensor) -> Tensor:
     """The pixels on either side of a shape's edge, bool [B, S, S]. Beyond the scene nothing begins or ends."""
-    area = inside[:, None].float()
-    grown, shrunk = F.max_pool2d(area, 3, 1, 1), -F.max_pool2d(-area, 3, 1, 1)
-    return (grown != shrunk)[:, 0]
+    edge = torch.zeros_like(inside)
+    rows, columns = inside[:, 1:] != inside[:, :-1], inside[:, :, 1:] != inside[:, :, :-1]
+    edge[:, 1:] |= rows
+    edge[:, :-1] |= rows
+    edge[:, :, 1:] |= columns
+    edge[:, :, :-1] |= columns
+    return edge
 
 
 def load_fashion_scenes(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:

@@ -1,11 +1,12 @@
 """A feature pyramid head.
 
 T.-Y. Lin et al.: Feature Pyramid Networks for Object Detection, CVPR 2017, https://arxiv.org/abs/1612.03144, and the
-segmentation branch of A. Kirillov et al.: Panoptic Feature Pyramid Networks, CVPR 2019, https://arxiv.org/abs/1901.02446.
+segmentation branch of A. Kirillov et al.: Panoptic Feature Pyramid Networks, CVPR 2019,
+https://arxiv.org/abs/1901.02446.
 
-Unusual: the levels are brought to the finest one at once and added, without the branch's repeated convolve-and-double steps,
-which cost most of its time and add nothing for pyramids of four levels. It is a plain head to build on; parameter names of
-published checkpoints are not claimed.
+Unusual: the levels are brought to the finest one at once and added, without the branch's repeated
+convolve-and-double steps, which cost most of its time and add nothing for pyramids of four levels. It is a plain
+head to build on; parameter names of published checkpoints are not claimed.
 """
 
 from __future__ import annotations

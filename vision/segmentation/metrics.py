@@ -1,7 +1,7 @@
 """All numbers of a classifier of pictures or of pixels from one confusion matrix, which adds up exactly over processes.
 
-Unusual: a class that is neither present nor predicted has no IoU and stays out of the mean. Per-class results that report 0
-for it, as some libraries do, make a mean that is too low.
+Unusual: a class that is neither present nor predicted has no IoU and stays out of the mean. Per-class results that
+report 0 for it, as some libraries do, make a mean that is too low.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
-    """From counts [truth, prediction]: accuracy, mean accuracy over classes, mIoU (0-dim) and IoU, recall (per class, nan if absent)."""
+    """Of counts [truth, prediction]: accuracy, its mean over classes, mean IoU; `iou` and `recall` by class, or nan."""
     counts = confusion.double()
     hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     iou = hits / (truth + predicted - hits)  # 0 / 0 is nan: the class does not occur

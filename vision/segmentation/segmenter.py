@@ -1,7 +1,7 @@
 """`Segmenter`: a feature backbone and a head, and nothing between them but sizes.
 
-Unusual: no multiple of 32 is asked of the picture. Heads take sizes from the maps they get, and the logits are brought to
-the size of the picture.
+Unusual: no multiple of 32 is asked of the picture. Heads take sizes from the maps they get, and the logits are
+brought to the size of the picture.
 """
 
 from __future__ import annotations

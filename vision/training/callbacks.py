@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -22,8 +22,8 @@ from .checkpoints import write_atomically
 class Interrupted(Exception):
     """Training stopped because of a signal; everything is in last.ckpt."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; go on with resume={checkpoint.parent.parent}")
         self.number = number
 
 
@@ -74,10 +74,17 @@ class LastCheckpoint(Checkpoint):
         if due or (stop and stepped):
             trainer.save_checkpoint(self.path)
         if stop and stepped:
-            raise Interrupted(self.watch.received or signal.SIGTERM)
+            raise Interrupted(self.watch.received or signal.SIGTERM, self.path)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar without the version number, which names nothing here."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class EpochTable(Logger):
@@ -112,7 +119,7 @@ class EpochTable(Logger):
         epoch = int(metrics["epoch"])
         self.rows = {known: row for known, row in self.rows.items() if known <= epoch}
         self.rows.setdefault(epoch, {"epoch": epoch}).update(values)
-        names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
+        names = ["epoch", *sorted({name for row in self.rows.values() for name in row} - {"epoch"})]
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator=os.linesep)
         writer.writeheader()

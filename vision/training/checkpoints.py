@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written beside their name and moved onto it, read without running code.
 
-Unusual: Lightning's own writer goes through $TMPDIR and a copy, which leaves a truncated file when the disk fills up or the
-process dies. Here the data is written into the same folder and on the disk before the old file is replaced.
+Unusual: Lightning's own writer goes through $TMPDIR and a copy, which leaves a truncated file when the disk fills up
+or the process dies. Here the data is written into the same folder and on the disk before the old file is replaced.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def _train(config: Any) -> int:
     try:
         results = run(config)
     except Interrupted as stop:
-        _say(f"stopped by {stop}; go on with: python train.py resume=last", sys.stderr)
+        _say(str(stop), sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
         return 130
@@ -92,11 +92,7 @@ def help_text(configs: Path) -> str:
 
 
 def _describe(key: Key) -> list[str]:
-    default = (
-        {None: "null", True: "true", False: "false"}.get(key.default, key.default)
-        if not isinstance(key.default, (list, dict))
-        else key.default
-    )
+    default = "null" if key.default is None else str(key.default).lower() if key.base is bool else key.default
     facts = [f"default {default}", key.describe_type(), key.describe_range()]
     head = f"{key.name:24}  {'; '.join(fact for fact in facts if fact)}"
     return [head, *textwrap.wrap(key.doc, 116, initial_indent=" " * 26, subsequent_indent=" " * 26)]

@@ -67,7 +67,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     axes.set(xlabel="prediction", ylabel="truth")
     axes.set_title(title, fontsize=11)
     if count <= _MOST_NAMED_CLASSES:
-        axes.set_xticks(range(count), classes, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_xticks(range(count), classes, **_slanted(classes))
         axes.set_yticks(range(count), classes)
     if count <= 20:
         for row, column in zip(*np.nonzero(percent >= 0.05), strict=True):
@@ -77,6 +77,11 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     bar = figure.colorbar(image, ax=axes, shrink=0.75, label="percent of the true class")
     bar.set_ticks([0.0, 0.1**0.5, 0.25**0.5, 0.5**0.5, 1.0], labels=["0", "10", "25", "50", "100"])
     figure.savefig(path, dpi=130)
+
+
+def _slanted(names: Sequence[str]) -> dict[str, Any]:
+    """Tick labels are slanted where upright ones would overlap."""
+    return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
 
 
 def draw_batch(path: Path, images: Tensor, labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -103,7 +108,7 @@ def draw_predictions(
     for index, axes in enumerate(grid[: len(images)]):
         _show(axes, images[index], mean, std)
         right = bool(predicted[index] == truth[index])
-        text = f"{classes[int(predicted[index])]} {100 * float(confidence[index]):.0f} %"
+        text = f"{classes[int(predicted[index])]} ({100 * float(confidence[index]):.0f} %)"
         text += "" if right else f"\ntruth: {classes[int(truth[index])]}"
         axes.set_title(text, fontsize=7, pad=3, color=_RIGHT if right else _WRONG)
     figure.savefig(path, dpi=130)

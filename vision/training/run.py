@@ -23,7 +23,7 @@ from ..data.splits import Splits
 from ..segmentation import scores
 from . import pictures
 from .build import build_model
-from .callbacks import EpochTable, LastCheckpoint, SignalWatch, read_table
+from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch, read_table
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .settings import ConfigError, nearest, to_yaml
@@ -56,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
 
     data = ZooData(splits, batch_size=config.train.batch_size, seed=config.seed, workers=config.data.workers)
     with SignalWatch() as watch:
-        trainer = _make_trainer(config, folder, watch, task.metric)
+        trainer = _make_trainer(config, folder, watch, task)
         if config.train.compile:
             model.compile()
         trainer.fit(task, data, ckpt_path=config.resume, weights_only=True)
@@ -128,16 +128,17 @@ def _remove_old_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _make_trainer(config: Config, folder: Path, watch: SignalWatch, metric: str) -> pl.Trainer:
+def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) -> pl.Trainer:
     train = config.train
     best = ModelCheckpoint(
         folder / "checkpoints",
         filename="best",
-        monitor=f"val/{metric}",
+        monitor=f"val/{task.metric}",
         mode="max",
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
+    last = LastCheckpoint(folder / "checkpoints" / "last.ckpt", watch, every=train.save_every)
     return pl.Trainer(
         accelerator=train.accelerator,
         devices=train.devices,
@@ -150,12 +151,12 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, metric: str)
         limit_val_batches=train.limit_batches,
         limit_test_batches=train.limit_batches,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, task.steps_per_epoch),
         logger=[
             TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
             EpochTable(folder / "metrics.csv", resume=config.resume is not None),
         ],
-        callbacks=[best, LastCheckpoint(folder / "checkpoints" / "last.ckpt", watch, every=train.save_every)],
+        callbacks=[best, last, *([Progress(refresh_rate=10)] if train.progress else [])],
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,  # ours shards by itself, without repeating pictures
         enable_model_summary=False,

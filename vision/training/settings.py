@@ -151,7 +151,7 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
     _check_choice("data", data, names)
     [(data_origin, data_tree)] = _read(folder / "data" / f"{data}.yaml")
     tree["data"] = {**tree.get("data", {}), "name": data}
-    return [(data_origin, {"data": data_tree}), (origin, {"recipe": recipe, **tree})]
+    return [(data_origin, data_tree), (origin, {"recipe": recipe, **tree})]
 
 
 def _check_choice(key: str, value: str, names: list[str]) -> None:

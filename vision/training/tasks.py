@@ -2,23 +2,24 @@
 
 Unusual:
 
-* The number of steps comes from the configuration, never from `trainer.estimated_stepping_batches`: asking for that inside
-  `configure_optimizers` makes Lightning lose the loader's place when a run is resumed inside an epoch.
-* torch, numpy and random are seeded anew before every step, from (seed, epoch, step, rank). Drop path, dropout and mixup are
-  then the same in a resumed run, without random states in the checkpoint.
-* No hyper-parameters are saved, so that a checkpoint holds tensors, numbers and text and loads with `weights_only=True`.
-"""
+* The number of steps comes from the configuration, never from `trainer.estimated_stepping_batches`: asking for that
+  inside `configure_optimizers` makes Lightning lose the loader's place when a run is resumed inside an epoch.
+* torch, numpy and random are seeded anew before every step, from (seed, epoch, step, rank). Drop path, dropout and
+  mixup are then the same in a resumed run, without random states in the checkpoint.
+* No hyper-parameters are saved, so that a checkpoint holds tensors, numbers and text and loads with
+  `weights_only=True`."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from timm.data.mixup import Mixup
-from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
+from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -38,9 +39,8 @@ class Task(pl.LightningModule):
 
     def __init__(self, model: nn.Module, config: Config, splits: Splits, *, steps_per_epoch: int) -> None:
         super().__init__()
-        self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
+        self.model, self.config, self.splits, self.steps_per_epoch = model, config, splits, steps_per_epoch
         self.metric = "mean_iou" if splits.dense else "accuracy"
-        self.classes = splits.classes
         augment = config.augment
         mixes = augment.mixup > 0 or augment.cutmix > 0
         if mixes and splits.dense:
@@ -76,8 +76,8 @@ class Task(pl.LightningModule):
             loss = self.hard_loss(self.model(images), targets)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"the loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}; last.ckpt is from before. "
-                f"Try a lower optim.lr (now {self.config.optim.lr:g}) or optim.clip_grad=1"
+                f"the loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}; last.ckpt is from before "
+                f"that. Try a lower optim.lr (now {self.config.optim.lr:g}) or optim.clip_grad=1"
             )
         self.train_loss.update(loss.detach())
         self.log("loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
@@ -85,6 +85,7 @@ class Task(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.log("train/loss", self.train_loss.compute())
+        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         self.train_loss.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -144,6 +145,20 @@ class Task(pl.LightningModule):
             updates_per_epoch=self.steps_per_epoch,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What it takes to build the model again and to prepare its pictures, in plain types."""
+        splits = self.splits
+        checkpoint["mixerzoo"] = {
+            "model": self.config.model.name,
+            "model_kwargs": self.config.model.kwargs,
+            "head": dataclasses.asdict(self.config.head) if splits.dense else None,
+            "classes": list(splits.classes),
+            "in_chans": splits.channels,
+            "size": splits.size,
+            "mean": list(splits.mean),
+            "std": list(splits.std),
+        }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(num_updates=self.global_step, metric=metric)
