@@ -2,312 +2,37 @@
 // causal axes. The arithmetic of windows is that of kernels/neighborhood_attention/_geometry.py. Called through ctypes.
 //
 // What is unusual:
-// - One routine serves three passes. A pass visits its "near" points (queries in the forward pass and for dq, keys for dk
-//   and dv) and gathers over the "far" points that each is paired with. The queries that see a key are contiguous on every
-//   axis, as the keys of a query are, so the gradients of keys and values are gathered too: nothing is added atomically,
-//   every result is written once, and its bits depend on neither the number of threads nor their timing.
+// - One routine serves three passes. A pass visits its "near" points (queries in the forward pass and for dq, keys for
+// dk
+//   and dv) and gathers over the "far" points that each is paired with. The queries that see a key are contiguous on
+//   every axis, as the keys of a query are, so the gradients of keys and values are gathered too: nothing is added
+//   atomically, every result is written once, and its bits depend on neither the number of threads nor their timing.
 // - Dilated maps are cut into their lattices. A slice is one lattice of one head of one image, and is plain undilated
 //   attention. The far points of a few slices at a time (a wave) are copied: transposed, [row][dim][x], so that eight
-//   scores are one fused multiply-add a channel with no sum across lanes; and as they are, [row][x][dim], to be averaged.
-// - Neighbouring near points share their loads: windows of up to seven columns, two at a time, fill eight lanes exactly.
+//   scores are one fused multiply-add a channel with no sum across lanes; and as they are, [row][x][dim], to be
+//   averaged.
+// - Neighbouring near points share their loads: windows of up to seven columns, two at a time, fill eight lanes
+// exactly.
 // - Columns outside a window are computed with their tile of eight, then masked, never multiplied by zero: a NaN there
 //   stays out.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "copies.h"
+#include "lanes.h"
+#include "neighborhood.h"
+
 namespace {
-
-constexpr int64_t kLanes = 8;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-typedef float Vec __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Mask __attribute__((vector_size(4 * kLanes)));
-typedef float UnalignedVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
-inline Vec splat(float x) { return Vec{} + x; }
-
-// `load`, into a register: GCC would read the memory again for each use, and loads are what limits the inner loops.
-inline Vec load_once(const float* p) {
-  Vec x = load(p);
-#ifdef __AVX__
-  asm("" : "+x"(x));
-#endif
-  return x;
-}
-
-// Both fold the lanes in a fixed order.
-inline float sum_lanes(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
-inline float max_lanes(Vec x) {
-  return std::max(std::max(std::max(x[0], x[4]), std::max(x[2], x[6])), std::max(std::max(x[1], x[5]), std::max(x[3], x[7])));
-}
-
-// exp(x) for x <= 88 within 2 units in the last place; zero where it would be denormal; NaN stays NaN.
-inline Vec exp_lanes(Vec x) {
-  const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
-  const Vec shifted = x * 1.44269504f + shifter;
-  const Vec n = shifted - shifter;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2, log 2 in two parts
-  Vec tail = splat(1.39261864e-3f);  // (exp(r) - 1 - r) / r^2 on [-log(2)/2, log(2)/2], relative error 1e-8
-  tail = tail * r + 8.36317905e-3f;
-  tail = tail * r + 4.16665546e-2f;
-  tail = tail * r + 1.66665770e-1f;
-  tail = tail * r + 0.5f;
-  const Vec mantissa = tail * (r * r) + r + 1.f;
-  const Mask scaled = reinterpret_cast<Mask>(mantissa) + (reinterpret_cast<Mask>(shifted) << 23);
-  return x < -87.3f ? Vec{} : reinterpret_cast<Vec>(scaled);
-}
-
-// All ones in the lanes whose column, of eight from `column`, lies in [begin, end).
-inline Mask columns_between(int64_t column, int64_t begin, int64_t end) {
-  const Mask lane = Mask{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<int32_t>(column);
-  return (lane >= static_cast<int32_t>(begin)) & (lane < static_cast<int32_t>(end));
-}
-
-// ---- What the caller passes: 64-bit words throughout, laid out by _native.py.
-
-struct Geometry {
-  int64_t threads, batch, heads, dim;
-  int64_t size[3], kernel[3], stride[3], dilation[3], causal[3];
-};
-
-struct Slice {
-  int64_t batch, head, origin[3], points[3];
-  int length[3];  // per axis 0 where the lattice has ceil(size / dilation) points, 1 where one less
-};
-
-// Points of one row of a slice.
-struct Points {
-  float* data;
-  int64_t step;
-  float* operator[](int64_t x) const { return data + x * step; }
-  Points from(int64_t x) const { return {data + x * step, step}; }
-};
-
-// [batch, Z, Y, X, heads(, dim)] float32 with strides in elements; dim, if any, is contiguous.
-struct View {
-  float* data;
-  int64_t batch, axis[3], head;
-
-  Points row(const Geometry& g, const Slice& s, int64_t z, int64_t y) const {
-    float* first = data + s.batch * batch + s.head * head + (s.origin[0] + z * g.dilation[0]) * axis[0] +
-                   (s.origin[1] + y * g.dilation[1]) * axis[1] + s.origin[2] * axis[2];
-    return {first, g.dilation[2] * axis[2]};
-  }
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-Slice make_slice(const Geometry& g, int64_t index) {
-  Slice s;
-  for (int axis = 2; axis >= 0; --axis) {
-    s.origin[axis] = index % g.dilation[axis];
-    index /= g.dilation[axis];
-    s.points[axis] = ceil_div(g.size[axis] - s.origin[axis], g.dilation[axis]);
-    s.length[axis] = s.points[axis] == ceil_div(g.size[axis], g.dilation[axis]) ? 0 : 1;
-  }
-  s.head = index % g.heads;
-  s.batch = index / g.heads;
-  return s;
-}
-
-// ---- Windows: which far points each near point is paired with.
-
-struct Windows {
-  std::vector<int64_t> start, end;
-  int64_t width(int64_t i) const { return end[i] - start[i]; }
-  int64_t widest() const {
-    int64_t widest = 0;
-    for (size_t i = 0; i < start.size(); ++i) widest = std::max(widest, end[i] - start[i]);
-    return widest;
-  }
-};
-
-// The keys of each query along one axis of a lattice.
-Windows key_windows(int64_t points, int64_t kernel, int64_t stride, bool causal) {
-  Windows w;
-  for (int64_t i = 0; i < points; ++i) {
-    const int64_t lead = std::min(i / stride * stride + (causal ? stride - 1 : stride / 2), points - 1);
-    const int64_t start = causal ? lead - kernel + 1 : std::min(lead - kernel / 2, points - kernel);
-    w.start.push_back(std::max<int64_t>(start, 0));
-    w.end.push_back(causal ? i + 1 : w.start.back() + kernel);
-  }
-  return w;
-}
-
-// The queries of each key: a run, because neither end of a window ever moves back.
-Windows query_windows(const Windows& keys) {
-  Windows w;
-  const int64_t points = keys.start.size();
-  for (int64_t key = 0, start = 0, end = 0; key < points; ++key) {
-    while (start < points && keys.end[start] <= key) ++start;
-    while (end < points && keys.start[end] <= key) ++end;
-    w.start.push_back(start);
-    w.end.push_back(std::max(start, end));
-  }
-  return w;
-}
-
-// One near point, or two neighbours that share the tiles of eight far columns.
-struct Group {
-  int64_t x, count, start, columns;  // far columns [start, start + columns), whole tiles
-  int64_t begin[2], end[2];          // each point's own window, from start
-};
-
-std::vector<Group> make_groups(const Windows& w) {
-  std::vector<Group> groups;
-  const int64_t points = w.start.size();
-  for (int64_t x = 0; x < points;) {
-    Group group{x, 1, w.start[x], round_up(w.width(x), kLanes), {0, 0}, {w.width(x), 0}};
-    if (x + 1 < points) {
-      const int64_t shared = round_up(w.end[x + 1] - w.start[x], kLanes);
-      if (2 * shared <= group.columns + round_up(w.width(x + 1), kLanes)) {
-        group.count = 2;
-        group.columns = shared;
-        group.begin[1] = w.start[x + 1] - group.start;
-        group.end[1] = w.end[x + 1] - group.start;
-      }
-    }
-    x += group.count;
-    groups.push_back(group);
-  }
-  return groups;
-}
-
-// The pairing of a pass on all three axes, for both lengths that a lattice can have.
-struct Neighborhood {
-  Windows axis[3][2];
-  std::vector<Group> groups[2];
-  int64_t max_rows = 1, max_columns = 0;  // of the far rows and columns that a group sees
-
-  Neighborhood(const Geometry& g, bool keys_are_near) {
-    for (int a = 0; a < 3; ++a) {
-      for (int shorter = 0; shorter < 2; ++shorter) {
-        const int64_t points = shorter ? g.size[a] / g.dilation[a] : ceil_div(g.size[a], g.dilation[a]);
-        axis[a][shorter] = key_windows(points, g.kernel[a], g.stride[a], g.causal[a]);
-        if (keys_are_near) axis[a][shorter] = query_windows(axis[a][shorter]);
-      }
-      if (a < 2) max_rows *= std::max(axis[a][0].widest(), axis[a][1].widest());
-    }
-    for (int shorter = 0; shorter < 2; ++shorter) {
-      groups[shorter] = make_groups(axis[2][shorter]);
-      for (const Group& group : groups[shorter]) max_columns = std::max(max_columns, group.columns);
-    }
-  }
-};
-
-// The relative position table of every head, [far - near] on each axis, its rows padded so that whole tiles can be read.
-struct BiasTable {
-  int64_t rows, width, pad, pitch;
-  std::vector<float> data;
-
-  BiasTable(const Geometry& g, const float* rpb, bool flipped, int64_t max_columns)
-      : rows((2 * g.kernel[0] - 1) * (2 * g.kernel[1] - 1)), width(2 * g.kernel[2] - 1), pad(max_columns), pitch(width + 2 * pad) {
-    if (!rpb) return;
-    data.assign(g.heads * rows * pitch, 0.f);
-    for (int64_t h = 0; h < g.heads; ++h)
-      for (int64_t i = 0; i < rows * width; ++i) {
-        const int64_t to = flipped ? rows * width - 1 - i : i;
-        data[(h * rows + to / width) * pitch + pad + to % width] = rpb[h * rows * width + i];
-      }
-  }
-};
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats allocate(int64_t count) {
-  float* p = static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(float), 64)));
-  if (!p) throw std::bad_alloc();
-  return Floats(p);
-}
-
-// ---- Copies of the far points, a slice at a time.
-
-// Transposed operands are [row][dim][pitch] and readable for a whole tile from any column; plain ones [row][x][width].
-struct Layout {
-  int64_t dim, width, pitch, transposed_row, plain_row, rows;
-
-  explicit Layout(const Geometry& g) : dim(g.dim), width(round_up(g.dim, kLanes)) {
-    const int64_t points = ceil_div(g.size[2], g.dilation[2]);
-    pitch = round_up(points + kLanes - 1, kLanes);
-    if (pitch % 32 == 0) pitch += kLanes;  // a power of two would put all channels into a few sets of the cache
-    transposed_row = dim * pitch;
-    plain_row = points * width;
-    rows = ceil_div(g.size[0], g.dilation[0]) * ceil_div(g.size[1], g.dilation[1]);
-  }
-};
-
-inline void transpose_tile(Vec (&t)[8]) {
-#ifdef __clang__
-#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MIX(a, b, ...) __builtin_shuffle(a, b, (Mask{__VA_ARGS__}))
-#endif
-  Vec u[8];
-  for (int i = 0; i < 8; i += 2) {
-    u[i] = MIX(t[i], t[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    u[i + 1] = MIX(t[i], t[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      t[i + 2 * j] = MIX(u[i + j], u[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      t[i + 2 * j + 1] = MIX(u[i + j], u[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; ++i) {
-    u[i] = MIX(t[i], t[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    u[i + 4] = MIX(t[i], t[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  std::copy(u, u + 8, t);
-#undef MIX
-}
-
-// source[x][d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`.
-void copy_transposed(Points source, int64_t begin, int64_t end, int64_t fill, const Layout& layout, float* to) {
-  for (int64_t d0 = 0; d0 < layout.dim; d0 += kLanes) {
-    const int64_t channels = std::min(kLanes, layout.dim - d0);
-    int64_t x = begin;
-    for (; channels == kLanes && x + kLanes <= end; x += kLanes) {
-      Vec tile[8];
-      for (int i = 0; i < 8; ++i) tile[i] = load(source[x + i] + d0);
-      transpose_tile(tile);
-      for (int i = 0; i < 8; ++i) store(to + (d0 + i) * layout.pitch + x, tile[i]);
-    }
-    for (int64_t d = d0; d < d0 + channels; ++d) {
-      float* row = to + d * layout.pitch;
-      for (int64_t i = x; i < end; ++i) row[i] = source[i][d];
-      std::fill(row + end, row + fill, 0.f);
-    }
-  }
-}
-
-// source[x][d] -> to[x * width + d], zeros from dim on.
-void copy_plain(Points source, int64_t begin, int64_t end, const Layout& layout, float* to) {
-  for (int64_t x = begin; x < end; ++x) {
-    const float* point = source[x];
-    float* row = to + x * layout.width;
-    int64_t d = 0;
-    for (; d + kLanes <= layout.dim; d += kLanes) store(row + d, load(point + d));
-    for (; d < layout.width; ++d) row[d] = d < layout.dim ? point[d] : 0.f;
-  }
-}
-
-// ---- Inner loops. Q is the number of near points that share a tile.
 
 // The far rows that the near points of a row see, and one thread's room for what it computes about them.
 struct Reach {
@@ -327,7 +52,8 @@ struct Reach {
 
 // scores[q][t][lane] = sum over d of near[q][d] * columns[tiles[t] + d * pitch + lane], for T tiles from `first`
 template <int Q, int T>
-inline void dot_tiles(Points near, const float* columns, const Reach& reach, int64_t first, const Layout& layout, float* scores) {
+inline void dot_tiles(Points near, const float* columns, const Reach& reach, int64_t first, const Layout& layout,
+                      float* scores) {
   const float *point[Q], *tile[T];
   Vec sum[Q][T] = {};
   for (int q = 0; q < Q; ++q) point[q] = near[q];
@@ -342,7 +68,8 @@ inline void dot_tiles(Points near, const float* columns, const Reach& reach, int
 }
 
 template <int Q, int T>
-inline void dot_last_tiles(Points near, const float* columns, const Reach& reach, int64_t first, const Layout& layout, float* scores) {
+inline void dot_last_tiles(Points near, const float* columns, const Reach& reach, int64_t first, const Layout& layout,
+                           float* scores) {
   if constexpr (T > 0) {
     if (reach.tile_count - first == T) return dot_tiles<Q, T>(near, columns, reach, first, layout, scores);
     dot_last_tiles<Q, T - 1>(near, columns, reach, first, layout, scores);
@@ -370,8 +97,8 @@ inline void add_columns(const float* const* weights, const float* values, int64_
 
 // out[q] = factor[q] * sum over q's window of weights[q] * values, for N vectors of channels from `channel`
 template <int Q, int N>
-inline void average_channels(const Group& group, const Reach& reach, const Layout& layout, int64_t channel, const float* weights,
-                             const float* values, const float* factor, Points out) {
+inline void average_channels(const Group& group, const Reach& reach, const Layout& layout, int64_t channel,
+                             const float* weights, const float* values, const float* factor, Points out) {
   Vec sum[Q][N] = {};
   for (int64_t r = 0; r < reach.row_count; ++r) {
     const float* row = values + reach.rows[r] * layout.plain_row + group.start * layout.width + channel;
@@ -397,19 +124,24 @@ template <int Q>
 void average(const Group& group, const Reach& reach, const Layout& layout, const float* weights, const float* values,
              const float* factor, Points out) {
   for (int64_t d = 0; d < layout.width; d += 4 * kLanes) switch ((layout.width - d) / kLanes) {
-      case 1: average_channels<Q, 1>(group, reach, layout, d, weights, values, factor, out); break;
-      case 2: average_channels<Q, 2>(group, reach, layout, d, weights, values, factor, out); break;
-      case 3: average_channels<Q, 3>(group, reach, layout, d, weights, values, factor, out); break;
-      default: average_channels<Q, 4>(group, reach, layout, d, weights, values, factor, out);
+      case 1:
+        average_channels<Q, 1>(group, reach, layout, d, weights, values, factor, out);
+        break;
+      case 2:
+        average_channels<Q, 2>(group, reach, layout, d, weights, values, factor, out);
+        break;
+      case 3:
+        average_channels<Q, 3>(group, reach, layout, d, weights, values, factor, out);
+        break;
+      default:
+        average_channels<Q, 4>(group, reach, layout, d, weights, values, factor, out);
     }
 }
 
-// ---- The passes.
-
 enum class Kind { kForward, kQueryGrad, kKeyGrad };
 
-// near_a . far_a are the scores, near_b . far_b the gradients of the probabilities. out_a averages far points of a (in the
-// forward pass of b, the values), out_b those of b. lse and delta belong to queries, near or far.
+// near_a . far_a are the scores, near_b . far_b the gradients of the probabilities. out_a averages far points of a (in
+// the forward pass of b, the values), out_b those of b. lse and delta belong to queries, near or far.
 struct Operands {
   View near_a, near_b, far_a, far_b, lse, delta, out_a, out_b;
   const float* rpb;
@@ -420,10 +152,11 @@ template <Kind kind>
 class Pass {
   static constexpr bool kForward = kind == Kind::kForward, kNearKeys = kind == Kind::kKeyGrad;
   static constexpr int64_t kUnitPoints = 64;      // near points of a unit of work, about
+  static constexpr int64_t kMaxUnits = 512;       // of a slice, about: each keeps a table of gradients
   static constexpr int64_t kChunk = 4;            // groups that take each step together
   static constexpr int64_t kCopyColumns = 256;    // far columns copied by one unit
   static constexpr int64_t kUnitsPerThread = 8;   // in a wave at least, for balance
-  static constexpr int64_t kWaveFloats = 1 << 18; // in a wave at least, so that small slices do not wait for each other
+  static constexpr int64_t kWaveFloats = 262144;  // or this much in a wave, so that small slices wait less often
 
   const Geometry& g_;
   const Operands& o_;
@@ -431,7 +164,7 @@ class Pass {
   const Layout layout_;
   const Neighborhood near_;
   const BiasTable bias_;
-  const int64_t rows_per_unit_, row_units_, column_units_, copy_units_, slices_;
+  const int64_t column_units_, rows_per_unit_, row_units_, copy_units_, slices_;
   int64_t slot_floats_ = 0, wave_ = 0, table_floats_ = 0;
   int64_t columns_a_ = 0, columns_b_ = 0, plain_a_ = 0, plain_b_ = 0, lse_ = 0, delta_ = 0;  // where in a slot
   Floats slots_, table_grads_;        // [slot][...], [slot][unit][table]
@@ -476,7 +209,8 @@ class Pass {
 
   // Scores become probabilities, short of the factors that are returned.
   template <int Q>
-  void softmax(const Group& group, const Reach& reach, const float* bias, float* scores, Points lse, float* factor) const {
+  void softmax(const Group& group, const Reach& reach, const float* bias, float* scores, Points lse,
+               float* factor) const {
     const int64_t size = reach.row_count * group.columns;
     Vec largest[Q], sum[Q] = {};
     for (Vec& x : largest) x = splat(-kInfinity);
@@ -541,7 +275,8 @@ class Pass {
   void visit(const Slice& s, const float* slot, int64_t z, int64_t y, const Group* groups, int64_t count, Reach& reach,
              float* table_grad) const {
     const Points a = o_.near_a.row(g_, s, z, y), b = o_.near_b.row(g_, s, z, y), lse = o_.lse.row(g_, s, z, y);
-    const Points delta = o_.delta.row(g_, s, z, y), out_a = o_.out_a.row(g_, s, z, y), out_b = o_.out_b.row(g_, s, z, y);
+    const Points delta = o_.delta.row(g_, s, z, y), out_a = o_.out_a.row(g_, s, z, y),
+                 out_b = o_.out_b.row(g_, s, z, y);
     const auto each = [&](auto step) {
       for (int64_t i = 0; i < count; ++i) {
         float *scores = reach.scores.get() + i * reach.room, *grads = reach.grads.get() + i * reach.room;
@@ -610,12 +345,19 @@ class Pass {
 
  public:
   Pass(const Geometry& g, const Operands& o, float scale)
-      : g_(g), o_(o), scale_(scale), layout_(g), near_(g, kNearKeys), bias_(g, o.rpb, kNearKeys, near_.max_columns),
-        rows_per_unit_(std::max<int64_t>(1, kUnitPoints * g.dilation[2] / g.size[2])),
-        row_units_(ceil_div(layout_.rows, rows_per_unit_)),
+      : g_(g),
+        o_(o),
+        scale_(scale),
+        layout_(g),
+        near_(g, kNearKeys),
+        bias_(g, o.rpb, kNearKeys, near_.max_columns),
         column_units_(ceil_div(std::max(near_.groups[0].size(), near_.groups[1].size()), kUnitPoints / 2)),
+        rows_per_unit_(
+            std::max(kUnitPoints * g.dilation[2] / g.size[2], ceil_div(layout_.rows * column_units_, kMaxUnits))),
+        row_units_(ceil_div(layout_.rows, rows_per_unit_)),
         copy_units_(ceil_div(ceil_div(g.size[2], g.dilation[2]), kCopyColumns)),
-        slices_(g.batch * g.heads * g.dilation[0] * g.dilation[1] * g.dilation[2]), reaches_(g.threads) {
+        slices_(g.batch * g.heads * g.dilation[0] * g.dilation[1] * g.dilation[2]),
+        reaches_(g.threads) {
     lay_out_slot();
     const int64_t units = row_units_ * column_units_;
     wave_ = std::min(std::max(ceil_div(kUnitsPerThread * g.threads, units), kWaveFloats / slot_floats_), slices_);
@@ -683,14 +425,16 @@ int guard(const Geometry& g, Body body) {
 }  // namespace
 
 // views: query, key, value, rpb, out, lse. Only the data of rpb is read: contiguous, or null.
-extern "C" __attribute__((visibility("default"))) int mixerzoo_na_forward(const Geometry* g, const View* views, float scale) {
+extern "C" __attribute__((visibility("default"))) int mixerzoo_na_forward(const Geometry* g, const View* views,
+                                                                          float scale) {
   const auto [q, k, v, rpb, out, lse] = *reinterpret_cast<const View(*)[6]>(views);
   const Operands operands{q, q, k, v, lse, lse, out, out, rpb.data, nullptr};
   return guard(*g, [&] { Pass<Kind::kForward>(*g, operands, scale).run(); });
 }
 
 // views: grad_out, query, key, value, rpb, lse, delta, grad_query, grad_key, grad_value, grad_rpb.
-extern "C" __attribute__((visibility("default"))) int mixerzoo_na_backward(const Geometry* g, const View* views, float scale) {
+extern "C" __attribute__((visibility("default"))) int mixerzoo_na_backward(const Geometry* g, const View* views,
+                                                                           float scale) {
   const auto [grad, q, k, v, rpb, lse, delta, dq, dk, dv, drpb] = *reinterpret_cast<const View(*)[11]>(views);
   const Operands to_queries{q, grad, k, v, lse, delta, dq, dq, rpb.data, drpb.data};
   const Operands to_keys{k, v, q, grad, lse, delta, dk, dv, rpb.data, nullptr};

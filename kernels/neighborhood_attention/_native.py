@@ -1,7 +1,7 @@
 """Neighborhood attention by the compiled kernel of kernels/cpu/neighborhood_attention.cpp, where an install built it.
 
-setuptools compiles that file once for each instruction set of `_VARIANTS` (pyproject.toml); an install without a compiler has
-none of them and everything else works. The libraries know neither Python nor torch: plain C functions over pointers and
+setuptools compiles that file once for AVX2 and once for any processor (pyproject.toml); an install without a compiler has neither
+and everything else works. The libraries know neither Python nor torch: plain C functions over pointers and
 strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded and so its
 threads; where that runtime lacks what they need, they do not load.
 
@@ -21,11 +21,9 @@ from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-_VARIANTS = {
-    "AVX512": ["_cpu_x86_64_v3", "_cpu_baseline"],
-    "AVX2": ["_cpu_x86_64_v3", "_cpu_baseline"],
-}
-"""Library names by torch's name for the processor's instructions, best first; any other processor takes the baseline."""
+_BEST = {"AVX512": ["_cpu_avx2"], "AVX2": ["_cpu_avx2"]}
+"""Libraries to try before the baseline, by torch's name for the processor's instructions. There is none for AVX-512: a window
+of seven fills eight lanes, not sixteen."""
 
 _BAD_GEOMETRY, _NO_MEMORY = 1, 2  # Status in the C++ file
 
@@ -34,7 +32,7 @@ _BAD_GEOMETRY, _NO_MEMORY = 1, 2  # Status in the C++ file
 def _library() -> ctypes.CDLL | None:
     if os.environ.get("MIXERZOO_NATIVE", "1") == "0":
         return None
-    for name in _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ["_cpu_baseline"]):
+    for name in [*_BEST.get(torch.backends.cpu.get_cpu_capability(), []), "_cpu_baseline"]:
         for suffix in EXTENSION_SUFFIXES:
             path = Path(__file__).with_name(name + suffix)
             if not path.is_file():

@@ -1,0 +1,71 @@
+// Memory for the far points of a slice, and the two ways to lay them out in it.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "lanes.h"
+#include "neighborhood.h"
+
+namespace {
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats allocate(int64_t count) {
+  float* p = static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(float), 64)));
+  if (!p) throw std::bad_alloc();
+  return Floats(p);
+}
+
+// Transposed operands are [row][dim][pitch] and readable for a whole tile from any column; plain ones [row][x][width].
+struct Layout {
+  int64_t dim, width, pitch, transposed_row, plain_row, rows;
+
+  explicit Layout(const Geometry& g) : dim(g.dim), width(round_up(g.dim, kLanes)) {
+    const int64_t points = ceil_div(g.size[2], g.dilation[2]);
+    pitch = round_up(points + kLanes - 1, kLanes);
+    if (pitch % 32 == 0) pitch += kLanes;  // a power of two would put all channels into a few sets of the cache
+    transposed_row = dim * pitch;
+    plain_row = points * width;
+    rows = ceil_div(g.size[0], g.dilation[0]) * ceil_div(g.size[1], g.dilation[1]);
+  }
+};
+
+// source[x][d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`.
+void copy_transposed(Points source, int64_t begin, int64_t end, int64_t fill, const Layout& layout, float* to) {
+  for (int64_t d0 = 0; d0 < layout.dim; d0 += kLanes) {
+    const int64_t channels = std::min(kLanes, layout.dim - d0);
+    int64_t x = begin;
+    for (; channels == kLanes && x + kLanes <= end; x += kLanes) {
+      Vec tile[8];
+      for (int i = 0; i < 8; ++i) tile[i] = load(source[x + i] + d0);
+      transpose_tile(tile);
+      for (int i = 0; i < 8; ++i) store(to + (d0 + i) * layout.pitch + x, tile[i]);
+    }
+    for (int64_t d = d0; d < d0 + channels; ++d) {
+      float* row = to + d * layout.pitch;
+      for (int64_t i = x; i < end; ++i) row[i] = source[i][d];
+      std::fill(row + end, row + fill, 0.f);
+    }
+  }
+}
+
+// source[x][d] -> to[x * width + d], zeros from dim on.
+void copy_plain(Points source, int64_t begin, int64_t end, const Layout& layout, float* to) {
+  for (int64_t x = begin; x < end; ++x) {
+    const float* point = source[x];
+    float* row = to + x * layout.width;
+    int64_t d = 0;
+    for (; d + kLanes <= layout.dim; d += kLanes) store(row + d, load(point + d));
+    for (; d < layout.width; ++d) row[d] = d < layout.dim ? point[d] : 0.f;
+  }
+}
+
+}  // namespace
