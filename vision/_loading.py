@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.models import load_state_dict, resolve_model_input_args
 from timm.utils.misc import ParseKwargs
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ def load_model(
     """A timm model by name, in eval mode. A checkpoint may be one of `train.py`, of timm, or of the model's authors.
 
     Classes and input channels are those of the checkpoint, which must hold all weights; `num_classes=0` drops the head.
+    A checkpoint of `train.py` also knows the model's arguments and how its images were prepared.
     """
     if not timm.is_model(name.split(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -37,9 +39,12 @@ def load_model(
         raise ValueError("weights come from pretrained or from a checkpoint; give one of them")
     overlay: dict[str, Any] | None = None
     if checkpoint is not None:
-        overlay = _overlay(name, _read_checkpoint(Path(checkpoint)), num_classes, model_kwargs)
+        state, facts = _read_checkpoint(Path(checkpoint), name)
+        model_kwargs = facts.get("model_kwargs", {}) | model_kwargs
+        overlay = _overlay(name, state, facts, num_classes, model_kwargs)
         num_classes = overlay.get("num_classes") if num_classes is None else num_classes
         model_kwargs.setdefault("in_chans", overlay["input_size"][0])
+        image_size = overlay["input_size"][1:] if image_size is None else image_size
     try:
         arguments = resolve_model_input_args(name, {"img_size": image_size}, num_classes=num_classes, **model_kwargs)
         load = pretrained or overlay is not None
@@ -50,20 +55,28 @@ def load_model(
     return model.eval()
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The weights in a file; nothing in it is executed. Lightning keeps a module's own weights under `model.`."""
+def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a file, and what `train.py` wrote beside them; nothing in the file is executed.
+
+    Lightning keeps a module's own weights under `model.`, which no timm model uses as its first name.
+    """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
         state = load_state_dict(str(path), weights_only=True)
+        inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+        facts = torch.load(path, map_location="cpu", weights_only=True).get("mixerzoo", {}) if inner else {}
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
-    inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    return inner or state
+    if facts.get("head") is not None:
+        raise ValueError(f"{path} holds a segmenter; only classifiers can be loaded here")
+    if facts.get("model", name) != name:
+        raise ValueError(f"{path} holds a {facts['model']}, not a {name}")
+    return inner or state, facts
 
 
 def _overlay(
-    name: str, state: dict[str, Tensor], num_classes: int | None, model_kwargs: dict[str, Any]
+    name: str, state: dict[str, Tensor], facts: dict[str, Any], num_classes: int | None, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Changes to a model's pretrained_cfg that make timm load `state`, and all of it.
 
@@ -80,7 +93,10 @@ def _overlay(
     if head is not None or num_classes:
         overlay["num_classes"] = num_classes if head is None else head.shape[0]
     channels = stem.shape[1] if stem is not None else model_kwargs.get("in_chans", cfg.input_size[0])
-    overlay["input_size"] = (channels, *cfg.input_size[1:])
+    size = (facts["size"], facts["size"]) if facts else cfg.input_size[1:]
+    overlay["input_size"] = (channels, *size)
+    if facts:
+        overlay.update(mean=tuple(facts["mean"]), std=tuple(facts["std"]), label_names=list(facts["classes"]))
     return overlay
 
 

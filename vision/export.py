@@ -152,7 +152,9 @@ class _Check(NamedTuple):
 def _write_folder(
     model: nn.Module, draft: Path, features: Sequence[int] | None, data: dict[str, Any], dynamic: bool
 ) -> tuple[dict[str, tuple[int, int | None]], list[_Check]]:
-    save_for_hf(model, str(draft), safe_serialization=True, data_config={"input_size": data["input_size"]})
+    labels = {"label_names": data["label_names"]} if data.get("label_names") else {}
+    size = {"input_size": data["input_size"]}
+    save_for_hf(model, str(draft), model_config=labels, safe_serialization=True, data_config=size)
     free = () if not dynamic else ("batch",) if get_model_input_config(model)["fixed_input_size"] else AXES.values()
 
     def run(images: list[Tensor], **arguments: Any) -> list[list[Tensor]]:
@@ -325,11 +327,13 @@ def _output_names(model: nn.Module, features: Sequence[int] | None) -> list[str]
 
 
 def _data_config(model: nn.Module, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """How images must be prepared for this model: size, mean and standard deviation, resizing."""
+    """How images must be prepared for this model, and what its classes are called where that is known."""
     size = get_model_input_config(model)["input_size"] if image_size is None else image_size
     channels = get_model_input_config(model)["input_size"][0]
     config = resolve_input_data_config(model, {"input_size": (channels, *size[-2:])})
-    return {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    labels = getattr(model, "pretrained_cfg", {}).get("label_names")
+    config = {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    return {**config, "label_names": labels} if labels else config
 
 
 def _metadata(model: nn.Module, features: Sequence[int] | None, names: list[str]) -> dict[str, Any]:

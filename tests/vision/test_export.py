@@ -130,6 +130,27 @@ def test_checkpoints_of_all_kinds(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(image), model(image), rtol=0, atol=0)
 
 
+def test_checkpoint_of_our_trainer_knows_its_model_and_its_images(tmp_path: Path) -> None:
+    arguments = {"depths": [1, 1], "embed_dim": 16, "num_heads": [1, 2], "stem_stride": 2}
+    model = timm.create_model("nat_mini", **arguments, num_classes=3, in_chans=1).eval()
+    facts = {"model": "nat_mini", "model_kwargs": arguments, "head": None, "classes": ["a", "b", "c"], "in_chans": 1}
+    facts |= {"size": 32, "mean": [0.3], "std": [0.4]}
+    file = tmp_path / "best.ckpt"
+    torch.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}, "mixerzoo": facts}, file)
+    loaded = load_model("nat_mini", checkpoint=file)
+    image = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(_logits(loaded, image), _logits(model, image), rtol=0, atol=0)
+    export_model(loaded, tmp_path / "folder", format="safetensors")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 32, 32] and config["pretrained_cfg"]["mean"] == [0.3]
+    assert config["label_names"] == ["a", "b", "c"] and config["num_classes"] == 3
+    with pytest.raises(ValueError, match="holds a nat_mini, not a nat_tiny"):
+        load_model("nat_tiny", checkpoint=file)
+    torch.save({"state_dict": {"model.x": torch.ones(1)}, "mixerzoo": {**facts, "head": {"channels": 8}}}, file)
+    with pytest.raises(ValueError, match="segmenter"):
+        load_model("nat_mini", checkpoint=file)
+
+
 def test_published_layout_is_renamed_by_the_models_filter(tmp_path: Path) -> None:
     """ConvNeXt's authors call the stages' downsampling `downsample_layers`; timm's filter knows that layout."""
     model = timm.create_model("test_convnext2").eval()
