@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import socket
@@ -16,8 +17,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from mixerzoo.kernels import _runtime
 
 torch.set_num_threads(1)
+
+
+def _load_triton_interpreted() -> None:
+    """Import Triton and our Triton modules so that tests can run them on the CPU.
+
+    Whether a Triton function is compiled or interpreted is settled when the module that defines it is imported, Triton's
+    own library included. The variable is taken away again: CPU tensors keep their own path (`_runtime` is loaded already),
+    and the processes that tests start must not see it.
+    """
+    if not _runtime.HAS_TRITON:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        importlib.import_module("triton.language")
+        for path in sorted((Path(__file__).parent.parent / "kernels").rglob("_triton*.py")):
+            importlib.import_module(f"mixerzoo.kernels.{path.parent.name}.{path.stem}")
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+_load_triton_interpreted()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,14 @@ def make_windows(kernel_size: list[int], stride: list[int], dilation: list[int],
     return tuple(Window(*axis) for axis in zip(kernel_size, stride, dilation, is_causal, strict=True))
 
 
+def _use_triton(query: Tensor) -> bool:
+    if not _runtime.runs_triton(query):
+        return False
+    from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+
+    return _triton.supports(query)
+
+
 def _use_native(query: Tensor) -> bool:
     return query.dtype != torch.float64 and query.device.type == "cpu" and _native.is_available()
 
@@ -34,7 +42,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     windows = make_windows(kernel_size, stride, dilation, is_causal)
-    if _runtime.runs_triton(query):
+    if _use_triton(query):
         from . import _triton
 
         return _triton.forward(query, key, value, rpb, windows, scale)
@@ -68,7 +76,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and rpb (empty where there is none)."""
     windows = make_windows(kernel_size, stride, dilation, is_causal)
-    if _runtime.runs_triton(query):
+    if _use_triton(query):
         from . import _triton
 
         *grads, grad_rpb = _triton.backward(grad_out, query, key, value, rpb, lse, delta, windows, scale)

@@ -1,0 +1,174 @@
+"""Compile the Triton launches of an operator for GPUs that are not here, and report what the compiler made of them.
+
+    python tests/kernels/aot_compile.py [--target sm90 ...] [--case map-32-half ...]
+
+prints one JSON object a kernel: registers, spills, shared memory, tensor-core instructions. Nothing is launched: Triton gets
+a driver that only names its target, and the operators' own launchers run on meta tensors, so that what is compiled is what
+runs, with the same constants and specialisations. Run without TRITON_INTERPRET. Works with triton 3.6 to 3.9.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns that the default will change
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from mixerzoo.kernels.neighborhood_attention import _triton as neighborhood_attention
+from mixerzoo.kernels.neighborhood_attention._geometry import Window
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CONSUMER_SHARED_MEMORY = 99 * 1024
+"""Bytes a block may use on sm_86, sm_89 and sm_120, the smallest of NVIDIA's limits; gfx942 has 64 KiB."""
+SHARED_MEMORY = {"cuda": CONSUMER_SHARED_MEMORY, "hip": 64 * 1024}
+
+
+class NamedTarget:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, kind: str) -> str:
+        return kind
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _report_nvidia(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([_tool(name), flag, path], capture_output=True, text=True, check=True).stdout
+            for name, flag in [("cuobjdump", "-res-usage"), ("cuobjdump", "-sass")]
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no resources: {usage[:200]}")
+    registers, _, local = map(int, found.groups())
+    return {
+        "registers": registers,
+        "spills": len(re.findall(r"\bSTL\b", code)) + local,
+        "tensor_core_instructions": len(re.findall(r"\bHGMMA\b|\bHMMA\b", code)),
+        "warpgroup_instructions": len(re.findall(r"\bHGMMA\b", code)),
+        "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/", code)),
+    }
+
+
+def _report_amd(assembly: str) -> dict[str, int]:
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"no .{key} in the assembly")
+        return int(found[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "tensor_core_instructions": len(re.findall(r"v_mfma", assembly)),
+        "instructions": len(re.findall(r"^\s+[vs]_", assembly, re.MULTILINE)),
+    }
+
+
+@contextlib.contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
+    """Inside, `kernel[grid](...)` compiles for `target` and appends a report instead of launching."""
+    reports: list[dict[str, Any]] = []
+    run = jit.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        self.device_caches.clear()
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        report = _report_nvidia(kernel.asm["cubin"]) if target.backend == "cuda" else _report_amd(kernel.asm["amdgcn"])
+        reports.append({"kernel": self.__name__, "shared_memory": kernel.metadata.shared, **report})
+        return kernel
+
+    before = driver._active
+    driver.set_active(NamedTarget(target))
+    jit.JITFunction.run = compile_only
+    try:
+        yield reports
+    finally:
+        jit.JITFunction.run = run
+        driver._active = before
+
+
+def _attend(spatial: tuple[int, int, int], windows: tuple[Window, ...], head_dim: int, dtype: torch.dtype, *, rpb: bool) -> None:
+    query = torch.empty(2, *spatial, 2, head_dim, device="meta", dtype=dtype)
+    table = torch.empty(2, *(2 * window.size - 1 for window in windows), device="meta") if rpb else None
+    out, lse = neighborhood_attention.forward(query, query, query, table, windows, 1.0)
+    neighborhood_attention.backward(out, query, query, query, table, lse, lse, windows, 1.0)
+
+
+def _cases() -> dict[str, Callable[[], None]]:
+    """Every configuration that ships, at the windows of the models, and every kind of geometry at the usual one."""
+    one = Window(1, 1, 1, False)
+    seven = Window(7, 1, 1, False)
+    cases: dict[str, Callable[[], None]] = {}
+    for dtype, kind in [(torch.float16, "half"), (torch.float32, "float")]:
+        for head_dim in (32, *neighborhood_attention.CONFIGS[dtype.itemsize]):
+            cases[f"map-{head_dim}-{kind}"] = lambda d=head_dim, t=dtype: _attend((1, 56, 56), (one, seven, seven), d, t, rpb=True)
+    half = torch.bfloat16
+    dilated, causal, strided = Window(7, 1, 4, False), Window(7, 1, 1, True), Window(8, 4, 1, False)
+    eleven = Window(11, 1, 2, False)
+    five = Window(5, 1, 1, False)
+    cases |= {
+        "no-bias": lambda: _attend((1, 56, 56), (one, seven, seven), 32, half, rpb=False),
+        "dilated": lambda: _attend((1, 56, 56), (one, dilated, dilated), 32, half, rpb=True),
+        "11x11-dilated": lambda: _attend((1, 96, 96), (one, eleven, eleven), 32, half, rpb=True),
+        "causal": lambda: _attend((1, 56, 56), (one, causal, seven), 32, half, rpb=True),
+        "strided": lambda: _attend((1, 56, 56), (one, strided, strided), 32, half, rpb=False),
+        "sequence": lambda: _attend((1, 1, 1000), (one, one, Window(31, 1, 1, False)), 64, half, rpb=True),
+        "volume": lambda: _attend((16, 16, 16), (five, five, five), 32, half, rpb=True),
+    }
+    return cases
+
+
+CASES = _cases()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES))
+    options = parser.parse_args()
+    for name in options.target:
+        for case in options.case:
+            with compiling_for(TARGETS[name]) as reports:
+                CASES[case]()
+            for report in reports:
+                print(json.dumps({"target": name, "case": case, **report}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Every Triton kernel and configuration compiles for the GPUs we name, and compiles well: see aot_compile.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mixerzoo.kernels import _runtime
+
+SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 99 * 1024, "gfx942": 64 * 1024}  # consumer cards' limit for both NVIDIA targets
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _runtime.HAS_TRITON, reason="Triton is not installed on this platform"),
+]
+
+
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_kernels_compile_without_spills_within_shared_memory_on_tensor_cores(target: str) -> None:
+    script = Path(__file__).with_name("aot_compile.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, script, "--target", target], capture_output=True, text=True, env=environment, timeout=1500
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {report["kernel"] for report in reports} >= {
+        "_na_fwd_kernel",
+        "_na_bwd_query_kernel",
+        "_na_bwd_key_kernel",
+        "_na_bwd_bias_kernel",
+    }
+    for report in reports:
+        assert report["spills"] == 0, report
+        assert report["shared_memory"] <= SHARED_MEMORY[target], report
+        if "float" not in report["case"]:  # full float32 products run outside the tensor cores
+            assert report["tensor_core_instructions"] > 0, report
+            if target == "sm90":
+                assert report["warpgroup_instructions"] > 0, report
