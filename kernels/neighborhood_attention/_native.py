@@ -1,8 +1,8 @@
 """Neighborhood attention by the compiled kernel of kernels/cpu/neighborhood_attention.cpp, where an install built it.
 
-setuptools compiles that file once for AVX2 and once for any processor (pyproject.toml); an install without a compiler has neither
-and everything else works. The libraries know neither Python nor torch: plain C functions over pointers and
-strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded and so its
+setuptools compiles that file once for AVX2 and once for any processor (pyproject.toml); an install without a compiler
+has neither, and everything else works. The libraries know neither Python nor torch: plain C functions over pointers and
+strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded, and so its
 threads; where that runtime lacks what they need, they do not load.
 
 `MIXERZOO_NATIVE=0` in the environment turns the kernel off.
@@ -22,8 +22,8 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 _BEST = {"AVX512": ["_cpu_avx2"], "AVX2": ["_cpu_avx2"]}
-"""Libraries to try before the baseline, by torch's name for the processor's instructions. There is none for AVX-512: a window
-of seven fills eight lanes, not sixteen."""
+"""Libraries to try before the baseline, by torch's name for the processor's instructions. There is none for AVX-512: a
+window of seven fills eight lanes, not sixteen."""
 
 _BAD_GEOMETRY, _NO_MEMORY = 1, 2  # Status in the C++ file
 
@@ -83,7 +83,7 @@ def _call(
     status = getattr(_library(), name)(_words(words), _words([w for view in views for w in _view(view)]), scale)
     if status == _BAD_GEOMETRY:
         raise ValueError(
-            f"every axis needs 1 <= stride <= kernel_size and kernel_size * dilation <= length; got lengths {size} with "
+            f"every axis needs 1 <= stride <= kernel_size and kernel_size * dilation <= length; got lengths {size}, "
             f"kernel_size, stride, dilation, is_causal {[list(axes) for axes in geometry]}"
         )
     if status == _NO_MEMORY:
