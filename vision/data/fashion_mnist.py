@@ -51,7 +51,9 @@ def read_idx(path: Path) -> np.ndarray:
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is no IDX file of unsigned bytes: it begins with {data[:4].hex()}, not 000008..")
     axes = data[3]
-    shape = np.frombuffer(data, ">u4", axes, 4) if len(data) >= 4 + 4 * axes else np.array([0])
+    if len(data) < 4 + 4 * axes:
+        raise ValueError(f"{path} is damaged: it ends inside its header")
+    shape = np.frombuffer(data, ">u4", axes, 4)
     values = data[4 + 4 * axes :]
     if len(values) != int(np.prod(shape, dtype=np.int64)):
         raise ValueError(f"{path} is damaged: shape {tuple(shape.tolist())} does not match {len(values)} values")

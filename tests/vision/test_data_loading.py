@@ -1,0 +1,103 @@
+"""Batches are a function of (seed, epoch, rank, number): order, shards, place after a resume."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from mixerzoo.vision.data.loading import EpochBatches, Request, ResumableLoader, SeededItems, mix_seed
+
+
+class Numbers:
+    """Answers a request with the indices themselves and noise drawn from the request's seed."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitems__(self, request: Request, /) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(len(request.indices), generator=torch.Generator().manual_seed(request.seed))
+        return torch.tensor(request.indices), noise
+
+
+def _batches(**changes: int | bool) -> EpochBatches:
+    return EpochBatches(40, 8, **{"seed": 3, "training": True, **changes})  # type: ignore[arg-type]
+
+
+def test_epochs_are_different_permutations_and_repeat_exactly() -> None:
+    batches = _batches()
+    first = list(batches)
+    assert first == list(batches)
+    batches.set_epoch(1)
+    second = list(batches)
+    for epoch in (first, second):
+        assert sorted(index for request in epoch for index in request.indices) == list(range(40))
+    assert [r.indices for r in first] != [r.indices for r in second]
+    assert not {r.seed for r in first} & {r.seed for r in second}
+
+
+def test_training_shards_are_disjoint_and_equally_long() -> None:
+    shards = [list(EpochBatches(43, 5, seed=0, training=True, rank=rank, world_size=2)) for rank in range(2)]
+    assert [len(request.indices) for shard in shards for request in shard] == [5] * 8
+    seen = [index for shard in shards for request in shard for index in request.indices]
+    assert len(set(seen)) == 40
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 17, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_picture_once_in_as_many_batches_on_each_rank(length: int, world_size: int) -> None:
+    shards = [
+        EpochBatches(length, 4, seed=0, training=False, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    seen = [index for shard in shards for request in shard for index in request.indices]
+    assert sorted(seen) == list(range(length))
+    assert {len(list(shard)) for shard in shards} == {len(shards[0])}
+    assert all(len(request.indices) <= 4 for shard in shards for request in shard)
+
+
+def test_too_few_pictures_for_a_batch_names_the_remedy() -> None:
+    with pytest.raises(ValueError, match=r"7 training pictures .* train\.batch_size=3 or less"):
+        EpochBatches(7, 4, seed=0, training=True, world_size=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("seen", [1, 3, 5])
+def test_a_loader_goes_on_where_another_stopped(seen: int, workers: int) -> None:
+    whole = ResumableLoader(Numbers(), _batches())
+    whole.batches.set_epoch(2)
+    expected = list(whole)
+    stopped = ResumableLoader(Numbers(), _batches())
+    stopped.batches.set_epoch(2)
+    iterator = iter(stopped)
+    for _ in range(seen):
+        next(iterator)
+
+    resumed = ResumableLoader(Numbers(), _batches(), workers=workers)
+    resumed.load_state_dict(stopped.state_dict())
+    if seen == 5:  # a finished epoch: the next one follows
+        assert resumed.batches.epoch == 3
+        whole.batches.set_epoch(3)
+        expected, seen = list(whole), 0
+    rest = list(resumed)
+    assert len(rest) == 5 - seen
+    for (indices, noise), (expected_indices, expected_noise) in zip(rest, expected[seen:], strict=True):
+        assert torch.equal(indices, expected_indices) and torch.equal(noise, expected_noise)
+
+
+def test_items_of_ordinary_data_sets_get_the_same_augmentation_in_any_batch() -> None:
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.rand(2) + torch.tensor(np.random.rand(2)), index
+
+    items = SeededItems(Noisy(), [3, 1, 2])
+    images, labels = items.__getitems__(Request([0, 1, 2], 9))
+    assert labels.tolist() == [3, 1, 2]
+    assert torch.equal(items.__getitems__(Request([2], 9))[0][0], images[2])
+    assert not torch.equal(items.__getitems__(Request([2], 10))[0][0], images[2])
+
+
+def test_mixed_seeds_differ_where_sums_would_not() -> None:
+    assert len({mix_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
+    assert all(0 <= mix_seed(a) < 2**63 for a in range(50))

@@ -1,0 +1,356 @@
+"""Runs, end to end and in this process: what they leave behind, how they stop, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixerzoo.vision.training import run as run_module
+from mixerzoo.vision.training.callbacks import EpochTable, Interrupted, SignalWatch, read_table
+from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, load_checkpoint, write_atomically
+from mixerzoo.vision.training.cli import main
+from mixerzoo.vision.training.run import run
+from mixerzoo.vision.training.settings import load
+from mixerzoo.vision.training.summary import summarize
+from mixerzoo.vision.training.tasks import NonFiniteLossError, Task
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+DIGITS = ("data=digits", "model=test_convnext", "data.limit=160", "train.batch_size=32", "train.progress=false")
+"""Five steps an epoch of a model that is done in a second."""
+
+
+@pytest.fixture
+def configs(repository: Path) -> Path:
+    return repository / "configs"
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests about numbers need no drawings."""
+    monkeypatch.setattr(run_module, "_draw_batch", lambda *_: None)
+    monkeypatch.setattr(run_module, "_draw_results", lambda *_: None)
+
+
+def _run(configs: Path, *arguments: str) -> dict[str, Any]:
+    return run(load([*DIGITS, *arguments], configs))
+
+
+def _png(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5_000
+
+
+def test_a_run_leaves_all_its_results(configs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main([*DIGITS, "train.epochs=2", "augment.mixup=0.2", f"out={folder}"], configs=configs) == 0
+    assert f"everything is in {folder}" in capsys.readouterr().out
+    assert all(_png(folder / f"{name}.png") for name in ("batch", "curves", "confusion", "predictions"))
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert load([f"resume={folder}"], configs).train.epochs == 2
+
+    rows = read_table(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert all({"train/loss", "train/lr", "val/loss", "val/accuracy", "val/mean_accuracy"} <= set(row) for row in rows)
+    results = json.loads((folder / "results.json").read_text())
+    assert 0 <= results["test"]["accuracy"] <= 1 and len(results["test_recall_by_class"]) == 10
+    assert results["parameters"] == 207_010 and results["gmacs"] > 0
+    assert results["data"] == "digits from scikit-learn" and results["model"] == "test_convnext"
+    assert results["best_epoch"] == 1 + max(range(2), key=lambda epoch: rows[epoch]["val/accuracy"])
+    assert "207,010" in (folder / "summary.txt").read_text()
+
+    for name in ("best", "last"):
+        checkpoint = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["mixerzoo"]["model"] == "test_convnext"
+        assert checkpoint["mixerzoo"]["classes"] == list("0123456789")
+        assert any(key.startswith("model.stages") for key in checkpoint["state_dict"])
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_the_best_checkpoint_is_the_one_that_is_tested(configs: Path, tmp_path: Path, no_pictures: None) -> None:
+    """Its weights, read from the file into a model made by timm, score what results.json says."""
+    import timm
+    from mixerzoo.vision.data.loading import Request
+
+    results = _run(configs, "train.epochs=2", f"out={tmp_path / 'run'}")
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    weights = {key.removeprefix("model."): value for key, value in checkpoint["state_dict"].items() if "model." in key}
+    model = timm.create_model("test_convnext", in_chans=1, num_classes=10)
+    model.load_state_dict(weights)
+    test = run_module.load_data(load([*DIGITS], configs)).test
+    images, labels = test.__getitems__(Request(list(range(len(test))), 0))
+    accuracy = (model.eval()(images).argmax(1) == labels).double().mean()
+    assert results["test"]["accuracy"] == pytest.approx(float(accuracy), abs=1e-6)
+
+
+def test_segmentation_runs_from_the_same_command(configs: Path, tmp_path: Path) -> None:
+    arguments = [
+        *("recipe=segmentation", "model=test_convnext", "data.scenes=12", "data.size=48", "train.batch_size=4"),
+        *("train.epochs=1", "train.progress=false", "head.channels=16", f"out={tmp_path / 'run'}"),
+    ]
+    results = run(load(arguments, configs))
+    assert 0 <= results["test"]["mean_iou"] <= 1 and "ground" in results["test_iou_by_class"]
+    assert all(_png(tmp_path / "run" / f"{name}.png") for name in ("batch", "curves", "confusion", "predictions"))
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    assert checkpoint["mixerzoo"]["head"] == {"channels": 16, "dropout": 0.0}
+
+
+@pytest.mark.parametrize("recipe", ["classification", "segmentation"])
+def test_every_recipe_runs_as_it_is_shipped(
+    recipe: str, configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches of everything, with its own model, on digits where Fashion-MNIST is not."""
+    dry = [
+        "train.limit_batches=2",
+        "train.epochs=1",
+        "train.batch_size=4",
+        "data.download=false",
+        "train.progress=false",
+    ]
+    results = run(load([f"recipe={recipe}", *dry, f"out={tmp_path / 'run'}"], configs))
+    assert results["epochs"] == 1
+
+
+class _Stop:
+    """Sends a signal to this process when a training step begins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, epoch: int, batch: int, number: int = signal.SIGINT) -> None:
+        original = Task.on_train_batch_start
+
+        def on_train_batch_start(task: Task, data: Any, batch_idx: int) -> None:
+            original(task, data, batch_idx)
+            if (task.current_epoch, batch_idx) == (epoch, batch):
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(Task, "on_train_batch_start", on_train_batch_start)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[tuple[str, ...], Path]:
+    """Run folders of uninterrupted runs by their extra arguments, made when first asked for."""
+    return {}
+
+
+RANDOM = ("train.epochs=3", "augment.mixup=0.3", "augment.erasing=0.3", "model.kwargs.drop_path_rate=0.2")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "extra"),
+    [
+        (0, 0, ()),
+        (0, 2, ()),
+        (0, 4, ()),  # the last step of an epoch: its validation is still to come
+        (1, 1, ()),
+        (2, 4, ()),
+        (1, 1, ("train.accumulate=2",)),
+    ],
+)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    epoch: int,
+    batch: int,
+    extra: tuple[str, ...],
+    configs: Path,
+    uninterrupted: dict[tuple[str, ...], Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    no_pictures: None,
+) -> None:
+    """Bit for bit: every weight, and the losses of every epoch. Augmentation, mixup and drop path are on."""
+    if extra not in uninterrupted:
+        whole = uninterrupted[extra] = tmp_path_factory.mktemp("whole") / "run"
+        _run(configs, *RANDOM, *extra, f"out={whole}")
+    whole, parts = uninterrupted[extra], tmp_path / "parts"
+    with pytest.MonkeyPatch.context() as patch:
+        _Stop(patch, epoch=epoch, batch=batch)
+        with pytest.raises(Interrupted, match=f"stopped by SIGINT; go on with resume={parts}"):
+            _run(configs, *RANDOM, *extra, f"out={parts}")
+    stopped = load_checkpoint(parts / "checkpoints" / "last.ckpt")
+    steps = 3 if extra else 5
+    assert stopped["global_step"] == steps * epoch + (batch + 1 + (1 if extra else 0)) // (2 if extra else 1)
+
+    run(load([f"resume={parts}"], configs))
+    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    one, two = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, parts))
+    assert one["global_step"] == two["global_step"] == 3 * steps
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, two["state_dict"][name]), name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, parts)]
+    assert results[0]["test"] == results[1]["test"]
+
+
+def test_a_run_killed_without_warning_goes_on_from_the_last_save(
+    configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(task: Task, *_: Any) -> None:
+        if task.global_step == 8:
+            raise Killed
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    arguments = (*RANDOM, "train.save_every=3")
+    _run(configs, *arguments, f"out={whole}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "on_before_zero_grad", die)
+        with pytest.raises(Killed):
+            _run(configs, *arguments, f"out={parts}")
+    assert load_checkpoint(parts / "checkpoints" / "last.ckpt")["global_step"] == 6
+    run(load([f"resume={parts}"], configs))
+    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_sigterm_has_its_own_exit_code(
+    configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _Stop(monkeypatch, epoch=0, batch=1, number=signal.SIGTERM)
+    assert main([*DIGITS, f"out={tmp_path / 'run'}"], configs=configs) == 143
+
+
+def test_a_second_ctrl_c_stops_at_once_and_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with SignalWatch() as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    configs: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = Task.training_step
+
+    def training_step(task: Task, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        images, labels = batch
+        if task.current_epoch == 1:
+            images = images * float("nan")
+        return original(task, (images, labels), batch_idx)
+
+    monkeypatch.setattr(Task, "training_step", training_step)
+    assert main([*DIGITS, f"out={tmp_path / 'run'}"], configs=configs) == 1
+    assert "error: the loss is nan at epoch 1, batch 0" in capsys.readouterr().err
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 5
+    assert all(value.isfinite().all() for key, value in checkpoint["state_dict"].items() if key.startswith("model."))
+    with pytest.raises(NonFiniteLossError):
+        run(load([f"resume={tmp_path / 'run'}"], configs))
+
+
+def test_a_folder_with_results_is_not_overwritten(configs: Path, tmp_path: Path, no_pictures: None) -> None:
+    (tmp_path / "notes.txt").write_text("keep me")
+    assert main([*DIGITS, f"out={tmp_path}"], configs=configs) == 2
+    _run(configs, "train.limit_batches=1", "train.epochs=1", f"out={tmp_path}", "overwrite=true")
+    assert (tmp_path / "notes.txt").read_text() == "keep me" and (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=convnext_atoo"], "no such model; did you mean convnext_atto"),
+        (["model.kwargs.colour=3"], "model.name=test_convnext cannot be made with"),
+        (["model.checkpoint=nowhere.pth"], "there is no such file"),
+        (["data.size=3"], "try a larger data.size, or a stem that shrinks less"),
+        (
+            ["data.source=digitz"],
+            "choose one of fashion_mnist, digits, image_folder, fashion_scenes; did you mean digits?",
+        ),
+        (["data.source=image_folder"], "data.root=None: there is no such folder"),
+        (["train.batch_size=1000"], "use train.batch_size=160 or less"),
+        (["augment.mixup=0.2", "train.batch_size=5"], "train.batch_size=5 must be even"),
+        (["data=fashion_scenes", "augment.mixup=0.2", "data.download=false"], "set both to 0 for segmentation"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_training(
+    arguments: list[str],
+    message: str,
+    configs: Path,
+    tmp_path: Path,
+    no_pictures: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*DIGITS, f"out={tmp_path / 'run'}", *arguments], configs=configs) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_weights_of_a_file_are_the_start(configs: Path, tmp_path: Path, no_pictures: None) -> None:
+    import timm
+
+    source = timm.create_model("test_convnext", in_chans=1, num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    config = load([*DIGITS, f"model.checkpoint={tmp_path / 'weights.pth'}"], configs)
+    model = run_module.build_model(config, run_module.load_data(config))
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint({"step": torch.tensor(1)}, path)
+
+    def fail(file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, fail)
+    assert load_checkpoint(path)["step"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+    writer.remove_checkpoint(path)
+    assert not path.exists()
+
+
+def test_damaged_and_malicious_checkpoints_are_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    path = tmp_path / "file.ckpt"
+    torch.save({"weights": torch.arange(1000)}, path)
+    for content in (b"", path.read_bytes()[:-200], b"text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"file\.ckpt is not a whole and safe checkpoint"):
+            load_checkpoint(path)
+    torch.save(Evil(), path)
+    with pytest.raises(ValueError, match="not a whole and safe checkpoint"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_table_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+    table = EpochTable(tmp_path / "metrics.csv")
+    for epoch in range(3):
+        table.log_metrics({"val/loss": 1 / (epoch + 3), "epoch": epoch, "loss": 7.0}, step=epoch)
+    table.log_metrics({"loss": 1.0, "epoch": 2}, step=3)
+    resumed = EpochTable(tmp_path / "metrics.csv", resume=True)
+    resumed.log_metrics({"val/loss": 0.5, "epoch": 1}, step=1)
+    assert read_table(tmp_path / "metrics.csv") == [{"epoch": 0.0, "val/loss": 1 / 3}, {"epoch": 1.0, "val/loss": 0.5}]
+
+
+def test_multiply_adds_count_the_attention_operator() -> None:
+    """One layer of 3 x 3 attention by hand: projections, and a window of keys and values for each of 6 x 6 queries."""
+    from mixerzoo.mixers import NeighborhoodAttention2d
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = NeighborhoodAttention2d(8, 2, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attn(x.permute(0, 2, 3, 1))
+
+    summary = summarize(Net(), (8, 6, 6))
+    tokens = 36
+    assert summary.macs == tokens * (8 * 24 + 8 * 8) + tokens * 9 * (8 + 8)
+    assert summary.rows == (("attn", "NeighborhoodAttention2d", summary.parameters, summary.macs),)
+    assert summarize(Net(), (8, 6, 6)).macs == summary.macs
