@@ -22,11 +22,10 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns that the def
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
-
 from mixerzoo.kernels.neighborhood_attention import _triton as neighborhood_attention
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

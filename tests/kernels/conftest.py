@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from mixerzoo.kernels import _runtime
 
 HAS_TRITON = "triton" in sys.modules  # ../conftest.py has loaded it, to be interpreted

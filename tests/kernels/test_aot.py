@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from mixerzoo.kernels import _runtime
 
 SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 99 * 1024, "gfx942": 64 * 1024}  # consumer cards' limit for both NVIDIA targets

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
-
 from mixerzoo.kernels.neighborhood_attention import na2d, neighborhood_attention, neighborhood_attention_reference
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
+from torch import Tensor
 
 _triton = pytest.importorskip("mixerzoo.kernels.neighborhood_attention._triton")
 
