@@ -296,16 +296,15 @@ def test_pickle_with_code_is_refused(tmp_path: Path, save: Any) -> None:
 
 def test_bias_tables_follow_the_window(tmp_path: Path) -> None:
     source = tiny()
-    with torch.no_grad():  # a plane, which bicubic resizing keeps a plane
-        ramp = torch.linspace(-1, 1, 13)
+    with torch.no_grad():  # rises by 1 a row and 2 a column
+        ramp = torch.arange(13.0) - 6
         source.stages[0].blocks[0].attn.rpb.copy_((ramp[:, None] + 2 * ramp[None])[None])
     model = load("nat_mini", published(source), tmp_path, num_classes=5, kernel_size=11, **TINY)
     table = model.stages[0].blocks[0].attn.rpb[0]
     assert table.shape == (21, 21)
-    centre = table[10]
-    torch.testing.assert_close(centre[10], torch.zeros(()), atol=1e-6, rtol=0)
-    steps = centre[4:17].diff()
-    torch.testing.assert_close(steps, torch.full_like(steps, 2 * (2 / 12) * 13 / 21), atol=1e-5, rtol=0)
+    assert abs(table[10, 10]) < 1e-5  # no offset, no bias, before and after
+    down, right = table.diff(dim=0)[4:16, 4:16], table.diff(dim=1)[4:16, 4:16]
+    assert abs(down.mean() / (13 / 21) - 1) < 0.02 and abs(right.mean() / (26 / 21) - 1) < 0.02
     assert same_weights(source, model, but=tuple(k for k in source.state_dict() if k.endswith("rpb")))
 
 
