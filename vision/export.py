@@ -392,7 +392,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"needs whole numbers separated by commas, got {text!r}") from None
 
 
-def _parser() -> _Parser:
+def parser() -> _Parser:
     parser = _Parser(prog="python -m mixerzoo.vision.export", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a name that timm.list_models() knows after `import mixerzoo.vision`")
     parser.add_argument("--format", choices=get_args(Format), required=True)
@@ -449,7 +449,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """0: written and right. 1: could not be exported, or differs; nothing written. 2: wrong arguments."""
     try:
-        _run_cli(_parser().parse_args(argv))
+        _run_cli(parser().parse_args(argv))
     except ExportError as error:
         print(error, file=sys.stderr)
         return 1

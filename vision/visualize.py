@@ -238,13 +238,14 @@ def _run_cli(arguments: argparse.Namespace) -> None:
     checkpoints = _checkpoints(arguments.checkpoint, arguments.models)
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    images = torch.randn(arguments.images, 3, arguments.input_size, arguments.input_size)
+    side = arguments.input_size
     fields = {}
     for name in arguments.models:
         label = f"{name}, trained" if name in checkpoints else name
-        fields[label] = receptive_fields(load_model(name, checkpoint=checkpoints.get(name)), images)
+        model: Any = load_model(name, checkpoint=checkpoints.get(name))
+        fields[label] = receptive_fields(model, torch.randn(arguments.images, model.in_chans, side, side))
     weights = "random weights, " if not checkpoints else ""
-    subtitle = f"{weights}mean over {len(images)} images of noise, {arguments.input_size} x {arguments.input_size}"
+    subtitle = f"{weights}mean over {arguments.images} images of noise, {side} x {side}"
     figures = {
         "neighborhood_attention_2d": draw_neighborhoods_2d(),
         "neighborhood_attention_1d": draw_neighborhoods_1d(),
@@ -267,7 +268,7 @@ def _save(figure: Figure, path: Path) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixerzoo.vision.visualize", description="Draw attention neighborhoods and receptive fields."
     )
@@ -277,8 +278,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--checkpoint", action="append", default=[], metavar="MODEL=FILE", help="trained weights; may be given again")
     add("--images", type=int, default=8, help="of noise, to average over, default %(default)s")
     add("--input-size", type=int, default=224, help="side of the images, default %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     try:
-        _run_cli(parser.parse_args(argv))
+        _run_cli(parser().parse_args(argv))
     except (OSError, ValueError) as error:
         print(f"visualize: {one_line(error)}", file=sys.stderr)
         return 2

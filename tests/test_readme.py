@@ -1,0 +1,180 @@
+"""Every code block of README.md and of docs/ runs. A block or a command that no rule here knows is an error.
+
+Python blocks are executed one after the other; a `text` block is what the block before it prints. Shell commands are
+checked in the default run (arguments parsed, targets known). The slow run executes them as one session in an empty
+folder, with additions that make a training or an export small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mixerzoo.vision import models
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")))
+TINY = {"depths": "[1,1,1,1]", "embed_dim": "8", "num_heads": "[1,1,1,1]"}
+TRAIN = ["train.batch_size=4", "train.limit_batches=1", "train.progress=false", "data.size=32", "data.limit=32"]
+TRAIN += [f"model.kwargs.{key}={value}" for key, value in TINY.items()]
+
+
+def _blocks(page: str) -> list[tuple[str, str]]:
+    """(language, content) of the fenced blocks of a page."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands(page: str) -> list[str]:
+    return [line for language, content in _blocks(page) if language == "bash" for line in content.splitlines() if line]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in _commands(page)))
+
+
+def test_every_block_has_a_known_language() -> None:
+    found = [(page, language) for page in PAGES for language, _ in _blocks(page)]
+    assert {language for _, language in found} == {"python", "text", "bash", ""}
+    assert found.count(("README.md", "")) == 1 == sum(language == "" for _, language in found)  # the tree
+    fences = sum((ROOT / page).read_text().count("```") for page in PAGES)
+    assert fences == 2 * len(found), "a fence that the pattern of this test does not see"
+
+
+def test_python_blocks_run_and_print_what_is_shown() -> None:
+    namespace: dict[str, object] = {}
+    printed, shown = "", 0
+    for language, content in _blocks("README.md"):
+        if language == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(content, "README.md", "exec"), namespace)
+            printed = out.getvalue()
+        elif language == "text":
+            shown += 1
+            assert printed == content
+    assert shown
+
+
+def test_first_python_block_is_short() -> None:
+    (_, first), *_ = _blocks("README.md")
+    assert len([line for line in first.splitlines() if line]) <= 8
+
+
+def _table() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"<!-- models: .*? -->\n(.*?)\n<!-- /models -->", text, flags=re.DOTALL)
+    return table.splitlines()
+
+
+def test_table_lists_every_model() -> None:
+    _, _, *lines = _table()
+    assert [line.split("`")[1] for line in lines] == models.names()
+    assert set(models.STATED_TOP1) <= {f"{row[0]}.{row[1]}" for row in (re.findall(r"[\w.]+", line) for line in lines)}
+    for name in ("nat_mini", "dinat_s_tiny"):
+        assert models.table([models.describe(name)], markdown=True).splitlines()[-1] in lines
+
+
+@pytest.mark.slow
+def test_table_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.main(["--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines() == _table()
+
+
+def test_links_and_pictures_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
+            assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_valid(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    match shlex.split(command):
+        case ["make", target]:
+            subprocess.run(["make", "-n", "-C", ROOT, target], check=True, capture_output=True)
+        case ["pip", "install", "-e", requirement]:
+            extras = set(re.findall(r"\w+", requirement))
+            assert extras <= set(importlib.metadata.metadata("mixerzoo").get_all("Provides-Extra") or [])
+        case ["python", "train.py", *arguments]:
+            _check_training(arguments)
+        case ["python", "-m", "pytest", *paths]:
+            assert paths and all((ROOT / path).exists() for path in paths)
+        case ["python", "-m", module, *arguments]:
+            importlib.import_module(module).parser().parse_args(arguments)
+        case _:
+            pytest.fail(f"no rule checks the command {command!r}")
+
+
+def _check_training(arguments: list[str]) -> None:
+    settings = importlib.import_module("mixerzoo.vision.training.settings")
+    if arguments == ["--help"]:
+        return  # the slow session runs it
+    Path("path/to/pictures").mkdir(parents=True)
+    if any(argument.startswith("resume=") for argument in arguments):
+        with pytest.raises(settings.ConfigError, match=r"no last\.ckpt"):
+            settings.load(arguments, ROOT / "configs")
+    else:
+        settings.load(arguments, ROOT / "configs")
+
+
+@pytest.mark.slow
+def test_commands_run_as_one_session(tmp_path: Path) -> None:
+    """In the order of the pages, so that what one command writes is there for the next."""
+    for name in ("train.py", "configs", "benchmarks", "tests", "Makefile", "pyproject.toml", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for split, label in [(split, label) for split in ("train", "val") for label in ("cat", "dog")]:
+        folder = tmp_path / "path/to/pictures" / split / label
+        folder.mkdir(parents=True)
+        for index in range(8):
+            pixels = np.random.randint(0, 255, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.png")
+    (tmp_path / "best.ckpt").symlink_to("runs/first/checkpoints/best.ckpt")
+    for command in COMMANDS:
+        made_small = _small(shlex.split(command), tmp_path)
+        if made_small:
+            _run(made_small, tmp_path)
+    assert (tmp_path / "runs/first/results.json").exists()
+    assert (tmp_path / "nat_mini.onnx").exists() and (tmp_path / "nat_mini_folder/model.safetensors").exists()
+
+
+def _small(words: list[str], folder: Path) -> list[str]:
+    """The command with the additions that make it short; an empty list for what the default run has checked whole."""
+    match words:
+        case ["make", "train"]:
+            stamp = folder / ".installed"
+            stamp.touch()
+            arguments = " ".join(["data=digits", "train.epochs=1", *TRAIN])
+            return ["make", "train", f"STAMP={stamp}", f"BIN={Path(sys.executable).parent}", f"ARGS={arguments}"]
+        case ["make", _] | ["pip", *_]:
+            return []
+        case ["python", "train.py", "--help"]:
+            return [sys.executable, *words[1:]]
+        case ["python", "train.py", *arguments]:
+            names = {argument.split("=")[0] for argument in arguments}
+            data = ["data.scenes=8"] if "recipe" in names else [] if names & {"data", "resume"} else ["data=digits"]
+            resumed = ["train.epochs=4"] if "resume" in names else ["train.epochs=1", *data, *TRAIN]
+            return [sys.executable, *words[1:], *resumed]
+        case ["python", "-m", "pytest", *_]:
+            return [sys.executable, *words[1:], "--collect-only", "-q", "-p", "no:cacheprovider"]
+        case ["python", "-m", "mixerzoo.vision.export", *arguments]:
+            tiny = [] if "--checkpoint" in arguments else [f"{key}={value}" for key, value in TINY.items()]
+            return [sys.executable, *words[1:], *(["--input-size", "64", "--model-kwargs", *tiny] if tiny else [])]
+        case ["python", "-m", "mixerzoo.vision.visualize", *_]:
+            return [sys.executable, *words[1:], "--images", "1", "--input-size", "64"]
+        case ["python", "-m", *_]:
+            return [sys.executable, *words[1:]]
+    raise AssertionError(f"no rule runs the command {words}")
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, env={**os.environ}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
