@@ -1,4 +1,4 @@
-"""What a user installs: the wheel holds every module and works away from the repository; the sdist holds the C++ too."""
+"""What a user installs: a wheel that holds every module and works away from the repository, and a whole sdist."""
 
 from __future__ import annotations
 
