@@ -65,19 +65,26 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # All processes must agree to stop, or those that go on would wait for ever for those that do not.
-        stop = self.watch.received is not None
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients are not in a checkpoint
-        due = stepped and self.every is not None and trainer.global_step % self.every == 0
-        if due or (stop and stepped):
+        # After the last step Lightning takes the epoch for finished and would resume without its validation; the
+        # checkpoint of the epoch's end follows at once.
+        if not stepped or batch_idx + 1 == trainer.num_training_batches:
+            return
+        stop = self._must_stop(trainer)
+        if stop or (self.every is not None and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)
-        if stop and stepped:
+        if stop:
             raise Interrupted(self.watch.received or signal.SIGTERM, self.path)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
+        if self._must_stop(trainer):
+            raise Interrupted(self.watch.received or signal.SIGTERM, self.path)
+
+    def _must_stop(self, trainer: pl.Trainer) -> bool:
+        """Whether any process got a signal: if some stopped alone, the others would wait for them for ever."""
+        stop = self.watch.received is not None
+        return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
 
 
 class Progress(TQDMProgressBar):
