@@ -107,12 +107,9 @@ class Blocks:
         per_lattice = [_blocks_per_lattice(n, w, q) for n, w, (q, _) in zip(spatial, windows, lengths, strict=True)]
         counts = [w.dilation * count for w, count in zip(windows, per_lattice, strict=True)]
         total = math.prod(counts)
-        # While exporting there is always one block more, a copy of the last: a count of 1 would be taken for a constant.
-        block = (
-            torch.arange(total + 1, device=device).clamp(max=total - 1)
-            if symbolic
-            else torch.arange(total, device=device)
-        )
+        block = torch.arange(total, device=device)
+        if symbolic:  # always one block more, a copy of the last: exporting takes a count of 1 for a constant
+            block = torch.arange(total + 1, device=device).clamp(max=total - 1)
         token = torch.arange(math.prod(spatial), device=device)
 
         axes, query, key = [], torch.zeros_like(block)[:, None], torch.zeros_like(block)[:, None]

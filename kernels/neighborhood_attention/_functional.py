@@ -77,10 +77,11 @@ def _check_fit(spatial: Sequence[int], windows: Sequence[Window]) -> None:
     for axis, (length, window) in enumerate(zip(spatial, windows, strict=True)):
         reach = window.size * window.dilation
         if length < reach:
+            kind = "causal axis" if window.is_causal else "axis"
             raise ValueError(
-                f"{'causal ' if window.is_causal else ''}axis {axis} has length {length}, but kernel_size {window.size} "
-                f"* dilation {window.dilation} needs at least {reach}: pad the map (the NeighborhoodAttention modules of "
-                f"mixerzoo.mixers do, as the published checkpoints expect), or take a smaller window or dilation"
+                f"{kind} {axis} has length {length}, but kernel_size {window.size} * dilation {window.dilation} needs "
+                f"at least {reach}: pad the map (the NeighborhoodAttention modules of mixerzoo.mixers do, as the "
+                f"published checkpoints expect), or take a smaller window or dilation"
             )
 
 

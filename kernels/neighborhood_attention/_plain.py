@@ -1,9 +1,9 @@
 """Neighborhood attention in standard PyTorch operators: blocks of queries against their haloed blocks of keys.
 
-A block of queries attends densely to the keys that its queries see between them (`_blocks`), under one additive bias that
-carries the window and the relative position table: two batched matrix products between gathers, about eight times faster
-than gathering each query's own keys. It is the path that exports (no operator of ours, no branch on a size), that
-functional transforms see, and that serves where there is neither Triton nor a compiled kernel.
+A block of queries attends densely to the keys that its queries see between them (`_blocks`), under one additive bias
+that carries the window and the relative position table: two batched matrix products between gathers, where gathering
+each query's own keys would copy every key once a window. It is the path that exports (no operator of ours, no branch on
+a size), that functional transforms see, and that serves where there is neither Triton nor a compiled kernel.
 
 The backward pass is written out because a custom operator cannot call autograd inside. It recomputes the probabilities,
 one image at a time, so that training keeps no scores in memory.

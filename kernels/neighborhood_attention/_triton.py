@@ -44,8 +44,8 @@ TILES = {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)}
 # Chosen by what the compiler reports (tests/kernels/aot_compile.py: no spilled register, tensor-core instructions,
 # shared memory of consumer cards), not by the clock: bytes an element -> widest head_dim -> forward and backward.
 CONFIGS: dict[int, dict[int, tuple[Config, Config]]] = {
-    2: {64: (Config(64, 4, 2), Config(32, 4, 2)), 128: (Config(32, 8, 1), Config(16, 8, 1))},
-    4: {64: (Config(16, 4, 1), Config(16, 4, 1)), 128: (Config(16, 16, 1), Config(16, 16, 1))},
+    2: {64: (Config(32, 4, 2), Config(32, 4, 2)), 128: (Config(32, 8, 1), Config(16, 8, 1))},
+    4: {64: (Config(16, 4, 1), Config(16, 4, 1))},
 }
 
 
@@ -482,7 +482,7 @@ def _precision() -> str:
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with one set of strides and adjacent channels: as they are (views of a fused projection), or copied."""
+    """The tensors with one set of strides and adjacent channels: as they are (views of one projection), or copied."""
     strides = tensors[0].stride()
     if strides[-1] == 1 and all(tensor.stride() == strides for tensor in tensors):
         return list(tensors)

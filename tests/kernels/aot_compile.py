@@ -2,9 +2,9 @@
 
     python tests/kernels/aot_compile.py [--target sm90 ...] [--case map-32-half ...]
 
-prints one JSON object a kernel: registers, spills, shared memory, tensor-core instructions. Nothing is launched: Triton gets
-a driver that only names its target, and the operators' own launchers run on meta tensors, so that what is compiled is what
-runs, with the same constants and specialisations. Run without TRITON_INTERPRET. Works with triton 3.6 to 3.9.
+prints one JSON object a kernel: registers, spills, shared memory, tensor-core instructions. Nothing is launched: Triton
+gets a driver that only names its target, and the operators' own launchers run on meta tensors, so that what is compiled
+is what runs, with the same constants and specialisations. Run without TRITON_INTERPRET. Works with triton 3.6 to 3.9.
 """
 
 import argparse
@@ -32,9 +32,6 @@ TARGETS = {
     "sm90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CONSUMER_SHARED_MEMORY = 99 * 1024
-"""Bytes a block may use on sm_86, sm_89 and sm_120, the smallest of NVIDIA's limits; gfx942 has 64 KiB."""
-SHARED_MEMORY = {"cuda": CONSUMER_SHARED_MEMORY, "hip": 64 * 1024}
 
 
 class NamedTarget:
@@ -122,7 +119,10 @@ def compiling_for(target: GPUTarget) -> Iterator[list[dict[str, Any]]]:
         driver._active = before
 
 
-def _attend(spatial: tuple[int, int, int], windows: tuple[Window, ...], head_dim: int, dtype: torch.dtype, *, rpb: bool) -> None:
+Map = tuple[int, int, int]
+
+
+def _attend(spatial: Map, windows: tuple[Window, ...], head_dim: int, dtype: torch.dtype, *, rpb: bool) -> None:
     query = torch.empty(2, *spatial, 2, head_dim, device="meta", dtype=dtype)
     table = torch.empty(2, *(2 * window.size - 1 for window in windows), device="meta") if rpb else None
     out, lse = neighborhood_attention.forward(query, query, query, table, windows, 1.0)
@@ -131,25 +131,24 @@ def _attend(spatial: tuple[int, int, int], windows: tuple[Window, ...], head_dim
 
 def _cases() -> dict[str, Callable[[], None]]:
     """Every configuration that ships, at the windows of the models, and every kind of geometry at the usual one."""
-    one = Window(1, 1, 1, False)
-    seven = Window(7, 1, 1, False)
-    cases: dict[str, Callable[[], None]] = {}
-    for dtype, kind in [(torch.float16, "half"), (torch.float32, "float")]:
-        for head_dim in (32, *neighborhood_attention.CONFIGS[dtype.itemsize]):
-            cases[f"map-{head_dim}-{kind}"] = lambda d=head_dim, t=dtype: _attend((1, 56, 56), (one, seven, seven), d, t, rpb=True)
-    half = torch.bfloat16
+    one, five, seven = (Window(size, 1, 1, False) for size in (1, 5, 7))
     dilated, causal, strided = Window(7, 1, 4, False), Window(7, 1, 1, True), Window(8, 4, 1, False)
-    eleven = Window(11, 1, 2, False)
-    five = Window(5, 1, 1, False)
-    cases |= {
-        "no-bias": lambda: _attend((1, 56, 56), (one, seven, seven), 32, half, rpb=False),
-        "dilated": lambda: _attend((1, 56, 56), (one, dilated, dilated), 32, half, rpb=True),
-        "11x11-dilated": lambda: _attend((1, 96, 96), (one, eleven, eleven), 32, half, rpb=True),
-        "causal": lambda: _attend((1, 56, 56), (one, causal, seven), 32, half, rpb=True),
-        "strided": lambda: _attend((1, 56, 56), (one, strided, strided), 32, half, rpb=False),
-        "sequence": lambda: _attend((1, 1, 1000), (one, one, Window(31, 1, 1, False)), 64, half, rpb=True),
+    eleven, long = Window(11, 1, 2, False), Window(31, 1, 1, False)
+    half, large, huge = torch.bfloat16, (1, 56, 56), (1, 96, 96)
+    cases: dict[str, Callable[[], None]] = {
+        "no-bias": lambda: _attend(large, (one, seven, seven), 32, half, rpb=False),
+        "dilated": lambda: _attend(large, (one, dilated, dilated), 32, half, rpb=True),
+        "11x11-dilated": lambda: _attend(huge, (one, eleven, eleven), 32, half, rpb=True),
+        "causal": lambda: _attend(large, (one, causal, seven), 32, half, rpb=True),
+        "strided": lambda: _attend(large, (one, strided, strided), 32, half, rpb=False),
+        "sequence": lambda: _attend((1, 1, 1000), (one, one, long), 64, half, rpb=True),
         "volume": lambda: _attend((16, 16, 16), (five, five, five), 32, half, rpb=True),
     }
+    for dtype, kind in [(torch.float16, "half"), (torch.float32, "float")]:
+        for head_dim in (32, *neighborhood_attention.CONFIGS[dtype.itemsize]):
+            cases[f"map-{head_dim}-{kind}"] = lambda d=head_dim, t=dtype: _attend(
+                large, (one, seven, seven), d, t, rpb=True
+            )
     return cases
 
 

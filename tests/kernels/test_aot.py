@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from mixerzoo.kernels import _runtime
 
-SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 99 * 1024, "gfx942": 64 * 1024}  # consumer cards' limit for both NVIDIA targets
+SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 99 * 1024, "gfx942": 64 * 1024}
+"""Bytes a block may use: for NVIDIA's targets the smallest consumer limit, that of sm_86, sm_89 and sm_120."""
 
 pytestmark = [
     pytest.mark.slow,

@@ -105,10 +105,11 @@ def test_export_path_equals_natten(case: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def make_inputs(
-    *spatial: int, heads: int = 2, dim: int = 4, batch: int = 1, table: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
+    *spatial: int, dim: int = 4, batch: int = 1, table: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    tensors = [torch.randn(batch, *spatial, heads, dim, dtype=dtype) for _ in range(3)]
-    return [*tensors, torch.randn(heads, *(2 * size - 1 for size in table), dtype=dtype)] if table else tensors
+    """Query, key and value with two heads, and a bias table for windows of the sizes `table`."""
+    tensors = [torch.randn(batch, *spatial, 2, dim, dtype=dtype) for _ in range(3)]
+    return [*tensors, torch.randn(2, *(2 * size - 1 for size in table), dtype=dtype)] if table else tensors
 
 
 @st.composite
@@ -299,18 +300,18 @@ REFUSED = {
     "rank": (lambda q: na2d(q[0], q[0], q[0], 3), r"na2d needs query as \[batch, height.*got shape \(8, 8, 2, 4\)"),
     "key shape": (lambda q: na2d(q, q[:, 1:], q, 3), r"key must match query.*\(1, 7, 8, 2, 4\)"),
     "value shape": (lambda q: na2d(q, q, q[:, :, 1:], 3), r"value must match key.*\(1, 8, 7, 2, 4\)"),
-    "heads": (lambda q: na2d(q.expand(1, 8, 8, 2, 4), *[q.repeat(1, 1, 1, 2, 1)[..., :3, :]] * 2, 3), "multiple of key heads.*2 and 3"),
+    "heads": (lambda q: na2d(q, *[q[..., [0, 1, 1], :]] * 2, 3), "multiple of key heads.*2 and 3"),
     "dtype": (lambda q: na2d(q, q.double(), q, 3), "share dtype and device"),
     "integers": (lambda q: na2d(q.long(), q.long(), q.long(), 3), "floating point"),
     "even with rpb": (lambda q: na2d(q, q, q, 4, rpb=torch.zeros(2, 7, 7)), r"odd windows.*\(4, 4\)"),
     "rpb shape": (lambda q: na2d(q, q, q, 3, rpb=torch.zeros(2, 7, 7)), r"\(2, 5, 5\); got \(2, 7, 7\)"),
-    "too small": (lambda q: na2d(q, q, q, 5, dilation=2), "axis 0 has length 8, but kernel_size 5.*at least 10.*pad"),
-    "too small, causal": (lambda q: na2d(q, q, q, 9, is_causal=(True, False)), "causal axis 0 has length 8.*at least 9"),
+    "too small": (lambda q: na2d(q, q, q, 5, dilation=2), "axis 0 has length 8, but kernel_size 5.*least 10.*pad"),
+    "too small, causal": (lambda q: na2d(q, q, q, 9, is_causal=(True, False)), "causal axis 0 has length 8.*least 9"),
     "axes": (lambda q: na2d(q, q, q, (3, 3, 3)), r"kernel_size needs one value or 2.*\(3, 3, 3\)"),
-    "stride": (lambda q: na2d(q, q, q, 3, stride=4), "stride must lie between 1 and kernel_size.*stride 4 and kernel_size 3"),
+    "stride": (lambda q: na2d(q, q, q, 3, stride=4), "between 1 and kernel_size.*stride 4 and kernel_size 3"),
     "size": (lambda q: na2d(q, q, q, 0), "at least 1"),
     "half of extra": (lambda q: na2d(q, q, q, 3, additional_keys=q[:, 0]), "together"),
-    "extra shape": (lambda q: na2d(q, q, q, 3, additional_keys=q, additional_values=q), r"additional_keys must be \[batch, extra"),
+    "extra shape": (lambda q: na2d(q, q, q, 3, additional_keys=q, additional_values=q), r"must be \[batch, extra"),
 }
 
 

@@ -70,7 +70,7 @@ CASES = {
     "causal": Case((10, 8), (5, 5), is_causal=(True, False), heads=1),
     "causal-strided-dilated": Case((20, 17), (5, 3), stride=(3, 2), dilation=(2, 3), is_causal=True, heads=1),
     "volume": Case((4, 5, 6), (3, 3, 5), heads=1),
-    "volume-mixed": Case((6, 5, 4), (3, 3, 3), stride=(1, 2, 1), dilation=(2, 1, 1), is_causal=(False, False, True), heads=1),
+    "volume-mixed": Case((6, 5, 4), (3, 3, 3), (1, 2, 1), (2, 1, 1), is_causal=(False, False, True), heads=1),
     "window-wider-than-a-tile": Case((17, 13), (13, 11), heads=1),
 }
 
