@@ -290,7 +290,9 @@ def test_weights_of_a_file_are_the_start(configs: Path, tmp_path: Path, no_pictu
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     config = load([*DIGITS, f"model.checkpoint={tmp_path / 'weights.pth'}"], configs)
     model = run_module.build_model(config, run_module.load_data(config))
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+    body = {name: value for name, value in model.state_dict().items() if not name.startswith("head.fc")}
+    assert len(body) > 50
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in body.items())
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class EpochTable(Logger):
         self.path = path
         self.rows: dict[int, dict[str, Any]] = {}
         if resume and path.is_file():
-            self.rows = {int(row["epoch"]): dict(row) for row in read_table(path)}
+            self.rows = {int(row["epoch"]): {**row, "epoch": int(row["epoch"])} for row in read_table(path)}
 
     @property
     def name(self) -> str:

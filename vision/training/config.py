@@ -25,7 +25,9 @@ def option(default: Any, doc: str, *, low: float | None = None, high: float | No
 class ModelConfig:
     name: str = option("nat_mini", "a timm model name: one of mixerzoo's or any other; `model=NAME` for short")
     pretrained: bool = option(False, "begin with the published weights")
-    checkpoint: str | None = option(None, "begin with the weights of this file, in the model's published format")
+    checkpoint: str | None = option(
+        None, "begin with this file's weights, in the published format; the head starts anew"
+    )
     kwargs: dict[str, Any] = option({}, "further arguments of the model, such as model.kwargs.stem_stride=1")  # noqa: RUF009
 
 

@@ -84,9 +84,13 @@ class Task(pl.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        self.log("train/loss", self.train_loss.compute())
-        self.log("train/lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
+        values = {"train/loss": self.train_loss.compute().item(), "train/lr": max(rates), "epoch": self.current_epoch}
         self.train_loss.reset()
+        # Not through self.log: that reaches the loggers after last.ckpt is written, and a run that ends in between
+        # would resume without this row.
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.global_step)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
