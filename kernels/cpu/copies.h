@@ -38,22 +38,25 @@ struct Layout {
   }
 };
 
-// source[x][d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`.
+// source[x][d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`. There is room for a whole last tile.
 void copy_transposed(Points source, int64_t begin, int64_t end, int64_t fill, const Layout& layout, float* to) {
   for (int64_t d0 = 0; d0 < layout.dim; d0 += kLanes) {
     const int64_t channels = std::min(kLanes, layout.dim - d0);
-    int64_t x = begin;
-    for (; channels == kLanes && x + kLanes <= end; x += kLanes) {
-      Vec tile[8];
-      for (int i = 0; i < 8; ++i) tile[i] = load(source[x + i] + d0);
-      transpose_tile(tile);
-      for (int i = 0; i < 8; ++i) store(to + (d0 + i) * layout.pitch + x, tile[i]);
+    int64_t written = end;
+    if (channels == kLanes) {
+      for (int64_t x = begin; x < end; x += kLanes) {
+        Vec tile[8];
+        for (int i = 0; i < 8; ++i) tile[i] = x + i < end ? load(source[x + i] + d0) : Vec{};
+        transpose_tile(tile);
+        for (int i = 0; i < 8; ++i) store(to + (d0 + i) * layout.pitch + x, tile[i]);
+        written = x + kLanes;
+      }
+    } else {
+      for (int64_t d = d0; d < layout.dim; ++d)
+        for (int64_t x = begin; x < end; ++x) to[d * layout.pitch + x] = source[x][d];
     }
-    for (int64_t d = d0; d < d0 + channels; ++d) {
-      float* row = to + d * layout.pitch;
-      for (int64_t i = x; i < end; ++i) row[i] = source[i][d];
-      std::fill(row + end, row + fill, 0.f);
-    }
+    for (int64_t d = d0; d < d0 + channels; ++d)
+      std::fill(to + d * layout.pitch + written, to + d * layout.pitch + std::max(written, fill), 0.f);
   }
 }
 

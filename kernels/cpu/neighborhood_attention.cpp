@@ -153,7 +153,7 @@ class Pass {
   static constexpr bool kForward = kind == Kind::kForward, kNearKeys = kind == Kind::kKeyGrad;
   static constexpr int64_t kUnitPoints = 64;      // near points of a unit of work, about
   static constexpr int64_t kMaxUnits = 512;       // of a slice, about: each keeps a table of gradients
-  static constexpr int64_t kChunk = 4;            // groups that take each step together
+  static constexpr int64_t kChunk = 8;            // groups that take each step together
   static constexpr int64_t kCopyColumns = 256;    // far columns copied by one unit
   static constexpr int64_t kUnitsPerThread = 8;   // in a wave at least, for balance
   static constexpr int64_t kWaveFloats = 262144;  // or this much in a wave, so that small slices wait less often
