@@ -427,7 +427,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         image_size=image_size,
         **arguments.model_kwargs,
     )
-    print(f"tracing {arguments.model} and comparing: a minute or more for a large model", file=sys.stderr)
+    print(f"tracing {arguments.model} and comparing: a minute or more for a large model", flush=True)
     suffix = "" if arguments.format == "safetensors" else f".{arguments.format}"
     report = export_model(
         model,
