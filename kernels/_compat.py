@@ -4,7 +4,10 @@ tests/kernels/test_compat.py holds a canary for every function here, so that a t
 noticed by name and not by a wrong gradient.
 """
 
+from typing import Any
+
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def is_exporting() -> bool:
@@ -22,3 +25,20 @@ def is_differentiated_functionally() -> bool:
     A custom operator has no rule for either: forward mode would give tangents of zero without any error.
     """
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def trace_memo() -> dict[Any, Any] | None:
+    """A dictionary that lives and dies with the graph that `torch.export` is tracing, None outside of a trace.
+
+    Tensors made while tracing may be used again in the same trace and nowhere else. Dynamo (strict export) is left
+    out: it would have to follow the dictionary.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer.__dict__.setdefault("mixerzoo_memo", {})
+
+
+def size_key(size: int | torch.SymInt) -> Any:
+    """Something hashable that is equal for equal sizes, symbols included."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -107,9 +107,8 @@ class Blocks:
         per_lattice = [_blocks_per_lattice(n, w, q) for n, w, (q, _) in zip(spatial, windows, lengths, strict=True)]
         counts = [w.dilation * count for w, count in zip(windows, per_lattice, strict=True)]
         total = math.prod(counts)
-        block = torch.arange(total, device=device)
-        if symbolic:  # always one block more, a copy of the last: exporting takes a count of 1 for a constant
-            block = torch.arange(total + 1, device=device).clamp(max=total - 1)
+        # A symbol gets one block more, a copy of the last: exporting takes a count that may be 1 for a constant.
+        block = torch.arange(total + symbolic, device=device).clamp(max=total - 1)
         token = torch.arange(math.prod(spatial), device=device)
 
         axes, query, key = [], torch.zeros_like(block)[:, None], torch.zeros_like(block)[:, None]
@@ -146,19 +145,13 @@ class Blocks:
         shape = (rows.shape[0], self.slot.shape[0], *rows.shape[2:])
         return rows.new_zeros(shape).index_add_(1, self.key.flatten(), rows)
 
-    def bias(self, rpb: Tensor | None, dtype: torch.dtype, *, own_only: bool = False) -> Tensor:
-        """[heads or 1, blocks, queries, keys]: the table's entry inside the window, minus infinity outside.
+    def mask(self, *, own_only: bool = False) -> Tensor:
+        """[blocks, queries, keys]: whether each pair attends.
 
-        `own_only`: minus infinity also for the queries that repeat another, so that they add to no sum over queries.
+        `own_only`: not the queries that repeat another, so that they add to no sum over queries.
         """
         allowed = [axis.allowed & axis.own[..., None] if own_only else axis.allowed for axis in self.axes]
-        mask = self._flatten_pairs(functools.reduce(torch.logical_and, _outer(allowed, 2)))
-        if rpb is None:
-            bias = torch.zeros((1, *mask.shape), dtype=dtype, device=mask.device)
-        else:
-            index = self.table_index()
-            bias = rpb.to(dtype).flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
-        return bias.masked_fill(~mask, float("-inf"))
+        return self._flatten_pairs(functools.reduce(torch.logical_and, _outer(allowed, 2)))
 
     def table_index(self) -> Tensor:
         """[blocks, queries, keys]: where each pair finds its entry in the flattened relative position table."""

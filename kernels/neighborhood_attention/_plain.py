@@ -9,9 +9,12 @@ The backward pass is written out because a custom operator cannot call autograd 
 one image at a time, so that training keeps no scores in memory.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .._compat import size_key, trace_memo
 from ._blocks import Blocks, Windows, cached_blocks
 
 
@@ -24,17 +27,42 @@ def _scores(blocks: Blocks, query: Tensor, key: Tensor, scale: float) -> Tensor:
     return blocks.cut_queries(query * scale) @ blocks.cut_keys(key).transpose(-1, -2)
 
 
+def _bias(rpb: Tensor | None, mask: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """[heads or 1, blocks, queries, keys]: the table's entry where a pair attends, minus infinity elsewhere."""
+    if rpb is None:
+        bias = torch.zeros((1, *mask.shape), dtype=dtype, device=mask.device)
+    else:
+        bias = rpb.to(dtype).flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
+    return bias.masked_fill(~mask, float("-inf"))
+
+
+def _traced_blocks(spatial: Sequence[int], windows: Windows, device: torch.device) -> tuple[Blocks, Tensor, Tensor]:
+    """Blocks, mask and table index of a map whose sizes may be symbols; while exporting, once for all equal layers.
+
+    Arithmetic on symbols is what makes exporting slow, and the layers of a stage share their map.
+    """
+    memo = trace_memo()
+    key = (tuple(size_key(n) for n in spatial), windows, device)
+    if memo is not None and key in memo:
+        return memo[key]
+    blocks = Blocks.cut(spatial, windows, device, symbolic=True)
+    made = (blocks, blocks.mask(), blocks.table_index())
+    if memo is not None:
+        memo[key] = made
+    return made
+
+
 def forward(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [batch, *spatial, heads, head_dim] and natural log-sum-exp [batch, *spatial, heads], differentiable.
 
-    Sizes may be symbols and nothing is kept between calls, as exporting needs.
+    Sizes may be symbols, as while exporting.
     """
     spatial, dtype = query.shape[1:-2], torch.promote_types(query.dtype, torch.float32)
-    blocks = Blocks.cut(spatial, windows, query.device, symbolic=True)
+    blocks, mask, index = _traced_blocks(spatial, windows, query.device)
     q, k, v = (_tokens(tensor, dtype) for tensor in (query, key, value))
-    scores = _scores(blocks, q, k, scale) + blocks.bias(rpb, dtype)
+    scores = _scores(blocks, q, k, scale) + _bias(rpb, mask, index, dtype)
     lse = scores.logsumexp(-1, keepdim=True)
     out = blocks.join_queries((scores - lse).exp() @ blocks.cut_keys(v))
     return out.to(query.dtype).unflatten(1, spatial), blocks.join_queries(lse).squeeze(-1).unflatten(1, spatial)
@@ -46,7 +74,7 @@ def forward_by_image(
     """`forward` for known sizes, outside autograd, holding the scores of one image at a time."""
     spatial, dtype = query.shape[1:-2], torch.promote_types(query.dtype, torch.float32)
     blocks = cached_blocks(tuple(spatial), windows, query.device)
-    bias = blocks.bias(rpb, dtype)
+    bias = _bias(rpb, blocks.mask(), blocks.table_index(), dtype)
     q, k, v = (_tokens(tensor, dtype) for tensor in (query, key, value))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     for i in range(q.shape[0]):
@@ -72,7 +100,8 @@ def backward_by_image(
     """Gradients of query, key, value and table. `delta` [batch, *spatial, heads] is sum(out * grad_out) - grad_lse."""
     dtype = lse.dtype
     blocks = cached_blocks(tuple(query.shape[1:-2]), windows, query.device)
-    bias = blocks.bias(rpb, dtype, own_only=True)
+    index = blocks.table_index()
+    bias = _bias(rpb, blocks.mask(own_only=True), index, dtype)
     q, k, v, g = (_tokens(tensor, dtype) for tensor in (query, key, value, grad_out))
     norm, delta = (tensor.flatten(1, -2).unsqueeze(-1) for tensor in (lse, delta))
     grad_q, grad_k, grad_v = (torch.empty_like(tensor) for tensor in (q, k, v))
@@ -93,5 +122,5 @@ def backward_by_image(
     if rpb is None or grad_bias is None:
         return grads[0], grads[1], grads[2], None
     table = torch.zeros_like(rpb, dtype=dtype).flatten(1)
-    table.index_add_(1, blocks.table_index().flatten(), grad_bias.flatten(1))
+    table.index_add_(1, index.flatten(), grad_bias.flatten(1))
     return grads[0], grads[1], grads[2], table.view(rpb.shape).to(rpb.dtype)
