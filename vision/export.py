@@ -19,6 +19,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -181,7 +182,7 @@ def _write_graph(
     names = _output_names(model, features)
     free = [0] if get_model_input_config(model)["fixed_input_size"] else list(AXES)
     program = _trace(module, torch.randn(traced), free if dynamic else [])
-    axes = _free_axes(program)
+    axes = _raise_bounds(program, traced, _free_axes(program))
     metadata = {**_metadata(model, features, names), **data, "axes": axes}
     if format == "onnx":
         return axes, [_Check(module, _write_onnx(program, draft, names, axes, metadata), names)]
@@ -215,6 +216,38 @@ def _free_axes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
             # torch writes 2 for every axis that is not the constant 1, and does not check it.
             axes[label] = (1 if low == 2 else low, int(high) if high is not None and high < 2**31 else None)
     return axes
+
+
+def _raise_bounds(
+    program: ExportedProgram, traced: Shape, axes: dict[str, tuple[int, int | None]]
+) -> dict[str, tuple[int, int | None]]:
+    """Raise the smallest height and width to where the program runs: a bound on a product of sizes is no axis' own.
+
+    The program is tried; between its own bounds and the traced size the two are moved together.
+    """
+    run = program.module()
+    labels = [label for label in ("height", "width") if label in axes]
+
+    def sizes(share: float) -> dict[str, int]:
+        lows = {label: axes[label][0] for label in labels}
+        own = dict(zip(AXES.values(), (traced[axis] for axis in AXES), strict=True))
+        return own | {label: low + math.ceil(share * (own[label] - low)) for label, low in lows.items()}
+
+    def accepted(share: float) -> bool:
+        size = sizes(share)
+        try:
+            run(torch.zeros(traced[0], traced[1], size["height"], size["width"]))
+        except Exception:  # a guard is an AssertionError, a size that no layer takes a RuntimeError
+            return False
+        return True
+
+    share, refused = 0.0, 0.0
+    if labels and not accepted(0.0):
+        share = 1.0
+        while sizes(share) != sizes(refused) and share - refused > 1e-3:
+            middle = (share + refused) / 2
+            share, refused = (middle, refused) if accepted(middle) else (share, middle)
+    return axes | {label: (sizes(share)[label], axes[label][1]) for label in labels}
 
 
 def _write_onnx(

@@ -225,6 +225,26 @@ def test_wrong_arguments_are_one_line_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+class _PatchesOfTheMap(nn.Module):
+    """A layer whose exported program refuses maps of one patch: a bound on a product of sizes, which no axis shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check(((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) >= 6)
+        return x
+
+
+def test_smallest_size_is_one_that_the_file_takes(tmp_path: Path) -> None:
+    model = timm.create_model("test_convnext2").eval()
+    model.stages = nn.Sequential(*model.stages, _PatchesOfTheMap())  # at 1/32 of the image
+    report = export_model(model, tmp_path / "model.pt2", format="pt2", image_size=(192, 224))
+    (height, _), (width, _) = report.axes["height"], report.axes["width"]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    program(torch.zeros(1, 3, height, width))
+    assert 64 < height < 192 and 64 < width < 224
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(torch.zeros(1, 3, 64, 64))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "format"), [("nat_mini", "onnx"), ("dinat_mini", "pt2"), ("nat_mini", "safetensors")])
 def test_our_models_export_with_free_sizes(name: str, format: Any, tmp_path: Path) -> None:
