@@ -1,15 +1,16 @@
 """The public functions: arguments checked and brought to the three axes of the operator."""
 
+import functools
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _runtime
+from . import _native, _plain
 from . import _operator as _operator  # registers torch.ops.mixerzoo.neighborhood_attention
-from . import _plain
 from ._geometry import Window
 
 T = TypeVar("T", int, bool)
@@ -120,11 +121,88 @@ def _attend(
     return out.flatten(1, 1 + missing), lse.flatten(1, 1 + missing)
 
 
+def _prefers_dense(query: Tensor, rpb: Tensor | None, windows: Sequence[Window]) -> bool:
+    """Whether every query sees the whole map, on the CPU, where PyTorch's own attention then has less to set up.
+
+    Not where a bias table is only read: it would have to be spread out first, which the kernel does without.
+    """
+    if query.device.type != "cpu" or _runtime.wants_plain_ops():
+        return False
+    if rpb is not None and not (torch.is_grad_enabled() and rpb.requires_grad) and _native.is_available():
+        return False
+    return all(
+        window.size == length and window.dilation == 1 and not window.is_causal
+        for length, window in zip(query.shape[1:-2], windows, strict=True)
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _dense_table_index(spatial: tuple[int, ...]) -> Tensor:
+    """[tokens * tokens]: the entry of each query and key of a map that is one window in the flattened bias table."""
+    index = torch.zeros((1, 1), dtype=torch.long)
+    for length in spatial:
+        position = torch.arange(length)
+        step = position[None] - position[:, None] + length - 1
+        index = index[:, None, :, None] * (2 * length - 1) + step[:, None, :]
+        index = index.flatten(2, 3).flatten(0, 1)
+    return index.flatten()
+
+
+def _attend_densely(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, scale: float) -> Tensor:
+    spatial = query.shape[1:-2]
+    q, k, v = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
+    bias = None
+    if rpb is not None:
+        tokens = q.shape[2]
+        bias = rpb.to(q.dtype).flatten(1).index_select(1, _dense_table_index(tuple(spatial)))
+        bias = bias.unflatten(1, (tokens, tokens))[None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).unflatten(1, spatial)
+
+
 def _attend_additional(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every query against the same few keys [batch, extra, heads, dim], unmasked."""
     scores = torch.einsum("b...hd,bxhd->b...hx", query, key) * scale
     lse = scores.logsumexp(-1)
     return torch.einsum("b...hx,bxhd->b...hd", (scores - lse.unsqueeze(-1)).exp(), value), lse
+
+
+class _Options(NamedTuple):
+    """The arguments that all public functions share, as they came."""
+
+    stride: Axes[int]
+    dilation: Axes[int]
+    is_causal: Axes[bool]
+    scale: float | None
+    rpb: Tensor | None
+    additional_keys: Tensor | None
+    additional_values: Tensor | None
+
+
+def _neighborhood_attention(
+    rank: int, query: Tensor, key: Tensor, value: Tensor, kernel_size: Axes[int], options: _Options, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    windows = _make_windows(rank, kernel_size, options.stride, options.dilation, options.is_causal)
+    _check_tensors(rank, query, key, value)
+    if not _runtime.is_exporting():  # sizes are symbols there, and a comparison would pin them
+        _check_fit(query.shape[1:-2], windows)
+    heads, head_dim, value_dim = query.shape[-2], query.shape[-1], value.shape[-1]
+    rpb = options.rpb
+    if rpb is not None:
+        _check_rpb(rpb, heads, windows)
+    extra = _check_additional(options.additional_keys, options.additional_values, key, value)
+    scale = head_dim**-0.5 if options.scale is None else options.scale
+    repeats, widest = heads // key.shape[-2], max(head_dim, value_dim)
+    key, value = _repeat_heads(key, repeats), _repeat_heads(value, repeats)
+
+    if not with_lse and extra is None and _prefers_dense(query, rpb, windows):
+        return _attend_densely(query, key, value, rpb, scale), None
+    out, lse = _attend(*(_widen(tensor, widest) for tensor in (query, key, value)), rpb, windows, scale)
+    out = out if value_dim == widest else out[..., :value_dim]
+    if extra is None:
+        return out, lse
+    others = _attend_additional(query, *(_repeat_heads(tensor, repeats) for tensor in extra), scale)
+    return _merge((out, lse), others)
 
 
 def neighborhood_attention(
@@ -150,24 +228,10 @@ def neighborhood_attention(
     rank = query.dim() - 3
     if rank not in _AXIS_NAMES:
         raise ValueError(f"query must be [batch, *one to three axes, heads, head_dim]; got shape {tuple(query.shape)}")
-    windows = _make_windows(rank, kernel_size, stride, dilation, is_causal)
-    _check_tensors(rank, query, key, value)
-    if not _runtime.is_exporting():  # sizes are symbols there, and a comparison would pin them
-        _check_fit(query.shape[1:-2], windows)
-    heads, head_dim, value_dim = query.shape[-2], query.shape[-1], value.shape[-1]
-    if rpb is not None:
-        _check_rpb(rpb, heads, windows)
-    scale = head_dim**-0.5 if scale is None else scale
-    repeats, widest = heads // key.shape[-2], max(head_dim, value_dim)
-
-    q, k, v = (_widen(tensor, widest) for tensor in (query, _repeat_heads(key, repeats), _repeat_heads(value, repeats)))
-    out, lse = _attend(q, k, v, rpb, windows, scale)
-    out = out if value_dim == widest else out[..., :value_dim]
-    if additional_keys is None and additional_values is None:
-        return out, lse
-    extra_keys, extra_values = _check_additional(additional_keys, additional_values, key, value)
-    extra = _attend_additional(query, _repeat_heads(extra_keys, repeats), _repeat_heads(extra_values, repeats), scale)
-    return _merge((out, lse), extra)
+    options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
+    out, lse = _neighborhood_attention(rank, query, key, value, kernel_size, options, with_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def _repeat_heads(tensor: Tensor, repeats: int) -> Tensor:
@@ -225,19 +289,8 @@ def na1d(
 ) -> Tensor:
     """Neighborhood attention over a sequence: `na2d` on one axis, [batch, length, heads, head_dim]."""
     _check_rank(1, query)
-    return neighborhood_attention(
-        query,
-        key,
-        value,
-        kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
-        rpb=rpb,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )[0]
+    options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
+    return _neighborhood_attention(1, query, key, value, kernel_size, options, with_lse=False)[0]
 
 
 def na2d(
@@ -277,19 +330,8 @@ def na2d(
         ValueError: shapes, heads, windows or the bias table that do not go together, with the numbers and the remedy.
     """
     _check_rank(2, query)
-    return neighborhood_attention(
-        query,
-        key,
-        value,
-        kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
-        rpb=rpb,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )[0]
+    options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
+    return _neighborhood_attention(2, query, key, value, kernel_size, options, with_lse=False)[0]
 
 
 def na3d(
@@ -308,16 +350,5 @@ def na3d(
 ) -> Tensor:
     """Neighborhood attention over a volume: `na2d` on three axes, [batch, depth, height, width, heads, head_dim]."""
     _check_rank(3, query)
-    return neighborhood_attention(
-        query,
-        key,
-        value,
-        kernel_size,
-        stride=stride,
-        dilation=dilation,
-        is_causal=is_causal,
-        scale=scale,
-        rpb=rpb,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
-    )[0]
+    options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
+    return _neighborhood_attention(3, query, key, value, kernel_size, options, with_lse=False)[0]
