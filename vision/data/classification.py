@@ -145,7 +145,7 @@ def split_indices(length: int, held_out: float, seed: int, limit: int | None = N
 
 
 def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """ROOT/train/CLASS/…, val and test beside it. Without val some pictures are held out; without test, val stands in."""
+    """ROOT/train/CLASS/…, val and test beside it. Without val some pictures are held out; without test, val is used."""
     root = Path(config.root or "")
     if config.root is None or not root.is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")

@@ -1,0 +1,1 @@
+"""What `train.py` runs: settings, tasks, callbacks, the run folder. Needs the extra `train`."""
