@@ -249,7 +249,11 @@ def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
     return (first[0] * shares[0] + second[0] * shares[1]).to(first[0].dtype), total
 
 
-def _check_additional(keys: Tensor | None, values: Tensor | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _check_additional(
+    keys: Tensor | None, values: Tensor | None, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    if keys is None and values is None:
+        return None
     if keys is None or values is None:
         raise ValueError("additional_keys and additional_values must be given together; one of them is missing")
     for name, tensor, like in [("additional_keys", keys, key), ("additional_values", values, value)]:
