@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _runtime
-from . import _native, _plain
 from . import _operator as _operator  # registers torch.ops.mixerzoo.neighborhood_attention
+from . import _plain
+from ._blocks import Windows
 from ._geometry import Window
 
 T = TypeVar("T", int, bool)
@@ -28,14 +29,19 @@ def _per_axis(name: str, value: Axes[T], rank: int) -> list[T]:
     return values
 
 
+def _hashable(value: Axes[T]) -> T | tuple[T, ...]:
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+@functools.lru_cache(maxsize=256)  # a model asks for the same few at every call
 def _make_windows(
     rank: int, kernel_size: Axes[int], stride: Axes[int], dilation: Axes[int], is_causal: Axes[bool]
-) -> list[Window]:
+) -> tuple[Window, ...]:
     columns = [
         _per_axis(name, value, rank)
         for name, value in [("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)]
     ]
-    windows = [Window(*axis) for axis in zip(*columns, _per_axis("is_causal", is_causal, rank), strict=True)]
+    windows = tuple(Window(*axis) for axis in zip(*columns, _per_axis("is_causal", is_causal, rank), strict=True))
     for axis, window in enumerate(windows):
         if window.size < 1 or window.dilation < 1:
             raise ValueError(
@@ -74,7 +80,7 @@ def _check_tensors(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None
         raise ValueError(f"query heads must be a multiple of key heads; got {query.shape[-2]} and {key.shape[-2]}")
 
 
-def _check_fit(spatial: Sequence[int], windows: Sequence[Window]) -> None:
+def _check_fit(spatial: Sequence[int], windows: Windows) -> None:
     for axis, (length, window) in enumerate(zip(spatial, windows, strict=True)):
         reach = window.size * window.dilation
         if length < reach:
@@ -86,7 +92,7 @@ def _check_fit(spatial: Sequence[int], windows: Sequence[Window]) -> None:
             )
 
 
-def _check_rpb(rpb: Tensor, heads: int, windows: Sequence[Window]) -> None:
+def _check_rpb(rpb: Tensor, heads: int, windows: Windows) -> None:
     even = [window.size for window in windows if window.size % 2 == 0]
     if even:
         raise ValueError(
@@ -99,13 +105,13 @@ def _check_rpb(rpb: Tensor, heads: int, windows: Sequence[Window]) -> None:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Sequence[Window], scale: float
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp by the operator, or by plain operators where the caller needs those."""
     if _runtime.wants_plain_ops():
-        return _plain.forward(query, key, value, rpb, tuple(windows), scale)
+        return _plain.forward(query, key, value, rpb, windows, scale)
     missing = 3 - len(windows)
-    windows = [Window(1, 1, 1, False)] * missing + list(windows)
+    windows = (Window(1, 1, 1, False),) * missing + windows
     three_axes = [tensor[(slice(None), *[None] * missing)] for tensor in (query, key, value)]
     if rpb is not None:
         rpb = rpb[(slice(None), *[None] * missing)]
@@ -121,14 +127,9 @@ def _attend(
     return out.flatten(1, 1 + missing), lse.flatten(1, 1 + missing)
 
 
-def _prefers_dense(query: Tensor, rpb: Tensor | None, windows: Sequence[Window]) -> bool:
-    """Whether every query sees the whole map, on the CPU, where PyTorch's own attention then has less to set up.
-
-    Not where a bias table is only read: it would have to be spread out first, which the kernel does without.
-    """
+def _prefers_dense(query: Tensor, windows: Windows) -> bool:
+    """Whether every query sees the whole map, on the CPU, where PyTorch's own attention then has less to set up."""
     if query.device.type != "cpu" or _runtime.wants_plain_ops():
-        return False
-    if rpb is not None and not (torch.is_grad_enabled() and rpb.requires_grad) and _native.is_available():
         return False
     return all(
         window.size == length and window.dilation == 1 and not window.is_causal
@@ -182,7 +183,8 @@ class _Options(NamedTuple):
 def _neighborhood_attention(
     rank: int, query: Tensor, key: Tensor, value: Tensor, kernel_size: Axes[int], options: _Options, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    windows = _make_windows(rank, kernel_size, options.stride, options.dilation, options.is_causal)
+    geometry = (kernel_size, options.stride, options.dilation, options.is_causal)
+    windows = _make_windows(rank, *map(_hashable, geometry))
     _check_tensors(rank, query, key, value)
     if not _runtime.is_exporting():  # sizes are symbols there, and a comparison would pin them
         _check_fit(query.shape[1:-2], windows)
@@ -195,7 +197,7 @@ def _neighborhood_attention(
     repeats, widest = heads // key.shape[-2], max(head_dim, value_dim)
     key, value = _repeat_heads(key, repeats), _repeat_heads(value, repeats)
 
-    if not with_lse and extra is None and _prefers_dense(query, rpb, windows):
+    if not with_lse and extra is None and _prefers_dense(query, windows):
         return _attend_densely(query, key, value, rpb, scale), None
     out, lse = _attend(*(_widen(tensor, widest) for tensor in (query, key, value)), rpb, windows, scale)
     out = out if value_dim == widest else out[..., :value_dim]
