@@ -199,12 +199,13 @@ def _neighborhood_attention(
 
     if not with_lse and extra is None and _prefers_dense(query, windows):
         return _attend_densely(query, key, value, rpb, scale), None
-    out, lse = _attend(*(_widen(tensor, widest) for tensor in (query, key, value)), rpb, windows, scale)
+    wide_query, wide_key, wide_value = (_widen(tensor, widest) for tensor in (query, key, value))
+    out, lse = _attend(wide_query, wide_key, wide_value, rpb, windows, scale)
     out = out if value_dim == widest else out[..., :value_dim]
     if extra is None:
         return out, lse
-    others = _attend_additional(query, *(_repeat_heads(tensor, repeats) for tensor in extra), scale)
-    return _merge((out, lse), others)
+    extra_keys, extra_values = (_repeat_heads(tensor, repeats) for tensor in extra)
+    return _merge((out, lse), _attend_additional(query, extra_keys, extra_values, scale))
 
 
 def neighborhood_attention(

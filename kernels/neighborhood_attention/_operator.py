@@ -47,8 +47,9 @@ def _forward(
 
         return _triton.forward(query, key, value, rpb, windows, scale)
     if _use_native(query):
-        tensors = [None if t is None else t.float() for t in (query, key, value, rpb)]
-        out, lse = _native.forward(*tensors, kernel_size, stride, dilation, is_causal, scale)
+        q, k, v = (tensor.float() for tensor in (query, key, value))
+        table = None if rpb is None else rpb.float()
+        out, lse = _native.forward(q, k, v, table, kernel_size, stride, dilation, is_causal, scale)
         return out.to(query.dtype), lse
     return _plain.forward_by_image(query, key, value, rpb, windows, scale)
 
@@ -79,15 +80,17 @@ def _backward(
     if _use_triton(query):
         from . import _triton
 
-        *grads, grad_rpb = _triton.backward(grad_out, query, key, value, rpb, lse, delta, windows, scale)
+        grads = _triton.backward(grad_out, query, key, value, rpb, lse, delta, windows, scale)
     elif _use_native(query):
-        tensors = [None if t is None else t.float() for t in (grad_out, query, key, value, rpb, lse, delta)]
-        *grads, grad_rpb = _native.backward(*tensors, kernel_size, stride, dilation, is_causal, scale)
-        grads = [grad.to(query.dtype) for grad in grads]
+        g, q, k, v = (tensor.float() for tensor in (grad_out, query, key, value))
+        table = None if rpb is None else rpb.float()
+        geometry = (kernel_size, stride, dilation, is_causal, scale)
+        grads = _native.backward(g, q, k, v, table, lse.float(), delta.float(), *geometry)
     else:
-        *grads, grad_rpb = _plain.backward_by_image(grad_out, query, key, value, rpb, lse, delta, windows, scale)
-    grad_rpb = query.new_empty(0) if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype)
-    return (*grads, grad_rpb)
+        grads = _plain.backward_by_image(grad_out, query, key, value, rpb, lse, delta, windows, scale)
+    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads[:3])
+    grad_rpb = query.new_empty(0) if rpb is None or grads[3] is None else grads[3].to(rpb.dtype)
+    return grad_query, grad_key, grad_value, grad_rpb
 
 
 @_backward.register_fake

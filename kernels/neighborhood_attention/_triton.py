@@ -1,3 +1,5 @@
+# pyright: basic, reportCallIssue=false
+# A launch passes the constants that all kernels share as one tuple; pyright cannot count it.
 """Neighborhood attention in Triton: forward, and a backward of three gathering kernels.
 
 A program owns a tile of queries (or, for the gradients of key and value, of keys) of one dilation lattice, one head and
