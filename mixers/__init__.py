@@ -1,4 +1,4 @@
-"""Token mixers as modules: [B, *spatial, C] in, the same out. Norm, residual and stochastic depth belong to the block."""
+"""Token mixers as modules: [B, *spatial, C] in, the same out. Norm, residual and drop path belong to the block."""
 
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 

@@ -1,7 +1,7 @@
 """Neighborhood attention as a module, on sequences, maps and volumes.
 
 Papers: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); Hassani and Shi, "Dilated Neighborhood
-Attention Transformer" (2209.15001). Parameters are named as in NATTEN (github.com/SHI-Labs/NATTEN): `qkv`, `proj`, `rpb`.
+Attention Transformer" (2209.15001). Parameters have NATTEN's names (github.com/SHI-Labs/NATTEN): `qkv`, `proj`, `rpb`.
 
 What is unusual:
 * A map too small for its window is padded with zeros at the end of each axis *before* the projection to query, key and
@@ -10,21 +10,12 @@ What is unusual:
 * There is no dropout on the attention weights: the fused operators never hold them, and no published model used it.
 """
 
-from collections.abc import Sequence
-
 import torch
 from timm.layers import is_exporting, register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.neighborhood_attention import Axes, neighborhood_attention
-
-
-def _per_axis(name: str, value: Axes, rank: int) -> list:
-    values = list(value) if isinstance(value, Sequence) else [value] * rank
-    if len(values) != rank:
-        raise ValueError(f"{name} needs one value or {rank}, one per axis; got {tuple(values)}")
-    return values
+from ..kernels.neighborhood_attention import Axes, make_windows, na1d, na2d, na3d
 
 
 def _shortfall(length: int, needed: int) -> int:
@@ -32,7 +23,7 @@ def _shortfall(length: int, needed: int) -> int:
     if torch.jit.is_scripting():
         return max(length, needed) - length
     else:
-        return torch.sym_max(length, needed) - length
+        return torch.sym_max(length, needed) - length  # pyright: ignore[reportReturnType]
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -71,11 +62,16 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else float(qk_scale)
-        self.kernel_size: list[int] = _per_axis("kernel_size", kernel_size, self.rank)
-        self.stride: list[int] = _per_axis("stride", stride, self.rank)
-        self.dilation: list[int] = _per_axis("dilation", dilation, self.rank)
-        self.is_causal: list[bool] = _per_axis("is_causal", is_causal, self.rank)
-        self._check_window(rpb)
+        windows = make_windows(self.rank, kernel_size, stride, dilation, is_causal)
+        even = [window.size for window in windows if window.size % 2 == 0]
+        if rpb and even:
+            raise ValueError(
+                f"rpb needs odd windows, with a centre; kernel_size is {even[0]}: take {even[0] + 1}, or rpb=False"
+            )
+        self.kernel_size = [window.size for window in windows]
+        self.stride = [window.stride for window in windows]
+        self.dilation = [window.dilation for window in windows]
+        self.is_causal = [window.is_causal for window in windows]
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         if rpb:
@@ -86,17 +82,6 @@ class _NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
-
-    def _check_window(self, rpb: bool) -> None:
-        for size, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
-            if size < 1 or dilation < 1:
-                raise ValueError(f"kernel_size and dilation must be at least 1; got {size} and {dilation}")
-            if not 1 <= stride <= size:
-                raise ValueError(f"stride must lie between 1 and kernel_size {size}; got {stride}")
-            if rpb and size % 2 == 0:
-                raise ValueError(
-                    f"rpb needs odd windows, which have a centre; got kernel_size {size}: take {size + 1} or rpb=False"
-                )
 
     def reset_parameters(self) -> None:
         """The bias table only; the two projections have their own."""
@@ -141,7 +126,8 @@ class _NeighborhoodAttention(nn.Module):
                 self.scale,
             )[0]
             return out.flatten(1, 1 + missing)
-        return neighborhood_attention(
+        attend = (na1d, na2d, na3d)[self.rank - 1]
+        return attend(
             query,
             key,
             value,
@@ -151,11 +137,13 @@ class _NeighborhoodAttention(nn.Module):
             is_causal=self.is_causal,
             scale=self.scale,
             rpb=self.rpb,
-        )[0]
+        )
 
     def extra_repr(self) -> str:
         window = f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
-        return f"{self.dim}, num_heads={self.num_heads}, {window}, is_causal={self.is_causal}, rpb={self.rpb is not None}"
+        return (
+            f"{self.dim}, num_heads={self.num_heads}, {window}, is_causal={self.is_causal}, rpb={self.rpb is not None}"
+        )
 
 
 @register_notrace_module

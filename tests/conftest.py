@@ -25,9 +25,9 @@ torch.set_num_threads(1)
 def _load_triton_interpreted() -> None:
     """Import Triton and our Triton modules so that tests can run them on the CPU.
 
-    Whether a Triton function is compiled or interpreted is settled when the module that defines it is imported, Triton's
-    own library included. The variable is taken away again: CPU tensors keep their own path (`_runtime` is loaded already),
-    and the processes that tests start must not see it.
+    Whether a Triton function is compiled or interpreted is settled when the module that defines it is imported,
+    Triton's own library included. The variable is taken away again: CPU tensors keep their own path (`_runtime` is
+    loaded already), and the processes that tests start must not see it.
     """
     if not _runtime.HAS_TRITON:
         return

@@ -1,4 +1,4 @@
-"""Vision backbones for timm: importing this registers every model of `mixerzoo.vision.backbones` under its timm name."""
+"""Vision backbones for timm: importing this registers every model of `mixerzoo.vision.backbones` with timm."""
 
 from . import backbones
 

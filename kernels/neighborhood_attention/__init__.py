@@ -19,7 +19,16 @@ What is unusual here:
   dtype), `_native` (C++, CPU), `_triton` (GPU), and `_operator`, which chooses between them.
 """
 
-from ._functional import Axes, na1d, na2d, na3d, neighborhood_attention
+from ._functional import na1d, na2d, na3d, neighborhood_attention
+from ._geometry import Axes, make_windows
 from ._reference import neighborhood_attention_reference
 
-__all__ = ["Axes", "na1d", "na2d", "na3d", "neighborhood_attention", "neighborhood_attention_reference"]
+__all__ = [
+    "Axes",
+    "make_windows",
+    "na1d",
+    "na2d",
+    "na3d",
+    "neighborhood_attention",
+    "neighborhood_attention_reference",
+]

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._geometry import Window
-
-Windows = tuple[Window, ...]
+from ._geometry import Window, Windows
 
 
 def _block_lengths(length: int, window: Window, *, symbolic: bool) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """The public functions: arguments checked and brought to the three axes of the operator."""
 
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,48 +10,10 @@ from torch.nn import functional as F
 from .. import _runtime
 from . import _operator as _operator  # registers torch.ops.mixerzoo.neighborhood_attention
 from . import _plain
-from ._blocks import Windows
-from ._geometry import Window
-
-T = TypeVar("T", int, bool)
-Axes = T | Sequence[T]
-"""One value for all axes, or one an axis."""
+from ._geometry import Axes, Window, Windows, make_windows
 
 _AXIS_NAMES = {1: "[batch, length, heads, head_dim]", 2: "[batch, height, width, heads, head_dim]"}
 _AXIS_NAMES[3] = "[batch, depth, height, width, heads, head_dim]"
-
-
-def _per_axis(name: str, value: Axes[T], rank: int) -> list[T]:
-    values = list(value) if isinstance(value, Sequence) else [value] * rank
-    if len(values) != rank:
-        raise ValueError(f"{name} needs one value or {rank}, one per axis; got {tuple(values)}")
-    return values
-
-
-def _hashable(value: Axes[T]) -> T | tuple[T, ...]:
-    return tuple(value) if isinstance(value, Sequence) else value
-
-
-@functools.lru_cache(maxsize=256)  # a model asks for the same few at every call
-def _make_windows(
-    rank: int, kernel_size: Axes[int], stride: Axes[int], dilation: Axes[int], is_causal: Axes[bool]
-) -> tuple[Window, ...]:
-    columns = [
-        _per_axis(name, value, rank)
-        for name, value in [("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)]
-    ]
-    windows = tuple(Window(*axis) for axis in zip(*columns, _per_axis("is_causal", is_causal, rank), strict=True))
-    for axis, window in enumerate(windows):
-        if window.size < 1 or window.dilation < 1:
-            raise ValueError(
-                f"kernel_size and dilation must be at least 1; axis {axis} has {window.size} and {window.dilation}"
-            )
-        if not 1 <= window.stride <= window.size:
-            raise ValueError(
-                f"stride must lie between 1 and kernel_size, so that a query sees itself; axis {axis} has stride "
-                f"{window.stride} and kernel_size {window.size}"
-            )
-    return windows
 
 
 def _check_tensors(rank: int, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -137,7 +98,6 @@ def _prefers_dense(query: Tensor, windows: Windows) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=64)
 def _dense_table_index(spatial: tuple[int, ...]) -> Tensor:
     """[tokens * tokens]: the entry of each query and key of a map that is one window in the flattened bias table."""
     index = torch.zeros((1, 1), dtype=torch.long)
@@ -183,8 +143,7 @@ class _Options(NamedTuple):
 def _neighborhood_attention(
     rank: int, query: Tensor, key: Tensor, value: Tensor, kernel_size: Axes[int], options: _Options, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    geometry = (kernel_size, options.stride, options.dilation, options.is_causal)
-    windows = _make_windows(rank, *map(_hashable, geometry))
+    windows = make_windows(rank, kernel_size, options.stride, options.dilation, options.is_causal)
     _check_tensors(rank, query, key, value)
     if not _runtime.is_exporting():  # sizes are symbols there, and a comparison would pin them
         _check_fit(query.shape[1:-2], windows)

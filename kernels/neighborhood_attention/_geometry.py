@@ -10,10 +10,17 @@ for a window of K points and a stride s. Both ends never decrease with p, so the
 too, and a run of queries sees a run of keys.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T", int, bool)
+Axes = T | Sequence[T]
+"""One value for all axes, or one an axis."""
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,49 @@ class Window:
         lead = torch.minimum(group + self.stride // 2, last)
         start = torch.minimum((lead - self.size // 2).clamp(min=0), points - self.size)
         return start, start + self.size
+
+
+Windows = tuple[Window, ...]
+"""One window an axis."""
+
+
+def _per_axis(name: str, value: Axes[T], rank: int) -> list[T]:
+    values = list(value) if isinstance(value, Sequence) else [value] * rank
+    if len(values) != rank:
+        raise ValueError(f"{name} needs one value or {rank}, one per axis; got {tuple(values)}")
+    return values
+
+
+def make_windows(
+    rank: int, kernel_size: Axes[int], stride: Axes[int], dilation: Axes[int], is_causal: Axes[bool]
+) -> Windows:
+    """The windows of `rank` axes; `ValueError` for those that cannot be."""
+    make = _checked_windows if torch.compiler.is_dynamo_compiling() else _kept_windows
+    return make(rank, _hashable(kernel_size), _hashable(stride), _hashable(dilation), _hashable(is_causal))
+
+
+def _hashable(value: Axes[T]) -> Axes[T]:
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def _checked_windows(
+    rank: int, kernel_size: Axes[int], stride: Axes[int], dilation: Axes[int], is_causal: Axes[bool]
+) -> Windows:
+    sizes = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+    columns = [_per_axis(name, value, rank) for name, value in sizes.items()]
+    windows = tuple(Window(*axis) for axis in zip(*columns, _per_axis("is_causal", is_causal, rank), strict=True))
+    for axis, window in enumerate(windows):
+        if window.size < 1 or window.dilation < 1:
+            raise ValueError(
+                f"kernel_size and dilation must be at least 1; axis {axis} has {window.size} and {window.dilation}"
+            )
+        if not 1 <= window.stride <= window.size:
+            raise ValueError(
+                f"stride must lie between 1 and kernel_size, so that a query sees itself; axis {axis} has stride "
+                f"{window.stride} and kernel_size {window.size}"
+            )
+    return windows
+
+
+_kept_windows = functools.lru_cache(maxsize=256)(_checked_windows)
+"""A model asks for the same few at every call. Dynamo ignores such a cache, and warns of it."""

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from .. import _runtime
 from . import _native, _plain
-from ._blocks import Windows
-from ._geometry import Window
+from ._geometry import Window, Windows
 
 
-def make_windows(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Windows:
+def _windows(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Windows:
     """One `Window` per axis from the operator's flat arguments."""
     return tuple(Window(*axis) for axis in zip(kernel_size, stride, dilation, is_causal, strict=True))
 
@@ -41,7 +40,7 @@ def _forward(
     is_causal: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    windows = make_windows(kernel_size, stride, dilation, is_causal)
+    windows = _windows(kernel_size, stride, dilation, is_causal)
     if _use_triton(query):
         from . import _triton
 
@@ -76,7 +75,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and rpb (empty where there is none)."""
-    windows = make_windows(kernel_size, stride, dilation, is_causal)
+    windows = _windows(kernel_size, stride, dilation, is_causal)
     if _use_triton(query):
         from . import _triton
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .._compat import size_key, trace_memo
-from ._blocks import Blocks, Windows, cached_blocks
+from ._blocks import Blocks, cached_blocks
+from ._geometry import Windows
 
 
 def _tokens(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import Windows
+from ._geometry import Windows
 
 LOG2E = math.log2(math.e)
 _LOG2E = tl.constexpr(LOG2E)

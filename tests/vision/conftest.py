@@ -1,8 +1,8 @@
 """Records of the official implementations' outputs (tests/goldens), and the weights and pictures that they belong to.
 
-A record holds the names and shapes of an official state dict, and of some outputs the shape, mean, standard deviation, largest
-magnitude and a few values. No weights travel: every tensor is drawn from a random stream that its own name seeds, so whoever
-knows the names has the very checkpoint.
+A record holds the names and shapes of an official state dict, and of some outputs the shape, mean, standard
+deviation, largest magnitude and a few values. No weights travel: every tensor is drawn from a random stream that its
+own name seeds, so whoever knows the names has the very checkpoint.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""NAT, DiNAT, DiNAT_s and the isotropic models: official outputs, published tables, checkpoints, arguments of their own."""
+"""NAT, DiNAT, DiNAT_s and the isotropic models: official outputs, published tables, checkpoints, arguments."""
 
 import os
 import pickle
@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import mixerzoo.vision  # noqa: F401  registers the models
 import pytest
 import timm
 import torch
 from torch import Tensor
-
-import mixerzoo.vision  # noqa: F401  registers the models
 
 PARAMETERS = {
     "nat_mini": 19_984_174,
@@ -54,7 +53,9 @@ RECORDS = [
 ]
 
 
-def load(name: str, checkpoint: Any, folder: Path, *, file_classes: int | None = None, **kwargs: Any) -> torch.nn.Module:
+def load(
+    name: str, checkpoint: Any, folder: Path, *, file_classes: int | None = None, **kwargs: Any
+) -> torch.nn.Module:
     """Through timm's ordinary route, as a user would load a downloaded file; by default with the file's classes."""
     file = folder / "checkpoint.pth"
     torch.save(checkpoint, file)
@@ -70,10 +71,7 @@ def test_official_outputs(golden, tmp_path: Path, record: str, name: str) -> Non
     picture = gold.picture()
     isotropic = not hasattr(model, "stages")
     features, stages = model.forward_intermediates(picture, indices=[2, 5, 8, 11] if isotropic else None)
-    if isotropic:
-        embedded = model.patch_embed(picture)
-    else:
-        embedded = model.stem(picture)
+    embedded = model.patch_embed(picture) if isotropic else model.stem(picture)
     got = {
         "logits": model(picture),
         "features": model.forward_head(features, pre_logits=True),
@@ -167,7 +165,9 @@ def test_overlapping_patches_are_centred() -> None:
     with torch.no_grad():
         picture = torch.zeros(1, 3, 9, 9)
         picture[0, :, 4, 4] = 1
-        touched = (stem.proj(torch.nn.functional.pad(picture, [1, 2, 1, 2])) - stem.proj.bias[:, None, None]).abs().sum(1)
+        touched = (
+            (stem.proj(torch.nn.functional.pad(picture, [1, 2, 1, 2])) - stem.proj.bias[:, None, None]).abs().sum(1)
+        )
         embedded = stem(picture)
         background = stem(torch.zeros_like(picture))
     changed = (embedded - background).abs().sum(-1) > 1e-6
@@ -265,7 +265,7 @@ def test_foreign_checkpoint_is_refused(tmp_path: Path, classes: int) -> None:
 
 def test_checkpoint_of_another_width_is_refused(tmp_path: Path) -> None:
     wide = timm.create_model("nat_mini", depths=(1, 1), embed_dim=64, num_heads=(2, 4), num_classes=5)
-    with pytest.raises(RuntimeError, match="size mismatch for stem.proj.0.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for stem\.proj\.0\.weight"):
         load_tiny(published(wide), tmp_path, 5)
 
 

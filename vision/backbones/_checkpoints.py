@@ -1,7 +1,7 @@
-"""What every `checkpoint_filter_fn` shares: published files into plain state dicts, and a refusal of those that do not fit.
+"""What every `checkpoint_filter_fn` shares: published files into plain state dicts, and refusing those that do not fit.
 
-timm loads strictly only while the number of classes is unchanged; with another head it drops the classifier and merely logs
-whatever else is missing. So `refuse_mismatch` looks at the names first.
+timm loads strictly only while the number of classes is unchanged; with another head it drops the classifier and
+merely logs whatever else is missing. So `refuse_mismatch` looks at the names first.
 """
 
 import re
@@ -46,7 +46,7 @@ def rename(state_dict: StateDict, rules: Iterable[tuple[str, str]]) -> StateDict
 
 
 def resize_bias_table(table: Tensor, size: Iterable[int]) -> Tensor:
-    """A relative position bias [heads, rows, columns] for a window of another size, bicubically as Swin and DiNAT do."""
+    """A relative position bias [heads, rows, columns] for another window, bicubically as Swin and DiNAT do."""
     return F.interpolate(table[None].float(), list(size), mode="bicubic", align_corners=False)[0].to(table.dtype)
 
 
@@ -87,6 +87,6 @@ def refuse_mismatch(state_dict: StateDict, model: nn.Module) -> None:
         faults = [("missing", missing), ("unexpected", unexpected)]
         found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in faults if names)
         raise ValueError(
-            f"the checkpoint does not belong to {cfg.get('architecture', type(model).__name__)}, or is incomplete. {found}. "
-            f"Create the variant that the file was saved from, or get the file again"
+            f"the checkpoint does not belong to {cfg.get('architecture', type(model).__name__)}, or is incomplete. "
+            f"{found}. Create the variant that the file was saved from, or get the file again"
         )

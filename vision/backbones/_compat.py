@@ -1,4 +1,4 @@
-"""The private names of timm that the backbones lean on, in one place: when timm moves one, this file is the one to fix."""
+"""The private names of timm that the backbones lean on, in one place: when timm moves one, fix it here."""
 
 from timm.models._features import feature_take_indices
 

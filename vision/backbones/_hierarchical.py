@@ -1,6 +1,7 @@
 """The pyramid: a stem, stages that shrink the map, a norm, a head; and all that timm asks of such a model, once.
 
-A model file builds its modules and hands them over; nothing here knows an architecture. Unusual against timm's own models:
+A model file builds its modules and hands them over; nothing here knows an architecture. Unusual against timm's own
+models:
 * `Stage.out_norm` normalises what `forward_intermediates` (so `features_only`) returns, and nothing else: the layout of
   most published segmentation and detection backbones. A norm that later stages see too is `Stage.norm`.
 * Bad arguments of the contract raise `ValueError`, not `AssertionError`.
@@ -90,7 +91,7 @@ class HierarchicalBackbone(nn.Module):
         ]
         self.init_weights(needs_reset=False)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialise all parameters; `needs_reset=False` leaves alone those that a constructor has just filled."""
         named_apply(partial(self.init_module, needs_reset=needs_reset), self)
@@ -102,14 +103,14 @@ class HierarchicalBackbone(nn.Module):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif needs_reset and hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
+        elif needs_reset and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         return set()
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         last = 99999
         fine = [
@@ -120,12 +121,12 @@ class HierarchicalBackbone(nn.Module):
         ]
         return {"stem": r"^stem", "blocks": [(r"^stages\.(\d+)", None), (r"^norm", (last,))] if coarse else fine}
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # pyright: ignore[reportArgumentType]
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
@@ -137,7 +138,7 @@ class HierarchicalBackbone(nn.Module):
 
     def _tap(self, x: Tensor, stage: int, norm: bool, output_fmt: str) -> Tensor:
         """What `forward_intermediates` gives out for the output `x` of a stage."""
-        x = self.stages[stage].out_norm(x)
+        x = self.stages[stage].out_norm(x)  # pyright: ignore[reportCallIssue]
         if norm and stage == len(self.stages) - 1:
             x = self.norm(x)
         if self.output_fmt == output_fmt:

@@ -1,12 +1,13 @@
 """The sequence model: timm's VisionTransformer with the two seams that it lacks.
 
-* **State** goes from block to block as an argument: a block maps (tokens, state) to (tokens, state). What it is, is the
-  subclass's business: the grid, where each patch of the grid went, a second residual stream. `initial_state` makes the first.
+* **State** goes from block to block as an argument: a block maps (tokens, state) to (tokens, state). What it is, is
+  the subclass's business: the grid, where each patch of the grid went, a second residual stream. `initial_state`
+  makes the first.
 * **`dense_tokens`** puts a sequence that was pruned, merged or reordered back on the raster of its patches, so that
   `forward_intermediates` and `features_only` work like those of any backbone.
 
-All else (embedding, positions, pooling, classifier, pruning, resizing, weight groups) is timm's. Unusual against it: the
-attention mask arguments are gone, since blocks here are not all attention.
+All else (embedding, positions, pooling, classifier, pruning, resizing, weight groups) is timm's. Unusual against it:
+the attention mask arguments are gone, since blocks here are not all attention.
 """
 
 from collections.abc import Sequence

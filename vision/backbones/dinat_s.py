@@ -1,7 +1,7 @@
 """DiNAT_s: Swin's pyramid with (dilated) neighborhood attention in place of its windows.
 
-Paper: Hassani and Shi, "Dilated Neighborhood Attention Transformer" (arXiv 2209.15001), its alternative model for a like-for-like
-comparison with Swin. Code and weights: github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT.
+Paper: Hassani and Shi, "Dilated Neighborhood Attention Transformer" (arXiv 2209.15001), its alternative model for a
+like-for-like comparison with Swin. Code and weights: github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT.
 
 What is unusual:
 * Against DiNAT (`nat.py`): a 4 x 4 patch embedding, patch merging that normalises before it projects, shallower stages,
@@ -30,7 +30,7 @@ from ._hierarchical import HierarchicalBackbone, Stage
 class PatchEmbed(nn.Module):
     """[B, C, H, W] to [B, H / stride, W / stride, dim], rounded up, from 4 x 4 patches centred on their stride."""
 
-    def __init__(self, in_chans: int, dim: int, *, stride: int, device=None, dtype=None) -> None:
+    def __init__(self, in_chans: int, dim: int, *, stride: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         if stride not in (4, 2, 1):
             raise ValueError(f"stem_stride must be 4, 2 or 1; got {stride}")
@@ -49,7 +49,7 @@ class PatchEmbed(nn.Module):
 class PatchMerging(nn.Module):
     """[B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up, from the four positions of each 2 x 2 square."""
 
-    def __init__(self, dim: int, *, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
@@ -74,11 +74,11 @@ class DiNATsBlock(nn.Module):
         qkv_bias: bool,
         proj_drop: float,
         drop_path: float,
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = NeighborhoodAttention2d(
             dim, num_heads, kernel_size, dilation=dilation, rpb=True, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd
@@ -120,7 +120,7 @@ class DiNATs(HierarchicalBackbone):
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads needs one entry a stage, {len(depths)}; got {tuple(num_heads)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, stage_dilations in enumerate(per_stage_dilations(dilations, depths)):
             dim = embed_dim * 2**i
@@ -158,14 +158,18 @@ class DiNATs(HierarchicalBackbone):
             output_fmt="NHWC",
         )
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
 
-def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
     """Published names to ours; also of the segmentation and detection backbones (`norm0` to `norm3`, no head)."""
-    rules = [(r"patch_embed\.", "stem."), (r"norm(\d)\.", r"stages.\1.out_norm."), (r"head\.(weight|bias)", r"head.fc.\1")]
+    rules = [
+        (r"patch_embed\.", "stem."),
+        (r"norm(\d)\.", r"stages.\1.out_norm."),
+        (r"head\.(weight|bias)", r"head.fc.\1"),
+    ]
     rules += [(rf"layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(len(model.stages))]
     rules += [(r"layers\.", "stages.")]
     state_dict = rename(unwrap(checkpoint), rules)

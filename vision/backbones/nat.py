@@ -6,9 +6,9 @@ Transformer, MIT. DiNAT is NAT with every second block of a stage dilated, nothi
 
 What is unusual:
 * Any image size and aspect: windows shift at borders, and a map smaller than its window is padded inside the attention.
-* `dilations` is no part of the weights. Published models change it with the image (ImageNet at 224 and 384, ADE20K, COCO),
-  so that the widest window of a stage spans its map: `dilations=((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))` is the
-  segmentation setting for 512 pixels.
+* `dilations` is no part of the weights. Published models change it with the image (ImageNet at 224 and 384, ADE20K,
+  COCO), so that the widest window of a stage spans its map: `dilations=((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4),
+  (1, 2))` is the segmentation setting for 512 pixels.
 * The 11 x 11 weights are the 7 x 7 ones with each bias table resized bicubically; any `kernel_size` loads that way.
 * Two 3 x 3 convolutions with stride 2 and no activation between them make the stem. `stem_stride` 2 or 1 takes their
   strides away, last one first, for pictures that would shrink to nothing; the weights keep their shapes.
@@ -33,11 +33,11 @@ from ._hierarchical import HierarchicalBackbone, Stage
 class ConvTokenizer(nn.Module):
     """[B, C, H, W] to [B, H / stride, W / stride, dim], rounded up."""
 
-    def __init__(self, in_chans: int, dim: int, *, stride: int, device=None, dtype=None) -> None:
+    def __init__(self, in_chans: int, dim: int, *, stride: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         if stride not in (4, 2, 1):
             raise ValueError(f"stem_stride must be 4, 2 or 1; got {stride}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.proj = nn.Sequential(
             nn.Conv2d(in_chans, dim // 2, 3, stride=min(stride, 2), padding=1, **dd),
             nn.Conv2d(dim // 2, dim, 3, stride=max(stride // 2, 1), padding=1, **dd),
@@ -51,7 +51,7 @@ class ConvTokenizer(nn.Module):
 class ConvDownsampler(nn.Module):
     """[B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up."""
 
-    def __init__(self, dim: int, *, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(2 * dim, device=device, dtype=dtype)
@@ -75,11 +75,11 @@ class NATBlock(nn.Module):
         init_values: float | None,
         proj_drop: float,
         drop_path: float,
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = nn.LayerNorm(dim, **dd)
         self.attn = NeighborhoodAttention2d(
             dim, num_heads, kernel_size, dilation=dilation, rpb=True, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd
@@ -135,7 +135,7 @@ class NAT(HierarchicalBackbone):
         if len(num_heads) != len(depths):
             raise ValueError(f"num_heads needs one entry a stage, {len(depths)}; got {tuple(num_heads)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, stage_dilations in enumerate(per_stage_dilations(dilations, depths)):
             dim = embed_dim * 2**i
@@ -174,15 +174,19 @@ class NAT(HierarchicalBackbone):
             output_fmt="NHWC",
         )
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
 
-def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: nn.Module) -> StateDict:
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
     """Published names to ours; also of the segmentation and detection backbones (`norm0` to `norm3`, no head)."""
     state_dict = unwrap(checkpoint)
-    rules = [(r"patch_embed\.", "stem."), (r"norm(\d)\.", r"stages.\1.out_norm."), (r"head\.(weight|bias)", r"head.fc.\1")]
+    rules = [
+        (r"patch_embed\.", "stem."),
+        (r"norm(\d)\.", r"stages.\1.out_norm."),
+        (r"head\.(weight|bias)", r"head.fc.\1"),
+    ]
     rules += [(rf"levels\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(len(model.stages))]
     rules += [(r"levels\.(\d+\.blocks\.\d+)\.gamma([12])", r"stages.\1.ls\2.gamma"), (r"levels\.", "stages.")]
     state_dict = rename(state_dict, rules)
@@ -257,9 +261,7 @@ default_cfgs = generate_default_cfgs(
             num_classes=21841,
             description="dinat_large.in22k with its bias tables resized to 11 x 11 windows",
         ),
-        "dinat_large_11x11_384.in22k_ft_in1k": _dinat_cfg(
-            "imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_AT_384
-        ),
+        "dinat_large_11x11_384.in22k_ft_in1k": _dinat_cfg("imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", **_AT_384),
     }
 )
 

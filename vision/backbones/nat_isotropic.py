@@ -5,8 +5,10 @@ github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT.
 
 What is unusual:
 * `vitrpb_*` attends globally, with a bias per head and relative position as in the others and neither class token nor
-  position embedding. Its table covers the patches of `img_size`; on another grid it is resized bicubically at each call.
-* The published ViT-rpb reads its table flipped in both axes, which is: by key minus query, as neighborhood attention does.
+  position embedding. Its table covers the patches of `img_size`; on another grid it is resized bicubically at each
+  call.
+* The published ViT-rpb reads its table flipped in both axes, which is: by key minus query, as neighborhood attention
+  does.
 * Any image size: the image is padded at the end of its axes to whole patches.
 """
 
@@ -43,11 +45,11 @@ class GlobalAttention(nn.Module):
         *,
         qkv_bias: bool,
         proj_drop: float,
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * grid[0] - 1, 2 * grid[1] - 1, **dd))
@@ -166,7 +168,7 @@ class NATIsotropic(IsotropicBackbone):
             dtype=dtype,
         )
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
 
@@ -186,7 +188,7 @@ def _make_block(
     **_: Any,
 ) -> IsotropicBlock:
     """Block number `depth`. timm offers a block every option that a ViT has; the rest of them mean nothing here."""
-    dd = {"device": device, "dtype": dtype}
+    dd: dict[str, Any] = {"device": device, "dtype": dtype}
     attn = mixers[depth](dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd)
     return IsotropicBlock(dim, attn, mlp_ratio=mlp_ratio, proj_drop=proj_drop, drop_path=drop_path, **dd)
 
