@@ -28,7 +28,7 @@ def draw_curves(path: Path, rows: Sequence[dict[str, float]], metric: str, title
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] + 1 for row in rows]
-    for name, label, colour in (("train/loss", "training (augmented)", _TRAIN), ("val/loss", "validation", _VAL)):
+    for name, label, colour in (("train/loss", "training", _TRAIN), ("val/loss", "validation", _VAL)):
         left.plot(epochs, [row.get(name, np.nan) for row in rows], "o-", ms=4, color=colour, label=label)
     left.set(title="loss", xlabel="epoch")
     left.legend(frameon=False)
