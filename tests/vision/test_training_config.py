@@ -227,3 +227,11 @@ def test_a_yaml_round_trip_changes_nothing(configs: Path) -> None:
 def test_unknown_options_are_refused(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--lr", "3"], configs=configs) == 2
     assert "no option --lr" in capsys.readouterr().err
+
+
+def test_another_data_set_keeps_its_own_size_and_augmentation(repository: Path) -> None:
+    folder = repository / "configs"
+    own, digits = load([], folder), load(["data=digits"], folder)
+    assert own.data.size == 28 and own.augment.shift == 0
+    assert digits.data.size == 32 and digits.augment.shift == 2
+    assert digits.model.kwargs == own.model.kwargs

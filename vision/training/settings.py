@@ -4,7 +4,8 @@ OmegaConf merges and checks types. It is asked key by key, so that an error name
 Unusual:
 
 * A name given for a model starts from that model's own defaults: arguments that a recipe passes to its own model
-  (`stem_stride`, `dims`) mean nothing to another, so they are dropped with the recipe's name.
+  (`stem_stride`, `dims`) mean nothing to another, so they are dropped with the recipe's name. So are a recipe's picture
+  size and augmentation where another data set is named.
 * A value for a key of type str is taken as it stands. YAML would turn a model called `1e5` into 100000.0.
 * Lists are given whole. OmegaConf reads `betas.0=…` as a mapping and fails with a message about containers.
 * A resumed run is described by the config.yaml of its folder; recipe and data file are not read again.
@@ -149,6 +150,8 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
         given.setdefault("data.root", data)
         data = "image_folder"
     _check_choice("data", data, names)
+    if data != tree.get("data", {}).get("name", data):
+        tree = {name: value for name, value in tree.items() if name not in ("data", "augment")}
     [(data_origin, data_tree)] = _read(folder / "data" / f"{data}.yaml")
     tree["data"] = {**tree.get("data", {}), "name": data}
     return [(data_origin, data_tree), (origin, {"recipe": recipe, **tree})]
