@@ -106,7 +106,7 @@ class Blocks:
         counts = [w.dilation * count for w, count in zip(windows, per_lattice, strict=True)]
         total = math.prod(counts)
         # A symbol gets one block more, a copy of the last: exporting takes a count that may be 1 for a constant.
-        block = torch.arange(total + symbolic, device=device).clamp(max=total - 1)
+        block = torch.arange(total + int(symbolic), device=device).clamp(max=total - 1)
         token = torch.arange(math.prod(spatial), device=device)
 
         axes, query, key = [], torch.zeros_like(block)[:, None], torch.zeros_like(block)[:, None]
