@@ -59,7 +59,9 @@ import importlib, json, pkgutil, sys
 target, root = sys.argv[1:]
 # An editable install in this environment would answer for the wheel: take its finder and its path away.
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
-away = lambda path: path and not path.startswith(root) and "__editable__" not in path
+# `make` keeps its environment inside the checkout; what is installed there stays.
+in_checkout = lambda path: path.startswith(root) and "site-packages" not in path
+away = lambda path: path and not in_checkout(path) and "__editable__" not in path
 sys.path[:] = [target, *filter(away, sys.path)]
 import mixerzoo
 names = [module.name for module in pkgutil.walk_packages(mixerzoo.__path__, "mixerzoo.")]
