@@ -1,5 +1,6 @@
 """The public functions: arguments checked and brought to the three axes of the operator."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,13 +101,17 @@ def _prefers_dense(query: Tensor, windows: Windows) -> bool:
 
 def _dense_table_index(spatial: tuple[int, ...]) -> Tensor:
     """[tokens * tokens]: the entry of each query and key of a map that is one window in the flattened bias table."""
-    index = torch.zeros((1, 1), dtype=torch.long)
-    for length in spatial:
-        position = torch.arange(length)
-        step = position[None] - position[:, None] + length - 1
-        index = index[:, None, :, None] * (2 * length - 1) + step[:, None, :]
-        index = index.flatten(2, 3).flatten(0, 1)
-    return index.flatten()
+    with torch.inference_mode(False):  # it may be kept, and saved for a backward pass later
+        index = torch.zeros((1, 1), dtype=torch.long)
+        for length in spatial:
+            position = torch.arange(length)
+            step = position[None] - position[:, None] + length - 1
+            index = index[:, None, :, None] * (2 * length - 1) + step[:, None, :]
+            index = index.flatten(2, 3).flatten(0, 1)
+        return index.flatten()
+
+
+_kept_table_index = functools.lru_cache(maxsize=64)(_dense_table_index)
 
 
 def _attend_densely(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, scale: float) -> Tensor:
@@ -115,7 +120,8 @@ def _attend_densely(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | Non
     bias = None
     if rpb is not None:
         tokens = q.shape[2]
-        bias = rpb.to(q.dtype).flatten(1).index_select(1, _dense_table_index(tuple(spatial)))
+        make_index = _dense_table_index if torch.compiler.is_compiling() else _kept_table_index
+        bias = rpb.to(q.dtype).flatten(1).index_select(1, make_index(tuple(spatial)))
         bias = bias.unflatten(1, (tokens, tokens))[None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).unflatten(1, spatial)
