@@ -73,14 +73,13 @@ def _divmod(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     return quotient, value - quotient * divisor
 
 
-def _outer(tensors: Sequence[Tensor], kinds: int) -> list[Tensor]:
-    """[blocks, n_a] (or [blocks, n_a, m_a]) per axis a -> broadcastable over [blocks, n..., (m...)]."""
+def _outer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """[blocks, queries_a, keys_a] per axis a -> broadcastable over [blocks, queries..., keys...]."""
     rank = len(tensors)
     shaped = []
     for axis, tensor in enumerate(tensors):
-        shape = [1] * (kinds * rank)
-        for kind in range(kinds):
-            shape[kind * rank + axis] = tensor.shape[1 + kind]
+        shape = [1] * (2 * rank)
+        shape[axis], shape[rank + axis] = tensor.shape[1:]
         shaped.append(tensor.reshape(-1, *shape))
     return shaped
 
@@ -149,12 +148,12 @@ class Blocks:
         `own_only`: not the queries that repeat another, so that they add to no sum over queries.
         """
         allowed = [axis.allowed & axis.own[..., None] if own_only else axis.allowed for axis in self.axes]
-        return self._flatten_pairs(functools.reduce(torch.logical_and, _outer(allowed, 2)))
+        return self._flatten_pairs(functools.reduce(torch.logical_and, _outer(allowed)))
 
     def table_index(self) -> Tensor:
         """[blocks, queries, keys]: where each pair finds its entry in the flattened relative position table."""
         index = torch.zeros((), dtype=torch.long, device=self.slot.device)
-        for offset, window in zip(_outer([axis.offset for axis in self.axes], 2), self.windows, strict=True):
+        for offset, window in zip(_outer([axis.offset for axis in self.axes]), self.windows, strict=True):
             index = index * (2 * window.size - 1) + offset
         return self._flatten_pairs(index)
 

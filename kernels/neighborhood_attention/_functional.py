@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .. import _runtime
 from . import _operator as _operator  # registers torch.ops.mixerzoo.neighborhood_attention
 from . import _plain
+from ._blocks import Blocks
 from ._geometry import Axes, Window, Windows, make_windows
 
 _AXIS_NAMES = {1: "[batch, length, heads, head_dim]", 2: "[batch, height, width, heads, head_dim]"}
@@ -99,29 +100,25 @@ def _prefers_dense(query: Tensor, windows: Windows) -> bool:
     )
 
 
-def _dense_table_index(spatial: tuple[int, ...]) -> Tensor:
+def _dense_table_index(spatial: tuple[int, ...], windows: Windows) -> Tensor:
     """[tokens * tokens]: the entry of each query and key of a map that is one window in the flattened bias table."""
     with torch.inference_mode(False):  # it may be kept, and saved for a backward pass later
-        index = torch.zeros((1, 1), dtype=torch.long)
-        for length in spatial:
-            position = torch.arange(length)
-            step = position[None] - position[:, None] + length - 1
-            index = index[:, None, :, None] * (2 * length - 1) + step[:, None, :]
-            index = index.flatten(2, 3).flatten(0, 1)
-        return index.flatten()
+        return Blocks.cut(spatial, windows, torch.device("cpu")).table_index().flatten()
 
 
 _kept_table_index = functools.lru_cache(maxsize=64)(_dense_table_index)
 
 
-def _attend_densely(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, scale: float) -> Tensor:
+def _attend_densely(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
+) -> Tensor:
     spatial = query.shape[1:-2]
     q, k, v = (tensor.flatten(1, -3).transpose(1, 2) for tensor in (query, key, value))
     bias = None
     if rpb is not None:
         tokens = q.shape[2]
         make_index = _dense_table_index if torch.compiler.is_compiling() else _kept_table_index
-        bias = rpb.to(q.dtype).flatten(1).index_select(1, make_index(tuple(spatial)))
+        bias = rpb.to(q.dtype).flatten(1).index_select(1, make_index(tuple(spatial), windows))
         bias = bias.unflatten(1, (tokens, tokens))[None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return out.transpose(1, 2).unflatten(1, spatial)
@@ -163,7 +160,7 @@ def _neighborhood_attention(
     key, value = _repeat_heads(key, repeats), _repeat_heads(value, repeats)
 
     if not with_lse and extra is None and _prefers_dense(query, windows):
-        return _attend_densely(query, key, value, rpb, scale), None
+        return _attend_densely(query, key, value, rpb, windows, scale), None
     wide_query, wide_key, wide_value = (_widen(tensor, widest) for tensor in (query, key, value))
     out, lse = _attend(wide_query, wide_key, wide_value, rpb, windows, scale)
     out = out if value_dim == widest else out[..., :value_dim]
