@@ -1,0 +1,64 @@
+"""The public functions of `mixerzoo.kernels.depthwise_conv`."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _runtime
+from . import _operator, _plain  # noqa: F401  (registers the operators)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: _plain.Pair) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x must be [batch, channels, height, width]; got shape {tuple(x.shape)}")
+    channels = x.shape[1]
+    if weight.ndim != 4 or weight.shape[:2] != (channels, 1) or not all(side % 2 for side in weight.shape[2:]):
+        raise ValueError(
+            f"weight must be [{channels}, 1, rows, columns] with odd sides, one filter for each channel of x; "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must be [{channels}], one value for each channel of x; got {tuple(bias.shape)}")
+    if min(dilation) < 1:
+        raise ValueError(f"dilation must be at least 1; got {dilation}")
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int | tuple[int, int] = 1
+) -> Tensor:
+    """Convolve each channel with its own filter; stride 1, zero padding that keeps the size of the map.
+
+    Args:
+        x: [B, C, H, W], in any memory format; the result has the same.
+        weight: [C, 1, rows, columns], odd sides from 1; made for 3 to 53.
+        bias: [C].
+        dilation: distance between taps, one number or (rows, columns).
+
+    Raises:
+        ValueError: for shapes that do not belong together, even sides, or a dilation below 1.
+    """
+    pair = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[1])
+    _check(x, weight, bias, pair)
+    if _runtime.wants_plain_ops():
+        return _plain.direct(x, weight, bias, pair)
+    return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, list(pair))
+
+
+def large_kernel_attention(
+    x: Tensor,
+    w5: Tensor,
+    w7d3: Tensor,
+    w1: Tensor,
+    b5: Tensor | None = None,
+    b7d3: Tensor | None = None,
+    b1: Tensor | None = None,
+) -> Tensor:
+    """x * conv1(conv7(conv5(x))), the gate of VAN: 5 x 5, then 7 x 7 with dilation 3, both depth-wise, then 1 x 1.
+
+    Args:
+        x: [B, C, H, W], in any memory format; the result has the same.
+        w5, w7d3, w1: [C, 1, 5, 5], [C, 1, 7, 7], [C, C, 1, 1].
+        b5, b7d3, b1: their biases, [C] each.
+    """
+    gate = depthwise_conv2d(depthwise_conv2d(x, w5, b5), w7d3, b7d3, dilation=3)
+    return x * F.conv2d(gate, w1, b1)

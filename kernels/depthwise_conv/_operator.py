@@ -1,0 +1,55 @@
+"""The custom operator `mixerzoo::depthwise_conv2d`, its backward, and which implementation each takes."""
+
+import torch
+from torch import Tensor
+
+from . import _plain
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
+    return _plain.forward(x, weight, bias, (dilation[0], dilation[1]))
+
+
+@torch.library.custom_op("mixerzoo::depthwise_conv2d", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
+    return _run(x, weight, bias, dilation)
+
+
+@_forward.register_fake
+def _(x, weight, bias, dilation):
+    return torch.empty_like(x, memory_format=_plain.memory_format(x))
+
+
+@torch.library.custom_op("mixerzoo::depthwise_conv2d_backward", mutates_args=())
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: list[int], needs_input: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight; empty where not needed."""
+    grad_x = _run(grad, weight.flip(2, 3), None, dilation) if needs_input else x.new_empty(0)
+    pair = (dilation[0], dilation[1])
+    grad_weight = _plain.weight_grad(grad, x, weight, pair) if needs_weight else weight.new_empty(0)
+    return grad_x, grad_weight
+
+
+@_backward.register_fake
+def _(grad, x, weight, dilation, needs_input, needs_weight):
+    grad_x = torch.empty_like(grad, memory_format=_plain.memory_format(grad)) if needs_input else x.new_empty(0)
+    return grad_x, weight.new_empty(weight.shape if needs_weight else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, _, ctx.dilation = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx, grad):
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    grad_x, grad_weight = torch.ops.mixerzoo.depthwise_conv2d_backward(
+        grad, x, weight, ctx.dilation, needs_x, needs_weight
+    )
+    grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    return grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,118 @@
+"""Depth-wise convolution by PyTorch operators: directly in either memory format, or dilated ones as dense ones.
+
+The lattice rewrite. A convolution with dilation d never mixes positions whose row or column numbers differ modulo d.
+So the map falls apart into d * d interleaved lattices, and on each of them the convolution is a dense one: gather the
+lattices into the batch, convolve, scatter back. The sums are the same, term by term. It is worth two copies of the map
+because no library has a fast path for dilated depth-wise convolutions.
+"""
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = tuple[int, int]
+Method = Literal["direct", "channels_last", "lattice"]
+
+
+def same_padding(weight: Tensor, dilation: Pair) -> Pair:
+    """Zeros on each side that keep the size of the map."""
+    return dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)
+
+
+def direct(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """The definition, by one call of PyTorch's; [B, C, H, W] -> the same, for any dtype, device and symbolic size."""
+    return F.conv2d(x, weight, bias, padding=same_padding(weight, dilation), dilation=dilation, groups=weight.shape[0])
+
+
+def crop(weight: Tensor, size: Pair, dilation: Pair) -> Tensor:
+    """`weight` without the taps that reach past the far border of a map of `size` from every position."""
+    reach = [(length - 1) // step for length, step in zip(size, dilation, strict=True)]
+    cut = [max(side // 2 - r, 0) for side, r in zip(weight.shape[2:], reach, strict=True)]
+    return weight[:, :, cut[0] : weight.shape[2] - cut[0], cut[1] : weight.shape[3] - cut[1]]
+
+
+@functools.lru_cache(maxsize=256)
+def _lattice_rows(batch: int, size: Pair, dilation: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each position of the lattices its row in the map (one past the end: padding), and the other way round."""
+    (height, width), (d_y, d_x) = size, dilation
+    rows, columns = -(-height // d_y), -(-width // d_x)
+    number = torch.arange(batch * height * width, device=device).view(batch, height, width)
+    number = F.pad(number, (0, columns * d_x - width, 0, rows * d_y - height), value=batch * height * width)
+    gather = number.view(batch, rows, d_y, columns, d_x).permute(2, 4, 0, 1, 3).reshape(-1)
+    number = torch.arange(gather.numel(), device=device).view(d_y, d_x, batch, rows, columns)
+    number = number.permute(2, 3, 0, 4, 1).reshape(batch, rows * d_y, columns * d_x)
+    return gather, number[:, :height, :width].reshape(-1)
+
+
+def to_lattices(x: Tensor, dilation: Pair) -> Tensor:
+    """[B, C, H, W] -> [dilation[0] * dilation[1] * B, C, H / dilation[0], W / dilation[1]], rounded up; channels last."""
+    batch, channels, height, width = x.shape
+    gather, _ = _lattice_rows(batch, (height, width), dilation, x.device)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    if gather.numel() > rows.shape[0]:
+        rows = F.pad(rows, (0, 0, 0, 1))
+    shape = (-1, -(-height // dilation[0]), -(-width // dilation[1]), channels)
+    return rows.index_select(0, gather).view(shape).permute(0, 3, 1, 2)
+
+
+def from_lattices(x: Tensor, shape: torch.Size, dilation: Pair) -> Tensor:
+    """Undoes `to_lattices` for a map of that shape; channels last."""
+    batch, channels, height, width = shape
+    _, scatter = _lattice_rows(batch, (height, width), dilation, x.device)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, scatter)
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def lattice(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """The same sums as `direct`, from dense convolutions; channels last."""
+    lattices = direct(to_lattices(x, dilation), weight, bias, (1, 1))
+    return from_lattices(lattices, x.shape, dilation)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last if `x` [B, C, H, W] lies that way and no other, else contiguous."""
+    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if is_last else torch.contiguous_format
+
+
+def choose(x: Tensor, weight: Tensor, dilation: Pair) -> Method:
+    """The fastest of the three on CPUs; `benchmarks/bench_depthwise_conv.py --rule` measures anew what this says.
+
+    oneDNN has nothing for dilation, and for tall kernels only a path for channels_last.
+    """
+    taps = weight.shape[2] * weight.shape[3]
+    if max(dilation) > 2 or (max(dilation) == 2 and taps > 25):
+        return "lattice"
+    return "channels_last" if taps > 81 else "direct"
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """[B, C, H, W] by the fastest method, in the memory format of `x`."""
+    weight = crop(weight, (x.shape[2], x.shape[3]), dilation)
+    method = choose(x, weight, dilation)
+    if method == "lattice":
+        out = lattice(x, weight, bias, dilation)
+    elif method == "channels_last":
+        out = direct(x.contiguous(memory_format=torch.channels_last), weight, bias, dilation)
+    else:
+        out = direct(x, weight, bias, dilation)
+    return out.contiguous(memory_format=memory_format(x))
+
+
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Tensor:
+    """Gradient of `weight`, by the fastest method."""
+    cropped = crop(weight, (x.shape[2], x.shape[3]), dilation)
+    method = choose(x, cropped, dilation)
+    if method == "lattice":
+        grad, x, dilation = to_lattices(grad, dilation), to_lattices(x, dilation), (1, 1)
+    elif method == "channels_last":
+        grad, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x))
+    padding = same_padding(cropped, dilation)
+    _, result, _ = torch.ops.aten.convolution_backward(
+        grad, x, cropped, None, (1, 1), padding, dilation, False, (0, 0), weight.shape[0], [False, True, False]
+    )
+    pad = [(whole - part) // 2 for whole, part in zip(weight.shape[2:], cropped.shape[2:], strict=True)]
+    return F.pad(result, (pad[1], pad[1], pad[0], pad[0]))
