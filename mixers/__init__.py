@@ -1,5 +1,16 @@
-"""Token mixers as modules: [B, *spatial, C] in, the same out. Norm, residual and drop path belong to the block."""
+"""Token mixers as modules, the same shape in and out. Norm, residual and drop path belong to the block.
 
+Attention takes [B, *spatial, C], convolutions [B, C, H, W] in any memory format.
+"""
+
+from .depthwise_conv import DepthwiseConv2d
+from .inception_dwconv import InceptionDWConv
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 
-__all__ = ["NeighborhoodAttention1d", "NeighborhoodAttention2d", "NeighborhoodAttention3d"]
+__all__ = [
+    "DepthwiseConv2d",
+    "InceptionDWConv",
+    "NeighborhoodAttention1d",
+    "NeighborhoodAttention2d",
+    "NeighborhoodAttention3d",
+]

@@ -1,0 +1,59 @@
+"""A depth-wise convolution as a module: `torch.nn.Conv2d` with the library's kernel behind it.
+
+Parameters, their initialisation and the state dict are those of `torch.nn.Conv2d(dim, dim, ..., groups=dim)`, so
+either loads the other's weights.
+"""
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..kernels.depthwise_conv import depthwise_conv2d
+
+
+def odd_sides(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a filter that has a centre; raises for any other."""
+    sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
+    if any(side < 1 or side % 2 == 0 for side in sides):
+        raise ValueError(f"kernel_size must be odd and at least 1, so that a filter has a centre; got {kernel_size}")
+    return sides
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
+    """`depthwise_conv2d`, in a form that TorchScript compiles too: the operator itself."""
+    if torch.jit.is_scripting():
+        return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, dilation)
+    else:
+        return depthwise_conv2d(x, weight, bias, dilation=(dilation[0], dilation[1]))
+
+
+@register_notrace_module
+class DepthwiseConv2d(nn.Conv2d):
+    """One filter a channel, stride 1, padded with zeros to the same size; [B, C, H, W] in any memory format.
+
+    Args:
+        kernel_size: odd, one number or (rows, columns).
+        dilation: likewise.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sides = odd_sides(kernel_size)
+        steps = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[1])
+        if min(steps) < 1:
+            raise ValueError(f"dilation must be at least 1; got {dilation}")
+        padding = (steps[0] * (sides[0] // 2), steps[1] * (sides[1] // 2))
+        super().__init__(
+            dim, dim, sides, padding=padding, dilation=steps, groups=dim, bias=bias, device=device, dtype=dtype
+        )
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.Conv2d
+        return convolve(input, self.weight, self.bias, [self.dilation[0], self.dilation[1]])
