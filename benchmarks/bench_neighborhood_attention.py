@@ -6,32 +6,24 @@ Methods: `na2d` as a user gets it; `na2d` in plain PyTorch, as where no compiler
 mask (PyTorch's fused kernel; the bias is ready before a forward pass is timed, and is built from its table where the
 table is trained); gathering each query's keys; and compiled FlexAttention, which has no backward pass on the CPU.
 
-Every method is first compared with the float64 reference, output and gradients; one that differs ends the run. Methods
-take turns within each round, so that a disturbance meets all of them, and the median over rounds is shown. Memory is
-the growth of the resident peak during one call, each in a forked process.
+Every method is first compared with the float64 reference, output and gradients; one that differs ends the run. Time and
+memory are taken as `_harness.py` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import datetime
-import gc
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
+from _harness import describe_machine, markdown_table, peak_memory, time_calls
 from mixerzoo.kernels.neighborhood_attention import _native, na2d, neighborhood_attention_reference
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
 from torch import Tensor
@@ -212,82 +204,36 @@ def check(methods: list[str], problem: Problem) -> None:
                     )
 
 
-def time_calls(calls: dict[str, Callable[[], object]], rounds: int, least_seconds: float) -> dict[str, float]:
-    """Median seconds a call, methods taking turns; short calls repeat within a turn until `least_seconds` pass."""
-    repeats = {}
-    for name, call in calls.items():
-        with without_native(name):
-            call()
-            start = time.perf_counter()
-            call()
-            repeats[name] = max(1, math.ceil(least_seconds / (time.perf_counter() - start)))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            with without_native(name):
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    call()
-                seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def memory_of(method: str, problem: Problem, *, trained: bool) -> int | None:
+    """Bytes that one call of the method takes at its peak; None where it cannot."""
 
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
-
-
-def _measure_memory(connection, method: str, problem: Problem, trained: bool) -> None:
-    inputs = make_inputs(problem, trained=trained)
-    with without_native(method):
-        call = make_call(method, problem, inputs, trained=trained)
+    def build() -> Callable[[], list[Tensor]] | None:
+        call = make_call(method, problem, make_inputs(problem, trained=trained), trained=trained)
         if call is None:
-            return connection.send(None)
-        call()  # what stays (compiled code, cached geometry, thread stacks) is not counted
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or the call would reuse what the first one left in the heap
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        result = call()
-        connection.send(_resident("VmHWM") - before)
-        del result
+            return None
+
+        def run() -> list[Tensor]:
+            with without_native(method):
+                return call()
+
+        return run
+
+    return peak_memory(f"{method} at {problem.name}", build)
 
 
-def peak_memory(method: str, problem: Problem, *, trained: bool) -> int | None:
-    """Bytes by which one call raises the resident peak. To be called before this process has started any thread."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(sender, method, problem, trained))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"{method} died at {problem.name} while its memory was measured") from None
-    finally:
-        process.join()
-
-
-def describe_machine(threads: int) -> str:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+def describe_kernel() -> str:
     library = _native._library()
-    return (
-        f"{cpu} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {threads} threads; "
-        f"torch {torch.__version__}, Python {platform.python_version()}; native kernel: "
-        f"{Path(library._name).name.split('.')[0] if library else 'none'}; {datetime.date.today()}"
-    )
+    return f"native kernel: {Path(library._name).name.split('.')[0] if library else 'none'}"
 
 
 def write_table(results: list[dict], methods: list[str], unit: str, factor: float) -> Iterator[str]:
     """A row a problem and pass; every method's value and how many times `na2d` it is."""
-    yield "| map | batch | bias | pass | " + " | ".join(f"{method}, {unit}" for method in methods) + " |"
-    yield "|---" * (4 + len(methods)) + "|"
+    rows = []
     for row in results:
         own = row["values"]["na2d"]
-        cells = []
+        side, heads, batch, bias = (row[key] for key in ("side", "heads", "batch", "with_rpb"))
+        passes = "forward + backward" if row["trained"] else "forward"
+        cells = [f"{side}x{side}, {heads} heads", str(batch), "yes" if bias else "no", passes]
         for method in methods:
             value = row["values"].get(method)
             if value is None:
@@ -296,9 +242,8 @@ def write_table(results: list[dict], methods: list[str], unit: str, factor: floa
                 cells.append(f"**{value * factor:.3g}**")
             else:
                 cells.append(f"{value * factor:.3g} ({value / own:.2g}x)" if own else f"{value * factor:.3g}")
-        side, heads, batch, bias = (row[key] for key in ("side", "heads", "batch", "with_rpb"))
-        passes = "forward + backward" if row["trained"] else "forward"
-        yield f"| {side}x{side}, {heads} heads | {batch} | {'yes' if bias else 'no'} | {passes} | {' | '.join(cells)} |"
+        rows.append(cells)
+    return markdown_table(["map", "batch", "bias", "pass", *(f"{method}, {unit}" for method in methods)], rows)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -330,7 +275,7 @@ def main() -> None:
         ]
 
     memory = results(
-        [{method: peak_memory(method, problem, trained=trained) for method in methods} for problem, trained in cases]
+        [{method: memory_of(method, problem, trained=trained) for method in methods} for problem, trained in cases]
     )
     seconds = []
     for problem, trained in cases:
@@ -340,10 +285,10 @@ def main() -> None:
         inputs = make_inputs(problem, trained=trained)
         calls = {method: make_call(method, problem, inputs, trained=trained) for method in methods}
         calls = {method: call for method, call in calls.items() if call is not None}
-        seconds.append(time_calls(calls, args.rounds, args.least_ms / 1e3))
+        seconds.append(time_calls(calls, rounds=args.rounds, least_seconds=args.least_ms / 1e3, around=without_native))
     times = results(seconds)
 
-    machine = describe_machine(args.threads)
+    machine = describe_machine(args.threads, describe_kernel())
     text = [
         f"Window {KERNEL_SIZE}x{KERNEL_SIZE}, head_dim {HEAD_DIM}, float32. {machine}.",
         "",

@@ -1,0 +1,125 @@
+"""What the benchmarks share: timing in turns, memory of one call, the line that names the machine, tables.
+
+    from _harness import describe_machine, markdown_table, peak_memory, time_calls
+
+Methods take turns within each round, so that a disturbance meets all of them, and the median over rounds counts. Memory
+is the growth of the resident peak (VmHWM) during one call, in a process forked for it alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import gc
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+def _seconds(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def time_calls(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    least_seconds: float = 0.0,
+    around: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
+) -> dict[str, float]:
+    """Median seconds of each call; short ones repeat within a turn until `least_seconds` pass.
+
+    `around(name)` is entered for each turn, outside the time that counts.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        with around(name):
+            call()
+            repeats[name] = max(1, math.ceil(least_seconds / _seconds(call, 1)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            with around(name):
+                seconds[name].append(_seconds(call, repeats[name]))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: `VmRSS` now, or `VmHWM` at the peak since `forget_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
+
+
+def forget_peak() -> int:
+    """Give back what is free, count the peak from here, and return the bytes that are resident."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the next call would reuse what earlier ones left in the heap
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def _measure_memory(connection: Connection, build: Callable[[], Call | None]) -> None:
+    call = build()
+    if call is None:
+        return connection.send(None)
+    call()  # what stays (compiled code, cached geometry, thread stacks) is not counted
+    before = forget_peak()
+    result = call()
+    connection.send(resident("VmHWM") - before)
+    del result
+
+
+def peak_memory(name: str, build: Callable[[], Call | None]) -> int | None:
+    """Bytes by which one call of `build()` raises the resident peak; None where `build` returns none.
+
+    To be called before this process has started any thread, since it forks.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_memory, args=(sender, build))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{name} died while its memory was measured") from None
+    finally:
+        process.join()
+
+
+def describe_machine(threads: int, *more: str) -> str:
+    """Processor, threads, versions, whatever else is given, and the date."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    facts = [
+        f"{cpu} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {threads} threads",
+        f"torch {torch.__version__}, Python {platform.python_version()}",
+        *more,
+        str(datetime.date.today()),
+    ]
+    return "; ".join(facts)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table."""
+    yield f"| {' | '.join(header)} |"
+    yield "|---" * len(header) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
