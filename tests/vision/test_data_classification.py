@@ -208,6 +208,28 @@ def test_an_image_folder_without_splits_is_divided(tmp_path: Path, caplog: pytes
     assert not set(splits.train.indices) & set(splits.val.indices)
 
 
+def test_how_much_of_a_picture_is_judged(tmp_path: Path) -> None:
+    """A ramp of columns, twice as wide as high: what is left of it shows the crop, and how it was resized."""
+    ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    ramp[:24] = np.random.default_rng(0).integers(0, 256, (24, 128, 3))  # interpolation shows on noise
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            Image.fromarray(ramp).save(tmp_path / name / f"{index}.png")
+
+    def judged(**settings: object) -> torch.Tensor:
+        config = DataConfig(root=str(tmp_path), size=32, held_out=0.5, **settings)
+        splits = SOURCES["image_folder"](config, AugmentConfig(), 0)
+        image = splits.val.__getitems__(Request([0], 0))[0][0, 0]
+        return (image * splits.std[0] + splits.mean[0]) * 255
+
+    whole, middle, squeezed = (judged(crop=crop)[16] for crop in (None, 0.5, 1.0))
+    assert squeezed[0] < 8 and squeezed[-1] > 246  # from one end to the other
+    assert 60 < whole[0] < 70 and 185 < whole[-1] < 195  # the middle half of the width: a square of full height
+    assert 92 < middle[0] < 100 and 155 < middle[-1] < 163
+    assert not torch.equal(judged(crop=0.7), judged(crop=0.7, interpolation="bicubic"))
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [

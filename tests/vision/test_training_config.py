@@ -45,6 +45,8 @@ def configs(repository: Path) -> Path:
         ("augment.scale=0.5", "augment.scale needs a value of type list[float]"),
         ("augment.scale.0=0.5", "augment.scale is one value of type list[float], with nothing below"),
         ("model.kwargs.depths.0=2", "give the list whole"),
+        ("optim.lr_scale=0.5", "optim.lr_scale needs a value of type dict[str, float]"),
+        ("optim.lr_scale={head: slow}", "optim.lr_scale needs a value of type dict[str, float]"),
         ("optim=3", "optim is a section; set one of optim.name, optim.lr"),
         ("optim.lr.x=3", "optim.lr is one value of type float"),
         ("optim.lr=${optim.nothing}", "a reference ${…} leads nowhere"),
@@ -85,6 +87,9 @@ def test_what_is_refused(
         ("data.root=null", "data.root", None),
         ("augment.scale=[0.5,1]", "augment.scale", [0.5, 1.0]),
         ("train.precision=bf16-mixed", "train.precision", "bf16-mixed"),
+        ("train.epochs=null", "train.epochs", None),
+        ('optim.lr_scale={"*.bias": 0.5, head.weight: 2}', "optim.lr_scale", {"*.bias": 0.5, "head.weight": 2.0}),
+        ("optim.lr_scale.head=2", "optim.lr_scale", {"head": 2.0}),
         ("optim.lr=${schedule.warmup_lr}", "optim.lr", None),
     ],
 )
@@ -93,7 +98,7 @@ def test_what_is_understood(argument: str, name: str, value: object, configs: Pa
     found: object = config
     for part in name.split("."):
         found = getattr(found, part)
-    assert found == (config.schedule.warmup_lr if argument.endswith("}") else value)
+    assert found == (config.schedule.warmup_lr if "${" in argument else value)
     assert value is None or type(found) is type(value)
 
 
@@ -117,9 +122,42 @@ def test_arguments_win_over_the_recipe_and_the_recipe_over_the_data_file(tmp_pat
     assert (config.augment.shift, config.augment.hflip) == (3, 0.25)
 
 
+VARIANTS = """
+model: {name: nat_mini, kwargs: {depths: [1]}}
+data: digits
+augment: {mixup: 0.8}
+variants:
+  nat_*: {model: {kwargs: {drop_path_rate: 0.2}}, optim: {lr: 1e-2}}
+  nat_tiny: {model: {kwargs: {drop_path_rate: 0.3}}, augment: {mixup: 0.1}}
+"""
+
+
+@pytest.fixture
+def with_variants(configs: Path, tmp_path: Path) -> Path:
+    (tmp_path / "data").symlink_to(configs / "data")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "classification.yaml").write_text(VARIANTS)
+    return tmp_path
+
+
+def test_variants_are_settings_for_the_model_that_is_chosen(with_variants: Path) -> None:
+    own, tiny, other = (load(given, with_variants) for given in ([], ["model=nat_tiny"], ["model=test_vit"]))
+    assert own.model.kwargs == {"depths": [1], "drop_path_rate": 0.2} and own.optim.lr == 1e-2
+    assert tiny.model.kwargs == {"drop_path_rate": 0.3} and (tiny.optim.lr, tiny.augment.mixup) == (1e-2, 0.1)
+    assert other.model.kwargs == {} and (other.optim.lr, other.augment.mixup) == (1e-3, 0.8)
+
+
+def test_arguments_win_over_variants_and_another_data_set_drops_their_augmentation(with_variants: Path) -> None:
+    config = load(["model=nat_tiny", "data=fashion_mnist", "model.kwargs.drop_path_rate=0"], with_variants)
+    assert config.model.kwargs == {"drop_path_rate": 0} and config.augment.mixup == 0 and config.optim.lr == 1e-2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("variants: [1]", "classification.yaml: below variants stand names of models"),
+        ("variants: {nat_mini: 0.2}", "classification.yaml: below variants stand names of models"),
+        ("variants: {nat_*: {optim: {lrr: 1}}}", "classification.yaml, nat_*: there is no key optim.lrr"),
         ("optim: {lrr: 1}", "classification.yaml: there is no key optim.lrr; did you mean optim.lr?"),
         ("optim: {lr: fast}", "classification.yaml: optim.lr needs a value of type float"),
         ("[1, 2]", "must hold `key: value` lines"),

@@ -150,10 +150,16 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
     if config.root is None or not root.is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")
     folders = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
-    shape = {"input_size": (3, config.size, config.size), "use_prefetcher": False}
-    evaluate = create_transform(**shape, is_training=False, crop_pct=0.9 if config.size > 64 else 1.0)
+    common = {
+        "input_size": (3, config.size, config.size),
+        "interpolation": config.interpolation,
+        "use_prefetcher": False,
+    }
+    crop = config.crop or (0.9 if config.size > 64 else 1.0)
+    mode = "squash" if config.crop == 1 else "center"
+    evaluate = create_transform(**common, is_training=False, crop_pct=crop, crop_mode=mode)
     augmented = create_transform(
-        **shape,
+        **common,
         is_training=True,
         scale=(augmentation.scale[0], augmentation.scale[1]),
         hflip=augmentation.hflip,

@@ -28,6 +28,8 @@ class DataSettings(Protocol):
     root: str | None
     download: bool
     size: int
+    crop: float | None
+    interpolation: str
     held_out: float
     limit: int | None
     scenes: int

@@ -44,6 +44,14 @@ class DataConfig:
     root: str | None = option(None, "where the files lie; null looks in the usual places")
     download: bool = option(True, "fetch files that are found nowhere (Debian package or torchvision)")
     size: int = option(32, "height and width of the pictures the model sees", low=1)
+    crop: float | None = option(
+        None,
+        "side that is judged, as a share of a picture's shorter one; 1 squeezes the whole picture; null is 0.9, or the "
+        "shorter side whole up to 64 pixels (image_folder)",
+        low=0.1,
+        high=1,
+    )
+    interpolation: Literal["bilinear", "bicubic"] = option("bilinear", "how pictures of a folder are resized")
     held_out: float = option(0.1, "share of the training pictures kept for validation", low=0.001, high=0.9)
     limit: int | None = option(None, "use at most this many training pictures", low=2)
     scenes: int = option(4000, "training scenes to compose (fashion_scenes only)", low=2)
@@ -75,6 +83,12 @@ class OptimConfig:
     layer_decay: float | None = option(
         None, "multiply the rate by this for each layer towards the input", low=0, high=1
     )
+    lr_scale: dict[str, float] = option(  # noqa: RUF009
+        {}, 'factors of the rate by parameter name, such as {"*.conv_offset.*": 0.01}'
+    )
+    lr_for_batch: int | None = option(
+        None, "all rates are meant for this many pictures a step, and scaled with the real number", low=1
+    )
     clip_grad: float | None = option(None, "clip the gradient's norm at this value", low=0)
 
 
@@ -84,13 +98,17 @@ class ScheduleConfig:
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", low=0)
     warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", low=0)
     min_lr: float = option(0.0, "learning rate at the end", low=0)
+    cooldown_epochs: int = option(0, "epochs at the end, out of all, that stay at min_lr", low=0)
+    power: float | None = option(None, "exponent of the poly schedule, which needs one", low=0)
 
 
 @dataclass
 class TrainConfig:
-    epochs: int = option(10, "passes over the training pictures", low=1)
+    epochs: int | None = option(10, "passes over the training pictures", low=1)
+    steps: int | None = option(None, "optimiser steps instead of epochs, rounded up to whole epochs", low=1)
     batch_size: int = option(128, "pictures in a batch, on each device", low=1)
     accumulate: int = option(1, "batches to an optimiser step", low=1)
+    total_batch: int | None = option(None, "pictures to an optimiser step, over all devices: settles accumulate", low=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "Lightning's precision")
     accelerator: str = option("auto", "Lightning's accelerator: auto, cpu, gpu, mps")
     devices: int = option(1, "devices (processes on a CPU)", low=1)

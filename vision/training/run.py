@@ -26,6 +26,7 @@ from .build import build_model
 from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch, read_table
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
+from .plan import make_plan
 from .settings import ConfigError, nearest, to_yaml
 from .summary import Summary, summarize
 from .tasks import Task
@@ -41,14 +42,19 @@ def run(config: Config) -> dict[str, Any]:
         torch.set_num_threads(config.train.threads)
     splits = load_data(config)
     _log.info("data: %s (%d training, %d validation, %d test)", splits.origin, *map(len, _parts(splits)))
+    plan = make_plan(config, len(splits.train))
     seed_everything(mix_seed(config.seed))
     model = build_model(config, splits)
     summary = summarize(model, (splits.channels, splits.size, splits.size))
     _log.info(
         "model: %s, %.2f M parameters, %.3f GMACs", config.model.name, summary.parameters / 1e6, summary.macs / 1e9
     )
+    _log.info(
+        "plan: %d epochs of %d steps, %d pictures a step, highest learning rate %.3g",
+        *(plan.epochs, plan.steps_per_epoch, plan.batch, config.optim.lr * plan.lr_factor),
+    )
     folder = _make_folder(config)
-    task = Task(model, config, splits, steps_per_epoch=_steps_per_epoch(config, splits))
+    task = Task(model, config, splits, plan=plan)
     if _is_first_process():
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "summary.txt").write_text(f"{summary}\n")
@@ -84,15 +90,6 @@ def load_data(config: Config) -> Splits:
 
 def _parts(splits: Splits) -> tuple[Any, Any, Any]:
     return splits.train, splits.val, splits.test
-
-
-def _steps_per_epoch(config: Config, splits: Splits) -> int:
-    train = config.train
-    batches = EpochBatches(
-        len(splits.train), train.batch_size, seed=config.seed, training=True, world_size=train.devices
-    )
-    count = min(len(batches), train.limit_batches or len(batches))
-    return -(-count // train.accumulate)
 
 
 def _is_first_process() -> bool:
@@ -144,14 +141,14 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) 
         devices=train.devices,
         strategy=train.strategy,
         precision=train.precision,
-        max_epochs=train.epochs,
-        accumulate_grad_batches=train.accumulate,
+        max_epochs=task.plan.epochs,
+        accumulate_grad_batches=task.plan.accumulate,
         gradient_clip_val=config.optim.clip_grad,
         limit_train_batches=train.limit_batches,
         limit_val_batches=train.limit_batches,
         limit_test_batches=train.limit_batches,
         num_sanity_val_steps=0,
-        log_every_n_steps=min(10, task.steps_per_epoch),
+        log_every_n_steps=min(10, task.plan.steps_per_epoch),
         logger=[
             TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
             EpochTable(folder / "metrics.csv", resume=config.resume is not None),
@@ -177,7 +174,7 @@ def _results(
         "test": {name.removeprefix("test/"): value for name, value in test.items()},
         ("test_iou_by_class" if splits.dense else "test_recall_by_class"): per_class,
         "best_epoch": best["epoch"] + 1,
-        "epochs": config.train.epochs,
+        "epochs": task.plan.epochs,
         "parameters": summary.parameters,
         "gmacs": summary.macs / 1e9,
         "torch": torch.__version__,

@@ -6,6 +6,8 @@ Unusual:
 * A name given for a model starts from that model's own defaults: arguments that a recipe passes to its own model
   (`stem_stride`, `dims`) mean nothing to another, so they are dropped with the recipe's name. So are a recipe's picture
   size and augmentation where another data set is named.
+* A recipe may hold `variants`, shell patterns of model names with settings for these: what authors change from one
+  size of a model to the next. It stands beside the recipe's own model and applies to whichever model is chosen.
 * A value for a key of type str is taken as it stands. YAML would turn a model called `1e5` into 100000.0.
 * Lists are given whole. OmegaConf reads `betas.0=…` as a mapping and fails with a message about containers.
 * A resumed run is described by the config.yaml of its folder; recipe and data file are not read again.
@@ -14,6 +16,7 @@ Unusual:
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,8 +140,10 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
         for name, value in tree.items()
     }
 
+    variants = tree.pop("variants", {})
     model = given.get("model") or given.get("model.name")
     own = tree.get("model", {}).get("name")
+    parts = _of_variant(variants, str(model or own or _KEYS["model.name"].default), origin)
     if model is not None and own is not None and model != own:
         tree["model"] = {"name": model}
 
@@ -150,11 +155,18 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
         given.setdefault("data.root", data)
         data = "image_folder"
     _check_choice("data", data, names)
+    trees = [(origin, tree), *parts]
     if data != tree.get("data", {}).get("name", data):
-        tree = {name: value for name, value in tree.items() if name not in ("data", "augment")}
-    [(data_origin, data_tree)] = _read(folder / "data" / f"{data}.yaml")
-    tree["data"] = {**tree.get("data", {}), "name": data}
-    return [(data_origin, data_tree), (origin, {"recipe": recipe, **tree})]
+        trees = [(place, {k: v for k, v in part.items() if k not in ("data", "augment")}) for place, part in trees]
+    [data_tree] = _read(folder / "data" / f"{data}.yaml")
+    return [data_tree, *trees, (origin, {"recipe": recipe, "data": {"name": data}})]
+
+
+def _of_variant(variants: Any, model: str, origin: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The settings that a recipe has for this model, in the order of the file."""
+    if not isinstance(variants, dict) or not all(isinstance(part, dict) for part in variants.values()):
+        raise ConfigError(f"{origin}: below variants stand names of models, and settings below each of them")
+    return [(f"{origin}, {name}", part) for name, part in variants.items() if fnmatch.fnmatch(model, str(name))]
 
 
 def _check_choice(key: str, value: str, names: list[str]) -> None:

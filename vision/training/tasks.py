@@ -18,8 +18,6 @@ import pytorch_lightning as pl
 import torch
 from timm.data.mixup import Mixup
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]
-from timm.scheduler.scheduler_factory import create_scheduler_v2
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -28,6 +26,8 @@ from ..data.loading import mix_seed, seed_everything
 from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
 from .config import Config
+from .optimization import make_optimizer, make_scheduler
+from .plan import Plan
 
 
 class NonFiniteLossError(RuntimeError):
@@ -37,9 +37,9 @@ class NonFiniteLossError(RuntimeError):
 class Task(pl.LightningModule):
     """Trains `model` on batches (pictures, integer labels of pictures or pixels) with cross entropy."""
 
-    def __init__(self, model: nn.Module, config: Config, splits: Splits, *, steps_per_epoch: int) -> None:
+    def __init__(self, model: nn.Module, config: Config, splits: Splits, *, plan: Plan) -> None:
         super().__init__()
-        self.model, self.config, self.splits, self.steps_per_epoch = model, config, splits, steps_per_epoch
+        self.model, self.config, self.splits, self.plan = model, config, splits, plan
         self.metric = "mean_iou" if splits.dense else "accuracy"
         augment = config.augment
         mixes = augment.mixup > 0 or augment.cutmix > 0
@@ -47,6 +47,8 @@ class Task(pl.LightningModule):
             raise ValueError("augment.mixup and augment.cutmix blend whole pictures: set both to 0 for segmentation")
         if mixes and config.train.batch_size % 2:
             raise ValueError(f"mixup pairs pictures: train.batch_size={config.train.batch_size} must be even")
+        if splits.dense and config.optim.layer_decay is not None:
+            raise ValueError("optim.layer_decay knows the layers of a classifier: set it to null for segmentation")
         self.mix = _mixup(config, len(splits.classes)) if mixes else None
         smoothing = augment.label_smoothing
         self.hard_loss = nn.CrossEntropyLoss(
@@ -134,20 +136,8 @@ class Task(pl.LightningModule):
         return images, targets
 
     def configure_optimizers(self) -> Any:
-        optim, schedule, train = self.config.optim, self.config.schedule, self.config.train
-        optimizer = create_optimizer_v2(
-            self.model, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, layer_decay=optim.layer_decay
-        )
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            schedule.name,
-            num_epochs=train.epochs,
-            warmup_epochs=schedule.warmup_epochs,  # pyright: ignore[reportArgumentType]  # fractions work
-            warmup_lr=schedule.warmup_lr,
-            min_lr=schedule.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=self.steps_per_epoch,
-        )
+        optimizer = make_optimizer(self.model, self.config.optim, self.plan)
+        scheduler = make_scheduler(optimizer, self.config.schedule, self.plan)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

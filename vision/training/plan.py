@@ -1,0 +1,92 @@
+"""The numbers of a run that follow from its settings and from how many pictures there are, and whether they can be met.
+
+Published recipes state a total batch, and segmentation recipes optimiser steps. How many batches are accumulated, how
+many epochs are run, and what the learning rate is, depends on the machine and the data set: it is worked out here,
+once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..data.loading import EpochBatches
+from .config import Config
+from .settings import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`batch`: pictures to an optimiser step, over all devices. `lr_factor`: by what every rate is multiplied."""
+
+    epochs: int
+    steps_per_epoch: int
+    accumulate: int
+    batch: int
+    lr_factor: float
+
+
+def make_plan(config: Config, pictures: int) -> Plan:
+    """The plan for a training set of so many pictures, or a `ConfigError` that says which settings contradict."""
+    accumulate = _accumulate(config)
+    steps = _steps_per_epoch(config, pictures, accumulate)
+    epochs = _epochs(config, steps)
+    batch = config.train.batch_size * config.train.devices * accumulate
+    _check_schedule(config, epochs)
+    lr_factor = batch / config.optim.lr_for_batch if config.optim.lr_for_batch is not None else 1.0
+    return Plan(epochs, steps, accumulate, batch, lr_factor)
+
+
+def _accumulate(config: Config) -> int:
+    train = config.train
+    if train.total_batch is None:
+        return train.accumulate
+    if train.accumulate != 1:
+        raise ConfigError(
+            f"train.total_batch={train.total_batch} settles how many batches are accumulated, but "
+            f"train.accumulate={train.accumulate} is given too; set train.accumulate=1 or train.total_batch=null"
+        )
+    at_once = train.batch_size * train.devices
+    if train.total_batch % at_once:
+        raise ConfigError(
+            f"train.total_batch={train.total_batch} is not a multiple of the {at_once} pictures of train.batch_size="
+            f"{train.batch_size} on train.devices={train.devices}; change one of them, or set train.total_batch=null"
+        )
+    return train.total_batch // at_once
+
+
+def _steps_per_epoch(config: Config, pictures: int, accumulate: int) -> int:
+    train = config.train
+    batches = EpochBatches(pictures, train.batch_size, seed=config.seed, training=True, world_size=train.devices)
+    return math.ceil(min(len(batches), train.limit_batches or len(batches)) / accumulate)
+
+
+def _epochs(config: Config, steps_per_epoch: int) -> int:
+    train = config.train
+    if (train.epochs is None) == (train.steps is None):
+        raise ConfigError(
+            f"train.epochs={_written(train.epochs)} and train.steps={_written(train.steps)}: "
+            "give one of them a value and set the other to null"
+        )
+    return train.epochs or math.ceil((train.steps or 0) / steps_per_epoch)
+
+
+def _check_schedule(config: Config, epochs: int) -> None:
+    schedule = config.schedule
+    if schedule.warmup_epochs + schedule.cooldown_epochs >= epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs={schedule.warmup_epochs:g} and schedule.cooldown_epochs="
+            f"{schedule.cooldown_epochs} leave nothing of {epochs} epoch{'s' * (epochs > 1)}; train longer or make "
+            "them shorter, as with schedule.warmup_epochs=0"
+        )
+    if (schedule.name == "poly") != (schedule.power is not None):
+        raise ConfigError(
+            f"schedule.name={schedule.name} with schedule.power={_written(schedule.power)}: the poly schedule needs a "
+            "power, such as schedule.power=0.9, and no other has one"
+        )
+    if config.optim.lr < schedule.min_lr:
+        raise ConfigError(f"schedule.min_lr={schedule.min_lr:g} is above optim.lr={config.optim.lr:g}")
+
+
+def _written(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"
