@@ -4,11 +4,15 @@ Attention takes [B, *spatial, C], convolutions [B, C, H, W] in any memory format
 """
 
 from .depthwise_conv import DepthwiseConv2d
+from .dilated_reparam import DilatedReparamBlock
+from .hilo import HiLo
 from .inception_dwconv import InceptionDWConv
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 
 __all__ = [
     "DepthwiseConv2d",
+    "DilatedReparamBlock",
+    "HiLo",
     "InceptionDWConv",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",

@@ -55,5 +55,15 @@ class DepthwiseConv2d(nn.Conv2d):
             dim, dim, sides, padding=padding, dilation=steps, groups=dim, bias=bias, device=device, dtype=dtype
         )
 
+    @classmethod
+    def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> "DepthwiseConv2d":
+        """The module of that filter [C, 1, rows, columns] and bias [C], dilation 1."""
+        sides = (weight.shape[2], weight.shape[3])
+        conv = cls(weight.shape[0], sides, bias=bias is not None, device="meta")
+        conv.weight = nn.Parameter(weight)
+        if bias is not None:
+            conv.bias = nn.Parameter(bias)
+        return conv
+
     def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.Conv2d
         return convolve(input, self.weight, self.bias, [self.dilation[0], self.dilation[1]])

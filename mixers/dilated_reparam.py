@@ -1,0 +1,225 @@
+"""Dilated re-parameterised depth-wise convolution: trained as a sum of branches, evaluated as one convolution.
+
+    train:     y = sum_i BN_i(depthwise(x; W_i, dilation d_i))      the large kernel, then small dilated ones
+    evaluate:  y = depthwise(x; W, b)       W, b: all of that in one kernel, exact but for rounding
+
+Paper: Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series
+and Image Recognition" (CVPR 2024, arXiv 2311.15599); code github.com/AILab-CVC/UniRepLKNet, Apache-2.0.
+
+What is unusual:
+* Whether it runs as branches or merged follows the norms alone: merged unless one of them takes its statistics from
+  the batch. So `eval()` merges, and so does a `train()` with all norms frozen.
+* The merged kernel is a differentiable function of the parameters, never a parameter: it is no part of the state dict
+  and cannot go stale. Between evaluations without gradients it is remembered, until a tensor that it was made of is
+  replaced or written to. Only a write through `.data` goes unseen, as it does for autograd; `train()` and `eval()`
+  forget what is remembered.
+* `fuse()` gives the one convolution as a module for good; `timm.utils.reparameterize_model` calls it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels._runtime import wants_plain_ops
+from .depthwise_conv import DepthwiseConv2d, convolve, odd_sides
+
+# kernel_size -> (kernel size, dilation) of the branches beside it, the paper's.
+PUBLISHED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    5: ((3, 1), (3, 2)),
+    7: ((5, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The weight [C, ...] and bias [C] of a layer with the batch norm that follows folded in; float32 or wider."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = norm_weight.to(dtype) * (var.to(dtype) + eps).rsqrt()
+    offset = -mean.to(dtype) if bias is None else bias.to(dtype) - mean.to(dtype)
+    shape = [-1] + [1] * (weight.dim() - 1)
+    return weight.to(dtype) * scale.view(shape), norm_bias.to(dtype) + offset * scale
+
+
+def spread_taps(weight: Tensor, dilation: int, size: int) -> Tensor:
+    """A dilated kernel [C, 1, K, K] as a dense one [C, 1, size, size]: zeros between its taps and around them."""
+    side = weight.shape[-1] * dilation
+    gap = dilation - 1
+    dense = F.pad(weight[:, :, :, None, :, None], [0, gap, 0, 0, 0, gap]).reshape(-1, 1, side, side)
+    before = (size - side + gap) // 2
+    after = size - side - before  # negative where the last gap reaches out
+    return F.pad(dense, [before, after, before, after])
+
+
+def statistics_of(norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """What `fold_norm` takes of a batch norm, frozen and synchronised ones included."""
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+
+
+class _Branch(nn.Module):
+    """A depth-wise convolution without bias and its norm."""
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int, **dd: Any) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv2d(dim, kernel_size, dilation=dilation, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    def dense(self, size: int) -> tuple[Tensor, Tensor]:
+        """Its part of the merged kernel and bias."""
+        norm = self.norm
+        weight, bias = fold_norm(
+            self.conv.weight, None, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+        )
+        return spread_taps(weight, self.conv.dilation[0], size), bias
+
+
+@dataclass(frozen=True)
+class _Memo:
+    """A merged kernel with what it was made of. The aliases keep that memory from being handed to other tensors."""
+
+    key: list[tuple[int, int]]
+    aliases: list[Tensor]
+    merged: tuple[Tensor, Tensor]
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """All parameters and buffers below a module. `Module.parameters()` takes ten times as long."""
+    tensors = [t for group in (module._parameters, module._buffers) for t in group.values() if t is not None]
+    for child in module._modules.values():
+        if child is not None:
+            tensors += _tensors_of(child)
+    return tensors
+
+
+@register_notrace_module
+class DilatedReparamBlock(nn.Module):
+    """[B, C, H, W] to the same, in any memory format.
+
+    Args:
+        kernel_size: side of the large kernel, odd.
+        branches: (kernel size, dilation) of each branch beside it; None for the paper's, known for 5 to 17.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        *,
+        branches: Sequence[tuple[int, int]] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        odd_sides(kernel_size)
+        if branches is None and kernel_size not in PUBLISHED_BRANCHES:
+            known = ", ".join(map(str, PUBLISHED_BRANCHES))
+            raise ValueError(f"branches are known for kernel_size {known}; got {kernel_size}: pass `branches`")
+        branches = PUBLISHED_BRANCHES[kernel_size] if branches is None else branches
+        if len(set(branches)) < len(branches):
+            raise ValueError(f"each branch must be there once; got {tuple(branches)}")
+        for side, dilation in branches:
+            odd_sides(side)
+            if dilation < 1 or (side - 1) * dilation >= kernel_size:
+                raise ValueError(
+                    f"a branch must lie within the kernel of {kernel_size} x {kernel_size}; got kernel size {side} "
+                    f"with dilation {dilation}, which spans {(side - 1) * dilation + 1}"
+                )
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.kernel_size = dim, kernel_size
+        self.large = _Branch(dim, kernel_size, 1, **dd)
+        self.small = nn.ModuleDict(
+            {f"k{side}_{dilation}": _Branch(dim, side, dilation, **dd) for side, dilation in branches}
+        )
+        self._memo: _Memo | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._takes_batch_statistics():
+            out = self.large(x)
+            for branch in self.small.values():
+                out = out + branch(x)
+            return out
+        if torch.jit.is_scripting():
+            weight, bias = self._cast_merge()
+        else:
+            weight, bias = self._remembered_merge()
+        return convolve(x, weight, bias, [1, 1])
+
+    def merge(self) -> tuple[Tensor, Tensor]:
+        """The kernel [C, 1, K, K] and bias [C] that do by the running statistics what all branches do.
+
+        Differentiable; in float32 where the parameters are narrower.
+        """
+        weight, bias = self.large.dense(self.kernel_size)
+        for branch in self.small.values():
+            more_weight, more_bias = branch.dense(self.kernel_size)
+            weight, bias = weight + more_weight, bias + more_bias
+        return weight, bias
+
+    @torch.no_grad()
+    def fuse(self, norm: nn.Module | None = None) -> DepthwiseConv2d:
+        """The one convolution for good, in the parameters' dtype; with the batch norm that follows, if given."""
+        weight, bias = self.merge()
+        if norm is not None:
+            weight, bias = fold_norm(weight, bias, *statistics_of(norm))
+        parameter = self.large.conv.weight
+        conv = DepthwiseConv2d.from_weight(weight.to(parameter.dtype), bias.to(parameter.dtype))
+        return conv.requires_grad_(parameter.requires_grad).train(self.training)
+
+    def _takes_batch_statistics(self) -> bool:
+        takes = self.large.norm.training
+        for branch in self.small.values():
+            takes = takes or branch.norm.training
+        return takes
+
+    def _cast_merge(self) -> tuple[Tensor, Tensor]:
+        weight, bias = self.merge()
+        dtype = self.large.conv.weight.dtype
+        return weight.to(dtype), bias.to(dtype)
+
+    def _remembered_merge(self) -> tuple[Tensor, Tensor]:
+        """`_cast_merge()`, from memory where nothing has changed and where remembering it is sound."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or wants_plain_ops():
+            return self._cast_merge()
+        sources = _tensors_of(self)
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            return self._cast_merge()
+        try:
+            key = [(source.data_ptr(), source._version) for source in sources]
+        except RuntimeError:  # inference tensors do not count writes, wrappers of tensors have no address
+            return self._cast_merge()
+
+        memo = self._memo
+        if memo is None or memo.key != key:
+            with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode too
+                merged = self._cast_merge()
+            memo = _Memo(key, [source.detach() for source in sources], merged)
+            ordinary = type(merged[0]) is Tensor and not merged[0].is_meta
+            self._memo = memo if ordinary else None
+        return memo.merged
+
+    def train(self, mode: bool = True) -> Any:
+        self._memo = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._memo = None  # or the tensors before .to() and its kin would stay in memory
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": None}  # for copies and pickles
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, kernel_size={self.kernel_size}"
