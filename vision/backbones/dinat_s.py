@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from ...mixers import NeighborhoodAttention2d
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, resize_bias_tables, unwrap
-from ._dilations import Dilations, per_stage_dilations
 from ._hierarchical import HierarchicalBackbone, Stage
+from ._patterns import Pattern, per_stage
 
 
 class PatchEmbed(nn.Module):
@@ -104,7 +104,7 @@ class DiNATs(HierarchicalBackbone):
         num_heads: Sequence[int] = (3, 6, 12, 24),
         mlp_ratio: float = 4.0,
         kernel_size: int = 7,
-        dilations: Dilations = ((1, 8), (1, 4), (1, 2), (1,)),
+        dilations: Pattern = ((1, 8), (1, 4), (1, 2), (1,)),
         qkv_bias: bool = True,
         stem_stride: int = 4,
         out_norms: bool = False,
@@ -122,7 +122,7 @@ class DiNATs(HierarchicalBackbone):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
-        for i, stage_dilations in enumerate(per_stage_dilations(dilations, depths)):
+        for i, stage_dilations in enumerate(per_stage(dilations, depths, "dilations")):
             dim = embed_dim * 2**i
             blocks = [
                 DiNATsBlock(

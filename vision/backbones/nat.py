@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ...mixers import NeighborhoodAttention2d
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, resize_bias_tables, unwrap
-from ._dilations import Dilations, per_stage_dilations
 from ._hierarchical import HierarchicalBackbone, Stage
+from ._patterns import Pattern, per_stage
 
 
 class ConvTokenizer(nn.Module):
@@ -118,7 +118,7 @@ class NAT(HierarchicalBackbone):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mlp_ratio: float = 3.0,
         kernel_size: int = 7,
-        dilations: Dilations = 1,
+        dilations: Pattern = 1,
         qkv_bias: bool = True,
         init_values: float | None = None,
         stem_stride: int = 4,
@@ -137,7 +137,7 @@ class NAT(HierarchicalBackbone):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
-        for i, stage_dilations in enumerate(per_stage_dilations(dilations, depths)):
+        for i, stage_dilations in enumerate(per_stage(dilations, depths, "dilations")):
             dim = embed_dim * 2**i
             blocks = [
                 NATBlock(

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from ...mixers import NeighborhoodAttention2d
 from ._checkpoints import StateDict, refuse_mismatch, rename, resize_bias_tables, unwrap
-from ._dilations import repeat_to
 from ._isotropic import IsotropicBackbone
+from ._patterns import repeat_to
 
 
 @register_notrace_module
@@ -140,7 +140,7 @@ class NATIsotropic(IsotropicBackbone):
         else:
             mixers = [
                 partial(NeighborhoodAttention2d, kernel_size=kernel_size, dilation=dilation, rpb=True)
-                for dilation in repeat_to(dilations, depth)
+                for dilation in repeat_to(dilations, depth, "dilations")
             ]
         super().__init__(
             img_size=size,
