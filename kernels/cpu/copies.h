@@ -4,25 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "lanes.h"
+#include "memory.h"
 #include "neighborhood.h"
 
 namespace {
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats allocate(int64_t count) {
-  float* p = static_cast<float*>(std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(float), 64)));
-  if (!p) throw std::bad_alloc();
-  return Floats(p);
-}
 
 // Transposed operands are [row][dim][pitch] and readable for a whole tile from any column; plain ones [row][x][width].
 struct Layout {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "memory.h"
 
 namespace {
 
@@ -40,9 +41,6 @@ struct View {
     return {first, g.dilation[2] * axis[2]};
   }
 };
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 Slice make_slice(const Geometry& g, int64_t index) {
   Slice s;

@@ -20,7 +20,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -30,6 +29,7 @@
 
 #include "copies.h"
 #include "lanes.h"
+#include "memory.h"
 #include "neighborhood.h"
 
 namespace {
@@ -405,8 +405,6 @@ class Pass {
   }
 };
 
-enum Status { kDone, kBadGeometry, kNoMemory };
-
 template <typename Body>
 int guard(const Geometry& g, Body body) {
   for (int a = 0; a < 3; ++a) {
@@ -414,12 +412,7 @@ int guard(const Geometry& g, Body body) {
     if (!fits || g.stride[a] < 1 || g.stride[a] > g.kernel[a]) return kBadGeometry;
   }
   if (g.threads < 1 || g.batch < 1 || g.heads < 1 || g.dim < 1) return kBadGeometry;
-  try {
-    body();
-    return kDone;
-  } catch (const std::bad_alloc&) {
-    return kNoMemory;
-  }
+  return run_guarded(body);
 }
 
 }  // namespace

@@ -3,11 +3,27 @@
 import torch
 from torch import Tensor
 
-from . import _plain
+from . import _native, _plain
+
+
+def _use_native(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and x.device.type == "cpu" and _native.is_available()
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    return _plain.forward(x, weight, bias, (dilation[0], dilation[1]))
+    pair = (dilation[0], dilation[1])
+    if _use_native(x):
+        weight = _plain.crop(weight, (x.shape[2], x.shape[3]), pair)
+        single = None if bias is None else bias.float()
+        return _native.forward(x.float(), weight.float(), single, pair, _plain.memory_format(x)).to(x.dtype)
+    return _plain.forward(x, weight, bias, pair)
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: list[int]) -> Tensor:
+    pair = (dilation[0], dilation[1])
+    if _use_native(x):
+        return _native.weight_grad(grad.float(), x.float(), weight, pair).to(weight.dtype)
+    return _plain.weight_grad(grad, x, weight, pair)
 
 
 @torch.library.custom_op("mixerzoo::depthwise_conv2d", mutates_args=())
@@ -26,8 +42,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight; empty where not needed."""
     grad_x = _run(grad, weight.flip(2, 3), None, dilation) if needs_input else x.new_empty(0)
-    pair = (dilation[0], dilation[1])
-    grad_weight = _plain.weight_grad(grad, x, weight, pair) if needs_weight else weight.new_empty(0)
+    grad_weight = _weight_grad(grad, x, weight, dilation) if needs_weight else weight.new_empty(0)
     return grad_x, grad_weight
 
 

@@ -48,7 +48,7 @@ def _lattice_rows(batch: int, size: Pair, dilation: Pair, device: torch.device) 
 
 
 def to_lattices(x: Tensor, dilation: Pair) -> Tensor:
-    """[B, C, H, W] -> [dilation[0] * dilation[1] * B, C, H / dilation[0], W / dilation[1]], rounded up; channels last."""
+    """[B, C, H, W] to [d_y * d_x * B, C, H / d_y, W / d_x], rounded up; channels last."""
     batch, channels, height, width = x.shape
     gather, _ = _lattice_rows(batch, (height, width), dilation, x.device)
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -73,8 +73,8 @@ def lattice(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> T
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last if `x` [B, C, H, W] lies that way and no other, else contiguous."""
-    is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """channels_last if the channels of `x` [B, C, H, W] are adjacent, as in a part of such a map, else contiguous."""
+    is_last = x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if is_last else torch.contiguous_format
 
 

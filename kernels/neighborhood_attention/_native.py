@@ -1,61 +1,13 @@
-"""Neighborhood attention by the compiled kernel of kernels/cpu/neighborhood_attention.cpp, where an install built it.
+"""Neighborhood attention by the compiled kernel of kernels/cpu/neighborhood_attention.cpp."""
 
-setuptools compiles that file once for AVX2 and once for any processor (pyproject.toml); an install without a compiler
-has neither, and everything else works. The libraries know neither Python nor torch: plain C functions over pointers and
-strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded, and so its
-threads; where that runtime lacks what they need, they do not load.
-
-`MIXERZOO_NATIVE=0` in the environment turns the kernel off.
-"""
-
-import ctypes
-import functools
-import logging
-import os
 from collections.abc import Sequence
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_logger = logging.getLogger(__name__)
+from .._native import BAD_GEOMETRY, NO_MEMORY, as_words, is_available, library
 
-_BEST = {"AVX512": ["_cpu_avx2"], "AVX2": ["_cpu_avx2"]}
-"""Libraries to try before the baseline, by torch's name for the processor's instructions. There is none for AVX-512: a
-window of seven fills eight lanes, not sixteen."""
-
-_BAD_GEOMETRY, _NO_MEMORY = 1, 2  # Status in the C++ file
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if os.environ.get("MIXERZOO_NATIVE", "1") == "0":
-        return None
-    for name in [*_BEST.get(torch.backends.cpu.get_cpu_capability(), []), "_cpu_baseline"]:
-        for suffix in EXTENSION_SUFFIXES:
-            path = Path(__file__).with_name(name + suffix)
-            if not path.is_file():
-                continue
-            try:
-                library = ctypes.CDLL(str(path))
-                for function in (library.mixerzoo_na_forward, library.mixerzoo_na_backward):
-                    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float]
-                    function.restype = ctypes.c_int
-            except (OSError, AttributeError) as error:
-                _logger.warning("the native kernel %s cannot be used, plain PyTorch serves: %s", path, error)
-                continue
-            return library
-    return None
-
-
-def is_available() -> bool:
-    """Whether a compiled kernel is installed, fits this processor and is not turned off."""
-    return _library() is not None
-
-
-def _words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+__all__ = ["backward", "forward", "is_available"]
 
 
 def _view(tensor: Tensor | None) -> list[int]:
@@ -80,13 +32,13 @@ def _call(
     words = [torch.get_num_threads(), batch, heads, dim, *size]
     for axes in geometry:
         words += axes
-    status = getattr(_library(), name)(_words(words), _words([w for view in views for w in _view(view)]), scale)
-    if status == _BAD_GEOMETRY:
+    status = getattr(library(), name)(as_words(words), as_words([w for view in views for w in _view(view)]), scale)
+    if status == BAD_GEOMETRY:
         raise ValueError(
             f"every axis needs 1 <= stride <= kernel_size and kernel_size * dilation <= length; got lengths {size}, "
             f"kernel_size, stride, dilation, is_causal {[list(axes) for axes in geometry]}"
         )
-    if status == _NO_MEMORY:
+    if status == NO_MEMORY:
         raise MemoryError(f"the native neighborhood attention kernel found no memory for query {tuple(query.shape)}")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mixerzoo.kernels import _runtime
+from mixerzoo.kernels import _native, _runtime
 
 HAS_TRITON = "triton" in sys.modules  # ../conftest.py has loaded it, to be interpreted
 
@@ -99,3 +99,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(params=["AVX2", "DEFAULT"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each native library in turn, by the processor that would choose it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if request.param == "AVX2" and not capability.startswith("AVX"):
+        pytest.skip(f"this processor has {capability}")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    _native.library.cache_clear()
+    if not _native.is_available():
+        pytest.skip("no compiled kernels: installed without a C++ compiler")
+    yield request.param
+    _native.library.cache_clear()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -150,19 +148,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["AVX2", "DEFAULT"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each library in turn, by the processor that would choose it."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if request.param == "AVX2" and not capability.startswith("AVX"):
-        pytest.skip(f"this processor has {capability}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    _native._library.cache_clear()
-    assert _native.is_available()
-    yield request.param
-    _native._library.cache_clear()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equals_dense_attention(name: str, instructions: str) -> None:
     case = CASES[name]
@@ -273,44 +258,3 @@ def test_refuses_windows_that_do_not_fit() -> None:
         _native.forward(q, q, q, None, (1, 3, 7), (1, 1, 1), (1, 1, 1), (False,) * 3, 1.0)
     with pytest.raises(ValueError, match="stride <= kernel_size"):
         _native.forward(q, q, q, None, (1, 3, 3), (1, 4, 1), (1, 1, 1), (False,) * 3, 1.0)
-
-
-@pytest.fixture
-def fresh_search() -> Iterator[None]:
-    _native._library.cache_clear()
-    yield
-    _native._library.cache_clear()
-
-
-def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch, fresh_search: None) -> None:
-    monkeypatch.setenv("MIXERZOO_NATIVE", "0")
-    assert not _native.is_available()
-
-
-def test_missing_or_broken_library_means_not_available(
-    monkeypatch: pytest.MonkeyPatch, fresh_search: None, tmp_path, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
-    assert not _native.is_available()
-    assert not caplog.records
-
-    _native._library.cache_clear()
-    (tmp_path / f"_cpu_baseline{_native.EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")
-    assert not _native.is_available()
-    assert "cannot be used" in caplog.text
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_uses_the_openmp_runtime_of_torch() -> None:
-    script = """
-import torch
-from mixerzoo.kernels.neighborhood_attention import _native
-def runtimes():
-    return {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line and ".so" in line}
-before = runtimes()
-torch.set_num_threads(2)
-q = torch.randn(1, 1, 20, 20, 2, 8)
-_native.forward(q, q, q, None, (1, 3, 3), (1, 1, 1), (1, 1, 1), (False,) * 3, 1.0)
-assert runtimes() == before, runtimes() - before
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

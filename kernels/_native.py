@@ -1,0 +1,68 @@
+"""The compiled CPU kernels of kernels/cpu, where an install built them.
+
+setuptools compiles those files into one library for AVX2 and one for any processor (pyproject.toml); an install without
+a compiler has neither, and everything else works. The libraries know neither Python nor torch: plain C functions over
+pointers and strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded,
+and so its threads; where that runtime lacks what they need, they do not load.
+
+`MIXERZOO_NATIVE=0` in the environment turns them off.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+_logger = logging.getLogger(__name__)
+
+_BEST = {"AVX512": ["_cpu_avx2"], "AVX2": ["_cpu_avx2"]}
+"""Libraries to try before the baseline, by torch's name for the processor's instructions. There is none for AVX-512: a
+window of seven fills eight lanes, not sixteen."""
+
+_pointer, _float = ctypes.c_void_p, ctypes.c_float
+_FUNCTIONS = {
+    "mixerzoo_na_forward": [_pointer, _pointer, _float],
+    "mixerzoo_na_backward": [_pointer, _pointer, _float],
+    "mixerzoo_depthwise_forward": [_pointer] * 5,
+    "mixerzoo_depthwise_weight_grad": [_pointer] * 4,
+}
+
+BAD_GEOMETRY, NO_MEMORY = 1, 2
+"""What the functions return if not 0: `Status` in kernels/cpu/memory.h."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The best library for this processor, None where there is none."""
+    if os.environ.get("MIXERZOO_NATIVE", "1") == "0":
+        return None
+    for name in [*_BEST.get(torch.backends.cpu.get_cpu_capability(), []), "_cpu_baseline"]:
+        for suffix in EXTENSION_SUFFIXES:
+            path = Path(__file__).with_name(name + suffix)
+            if not path.is_file():
+                continue
+            try:
+                found = ctypes.CDLL(str(path))
+                for function, arguments in _FUNCTIONS.items():
+                    getattr(found, function).argtypes = arguments
+                    getattr(found, function).restype = ctypes.c_int
+            except (OSError, AttributeError) as error:
+                _logger.warning("the native kernels of %s cannot be used, plain PyTorch serves: %s", path, error)
+                continue
+            return found
+    return None
+
+
+def is_available() -> bool:
+    """Whether compiled kernels are installed, fit this processor and are not turned off."""
+    return library() is not None
+
+
+def as_words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Numbers and addresses as the C structs have them: 64 bits each."""
+    return (ctypes.c_int64 * len(values))(*values)
