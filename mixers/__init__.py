@@ -7,6 +7,7 @@ from .depthwise_conv import DepthwiseConv2d
 from .dilated_reparam import DilatedReparamBlock
 from .hilo import HiLo
 from .inception_dwconv import InceptionDWConv
+from .large_kernel_attention import LargeKernelAttention
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "DilatedReparamBlock",
     "HiLo",
     "InceptionDWConv",
+    "LargeKernelAttention",
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",

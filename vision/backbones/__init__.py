@@ -1,7 +1,17 @@
 """One file a paper; importing this package registers all of them with timm."""
 
-from . import dinat_s, nat, nat_isotropic
+from . import dinat_s, litv2, nat, nat_isotropic, unireplknet, van
 from ._hierarchical import HierarchicalBackbone, Stage
 from ._isotropic import IsotropicBackbone
 
-__all__ = ["HierarchicalBackbone", "IsotropicBackbone", "Stage", "dinat_s", "nat", "nat_isotropic"]
+__all__ = [
+    "HierarchicalBackbone",
+    "IsotropicBackbone",
+    "Stage",
+    "dinat_s",
+    "litv2",
+    "nat",
+    "nat_isotropic",
+    "unireplknet",
+    "van",
+]
