@@ -140,7 +140,7 @@ def test_configuration(name: str) -> None:
     model = on_meta(name)
     cfg, state = model.pretrained_cfg, model.state_dict()
     assert cfg["architecture"] == name.split(".")[0] and cfg["license"] and cfg["origin_url"] and cfg["paper_ids"]
-    assert cfg["url"] or cfg["hf_hub_id"], "published weights have an address"
+    assert cfg.get("url") or cfg.get("hf_hub_id"), "published weights have an address"
     assert model.in_chans == cfg["input_size"][0] and model.num_classes == cfg["num_classes"]
     for key in ("classifier", "first_conv"):
         layers = [cfg[key]] if isinstance(cfg[key], str) else cfg[key]
@@ -260,7 +260,8 @@ def test_forward_intermediates(shared: nn.Module) -> None:
     early = shared.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
     assert len(early) == 1 and torch.equal(early[0], every[0])
     normed = shared.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)[0]
-    assert normed.shape == every[-1].shape and not torch.equal(normed, every[-1])
+    in_head = isinstance(shared.norm, nn.Identity)  # some models normalise only what is pooled
+    assert normed.shape == every[-1].shape and torch.equal(normed, every[-1]) == in_head
 
     other = "NHWC" if isinstance(shared, HierarchicalBackbone) else "NLC"
     for a, b in zip(shared.forward_intermediates(x, output_fmt=other, intermediates_only=True), every, strict=True):
@@ -304,7 +305,8 @@ def test_features_only(first: str) -> None:
         features, model.feature_info.channels(), model.feature_info.reduction(), strict=True
     ):
         assert tuple(feature.shape) == (1, channels, -(-40 // reduction), -(-56 // reduction))
-        assert feature.is_contiguous() and feature.isfinite().all()
+        formats = (torch.contiguous_format, torch.channels_last)
+        assert any(feature.is_contiguous(memory_format=dense) for dense in formats) and feature.isfinite().all()
 
 
 def test_gradient_checkpointing_changes_nothing(shared: nn.Module) -> None:

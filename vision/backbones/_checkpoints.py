@@ -64,10 +64,11 @@ def resize_bias_tables(state_dict: StateDict, model: nn.Module) -> StateDict:
 def keep_fresh_norms(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Let the norms start from the model's own values that the other kind of file lacks.
 
-    A classifier's file knows no `Stage.out_norm`, a segmentation or detection backbone's no final norm.
+    A classifier's file knows no `Stage.out_norm`, a segmentation or detection backbone's no final norm, or
+    no norm in the head.
     """
     downstream = any(".out_norm." in name for name in state_dict)
-    fresh = re.compile(r"norm\." if downstream else r"stages\.\d+\.out_norm\.")
+    fresh = re.compile(r"(?:head\.)?norm\." if downstream else r"stages\.\d+\.out_norm\.")
     return {**{name: tensor for name, tensor in model.state_dict().items() if fresh.match(name)}, **state_dict}
 
 
