@@ -1,13 +1,15 @@
 """Pictures that explain a mixer, drawn from what the code does and not from what it should do.
 
     python -m mixerzoo.vision.visualize --output docs/pictures
+    python -m mixerzoo.vision.visualize effective_receptive_fields --models van_b0 resnet50 --pretrained
 
 * Neighborhoods: which keys a query attends to. Values are one-hot vectors of their own position, so each output of the
   operator is its row of the attention matrix.
-* Effective receptive fields (Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural
-  Networks", NeurIPS 2016): the gradient of the central feature of each stage with respect to the image.
+* Receptive fields: the gradient of the central feature of each stage with respect to the image; effective receptive
+  fields: that of the last stage, for models side by side, with the share of the image that holds most of it.
 
-Unusual: with random weights a receptive field shows the architecture alone; give trained ones with `--checkpoint`.
+Unusual: with random weights a receptive field shows the architecture alone, and says so; give trained weights with
+`--pretrained` or `--checkpoint`, and pictures of your own with `--folder`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -26,13 +28,17 @@ from torch import Tensor, nn
 
 from ..kernels.neighborhood_attention import na1d, na2d
 from ._loading import load_model, one_line
+from .receptive_field import ReceptiveField, open_branches, receptive_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 OTHER, KEY, QUERY, SHARED = "#eef0f3", "#7fb2e5", "#d9480f", "#f0a97c"
-SQUARE = "#4dd0e1"
+SQUARE, REACH = "#4dd0e1", "#9ccc65"
+OUTLINED = {0.5: "#ffffff", 0.99: SQUARE}
+SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
 DECADES = 4  # how far below its largest value a receptive field is drawn
 
 
@@ -71,48 +77,6 @@ def attention_rows(size: Sequence[int], kernel_size: int, **arguments: Any) -> T
     one_hot = torch.eye(positions).view(1, *size, 1, positions)
     operator = na1d if len(size) == 1 else na2d
     return operator(zeros, zeros, one_hot, kernel_size, **arguments).view(positions, positions)
-
-
-@dataclass(frozen=True)
-class ReceptiveField:
-    """Mean magnitude [H, W] of the gradient of the central feature of a map of `map_size`."""
-
-    gradient: Tensor
-    map_size: tuple[int, int]
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        """(y, x) of the strongest part, in pixels. Strided convolutions put it up to half a position off the grid's."""
-        strong = torch.nonzero(self.gradient >= self.gradient.max() / 10).double() + 0.5
-        y, x = strong.mean(0).tolist()
-        return y, x
-
-
-def receptive_fields(model: nn.Module, images: Tensor) -> list[ReceptiveField]:
-    """One field for each stage of a timm model, averaged over `images` [B, C, H, W]."""
-    network: Any = model
-    images = images.clone().requires_grad_()
-    fields = []
-    for feature in network.forward_intermediates(images, intermediates_only=True):
-        height, width = feature.shape[2:]
-        central = feature[:, :, height // 2, width // 2]
-        # Random signs: a plain sum over channels is constant after a norm, and its gradient zero.
-        signs = torch.randint(0, 2, central.shape).to(central) * 2 - 1
-        (gradient,) = torch.autograd.grad((central * signs).sum(), images, retain_graph=True)
-        fields.append(ReceptiveField(gradient.abs().mean((0, 1)), (height, width)))
-    return fields
-
-
-def side_of_share(field: ReceptiveField, share: float) -> int:
-    """Side in pixels of the smallest square around the centre that holds `share` of the gradient."""
-    gradient, centre = field.gradient, field.centre
-    rows = (torch.arange(gradient.shape[0]) + 0.5 - centre[0]).abs()
-    columns = (torch.arange(gradient.shape[1]) + 0.5 - centre[1]).abs()
-    distance = torch.maximum(rows[:, None], columns[None]).flatten()
-    order = distance.argsort()
-    mass = gradient.flatten()[order].double().cumsum(0)
-    reached = int((mass < share * mass[-1]).sum())
-    return math.ceil(2 * distance[order[reached]].item() + 1)
 
 
 def draw_neighborhoods_2d() -> Figure:
@@ -157,8 +121,6 @@ def draw_neighborhoods_1d() -> Figure:
 
 def draw_receptive_fields(fields: Mapping[str, Sequence[ReceptiveField]], *, subtitle: str) -> Figure:
     """One row a model, one column a stage; the square holds 90 % of the gradient."""
-    from matplotlib.patches import Rectangle
-
     columns = max(len(stages) for stages in fields.values())
     figure, panels = _figure(len(fields), columns, (9.0, 2.1 * len(fields) + 1.0))
     image = None
@@ -166,27 +128,83 @@ def draw_receptive_fields(fields: Mapping[str, Sequence[ReceptiveField]], *, sub
         panels[row * columns].set_ylabel(name, fontsize=10, fontweight="bold")
         for column, stage in enumerate(stages):
             axes = panels[row * columns + column]
-            # Pairs of pixels, which the picture shows as one anyway: half the grain, half the file.
-            shown = nn.functional.avg_pool2d(stage.gradient[None], 2)[0]
-            relative = (shown / shown.max()).clamp(min=10.0**-DECADES).log10()
-            extent = (0, stage.gradient.shape[1], stage.gradient.shape[0], 0)
-            image = axes.imshow(
-                relative.numpy(), cmap="magma", vmin=-DECADES, vmax=0, interpolation="nearest", extent=extent
-            )
-            side = side_of_share(stage, 0.9)
-            corner = (stage.centre[1] - side / 2, stage.centre[0] - side / 2)
-            axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=SQUARE, linewidth=1.4))
+            image = _show_field(axes, stage)
+            _outline_share(axes, stage, 0.9, SQUARE)
+            side = stage.side(0.9)
             axes.set_xlabel(f"{side} x {side} pixels", fontsize=9)
             if row == 0:
                 height, width = stage.map_size
                 axes.set_title(f"stage {column + 1}: {height} x {width}", fontsize=10, fontweight="bold")
-    assert image is not None
-    bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.015, ticks=range(-DECADES, 1))
-    bar.ax.set_yticklabels([*(f"1/{10**-tick:,}" for tick in range(-DECADES, 0)), "1"], fontsize=8)
-    bar.set_label("gradient, relative to the largest", fontsize=9)
+    _colour_bar(figure, image, panels)
     _title(figure, f"Effective receptive field of the central feature; {subtitle}")
     _legend(figure, [(SQUARE, "square around the feature that holds 90 % of the gradient")])
     return figure
+
+
+def draw_effective_receptive_fields(rows: Mapping[str, Mapping[str, ReceptiveField]], *, subtitle: str) -> Figure:
+    """One row for each state of the weights, one column a model, with the shares of the image under each field."""
+    names = list(dict.fromkeys(name for fields in rows.values() for name in fields))
+    figure, panels = _figure(len(rows), len(names), (2.7 * len(names) + 1.3, 3.35 * len(rows) + 0.9))
+    image = None
+    for row, (weights, fields) in enumerate(rows.items()):
+        panels[row * len(names)].set_ylabel(weights, fontsize=10, fontweight="bold")
+        for column, name in enumerate(names):
+            axes = panels[row * len(names) + column]
+            if row == 0:
+                axes.set_title(name, fontsize=10, fontweight="bold")
+            if name not in fields:
+                continue
+            field = fields[name]
+            image = _show_field(axes, field)
+            for share, colour in OUTLINED.items():
+                _outline_share(axes, field, share, colour)
+            _outline_reach(axes, field)
+            areas = [f"{100 * share:g} % in {_percent(field.area(share))}" for share in SHARES]
+            axes.set_xlabel(f"{areas[0]} · {areas[1]}\n{areas[2]} · {areas[3]}", fontsize=9, linespacing=1.5)
+    _colour_bar(figure, image, panels)
+    _title(figure, f"Effective receptive field of the last stage's central feature\n{subtitle}")
+    entries = [(colour, f"square with {100 * share:g} % of the gradient") for share, colour in OUTLINED.items()]
+    _legend(figure, [*entries, (REACH, "all that it depends on, where that is less than the image")])
+    return figure
+
+
+def _show_field(axes: Axes, field: ReceptiveField) -> AxesImage:
+    # Pairs of pixels, which the picture shows as one anyway: half the grain, half the file.
+    shown = nn.functional.avg_pool2d(field.gradient[None], 2)[0]
+    relative = (shown / shown.max()).clamp(min=10.0**-DECADES).log10()
+    extent = (0, field.gradient.shape[1], field.gradient.shape[0], 0)
+    return axes.imshow(relative.numpy(), cmap="magma", vmin=-DECADES, vmax=0, interpolation="nearest", extent=extent)
+
+
+def _outline_share(axes: Axes, field: ReceptiveField, share: float, colour: str) -> None:
+    side = field.side(share)
+    corner = (field.centre[1] - side / 2, field.centre[0] - side / 2)
+    _outline(axes, corner, side, side, colour)
+
+
+def _outline_reach(axes: Axes, field: ReceptiveField) -> None:
+    top, left, height, width = field.reach
+    if (height, width) != tuple(field.gradient.shape):
+        _outline(axes, (left, top), width, height, REACH)
+
+
+def _outline(axes: Axes, corner: tuple[float, float], width: float, height: float, colour: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.4))
+
+
+def _colour_bar(figure: Figure, image: AxesImage | None, panels: Sequence[Axes]) -> None:
+    assert image is not None  # there is a field in every figure
+    bar = figure.colorbar(image, ax=panels, fraction=0.02, pad=0.015, ticks=range(-DECADES, 1))
+    bar.ax.set_yticklabels([*(f"1/{10**-tick:,}" for tick in range(-DECADES, 0)), "1"], fontsize=8)
+    bar.set_label("gradient, relative to the largest", fontsize=9)
+
+
+def _percent(share: float) -> str:
+    """Two digits that count: 0.15 %, 1.5 %, 15 %."""
+    digits = max(0, min(3, -math.floor(math.log10(share)) - 1))
+    return f"{100 * share:.{digits}f} %"
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Figure, list[Axes]]:
@@ -220,7 +238,7 @@ def _title(figure: Figure, text: str) -> None:
 def _legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=colour, label=label) for colour, label in entries]
+    handles = [Patch(facecolor=colour, edgecolor="#9aa0a6", linewidth=0.5, label=label) for colour, label in entries]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(entries), frameon=False, fontsize=9)
 
 
@@ -234,27 +252,104 @@ def _checkpoints(pairs: Sequence[str], models: Sequence[str]) -> dict[str, Path]
     return files
 
 
-def _run_cli(arguments: argparse.Namespace) -> None:
-    checkpoints = _checkpoints(arguments.checkpoint, arguments.models)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    side = arguments.input_size
-    fields = {}
-    for name in arguments.models:
-        label = f"{name}, trained" if name in checkpoints else name
-        model: Any = load_model(name, checkpoint=checkpoints.get(name))
-        fields[label] = receptive_fields(model, torch.randn(arguments.images, model.in_chans, side, side))
-    weights = "random weights, " if not checkpoints else ""
-    subtitle = f"{weights}mean over {arguments.images} images of noise, {side} x {side}"
-    figures = {
+@dataclass(frozen=True)
+class Setting:
+    """What the command line says about models and images; `None` is the choice of the picture that is drawn."""
+
+    models: Sequence[str] | None
+    checkpoints: Sequence[str]
+    pretrained: bool
+    images: int
+    input_size: int | None
+    folder: Path | None
+
+    def load(self, models: Sequence[str], side: int) -> Iterator[tuple[str, bool, nn.Module, Tensor]]:
+        """Name, whether it is trained, the model, and images for it. Untrained weights and noise come from seed 0."""
+        files = _checkpoints(self.checkpoints, models)
+        for name in models:
+            torch.manual_seed(0)
+            trained = self.pretrained or name in files
+            model: Any = load_model(name, checkpoint=files.get(name), pretrained=trained and name not in files)
+            yield name, trained, model, self._images(model, side)
+
+    def _images(self, model: Any, side: int) -> Tensor:
+        if self.folder is None:
+            return torch.randn(self.images, model.in_chans, side, side)
+        return read_images(self.folder, model, count=self.images, side=side)
+
+    def describe_images(self, side: int) -> str:
+        kind = "noise" if self.folder is None else self.folder.name
+        return f"mean over {self.images} image{'s' * (self.images > 1)} of {kind}, {side} x {side}"
+
+
+def read_images(folder: Path, model: nn.Module, *, count: int, side: int) -> Tensor:
+    """The first `count` images below a folder, as the model wants them, [count, 3, side, side]."""
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    known = Image.registered_extensions()
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)[:count]
+    if len(files) < count:
+        raise ValueError(f"{folder} has {len(files)} image{'s' * (len(files) != 1)}; {count} were asked for (--images)")
+    transform: Any = create_transform(**{**resolve_data_config({}, model=model), "input_size": (3, side, side)})
+    return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+
+
+def _draw_neighborhoods(_: Setting) -> dict[str, Figure]:
+    return {
         "neighborhood_attention_2d": draw_neighborhoods_2d(),
         "neighborhood_attention_1d": draw_neighborhoods_1d(),
-        "receptive_fields": draw_receptive_fields(fields, subtitle=subtitle),
     }
-    for name, figure in figures.items():
-        path = arguments.output / f"{name}.png"
-        _save(figure, path)
-        print(f"wrote {path}")
+
+
+def _draw_stages(setting: Setting) -> dict[str, Figure]:
+    side = setting.input_size or 224
+    fields, untrained = {}, False
+    for name, trained, model, images in setting.load(setting.models or ("nat_mini", "dinat_mini"), side):
+        fields[f"{name}, trained" if trained else name] = receptive_fields(model, images)
+        untrained |= not trained
+    subtitle = f"{'random weights, ' * untrained}{setting.describe_images(side)}"
+    return {"receptive_fields": draw_receptive_fields(fields, subtitle=subtitle)}
+
+
+def _draw_last_stages(setting: Setting) -> dict[str, Figure]:
+    side = setting.input_size or 512
+    rows: dict[str, dict[str, ReceptiveField]] = {}
+    for name, trained, model, images in setting.load(setting.models or ("resnet50", "unireplknet_t", "van_b2"), side):
+        (field,) = receptive_fields(model, images, last=1)
+        rows.setdefault("trained weights" if trained else "random weights", {})[name] = field
+        if not trained:
+            open_branches(model, images)
+            (field,) = receptive_fields(model, images, last=1)
+            rows.setdefault("random weights,\nbranches at full strength", {})[name] = field
+    subtitle = f"{setting.describe_images(side)}; “50 % in 6 %”: half of the gradient is in 6 % of the image"
+    return {"effective_receptive_fields": draw_effective_receptive_fields(rows, subtitle=subtitle)}
+
+
+SUBJECTS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
+    "neighborhoods": _draw_neighborhoods,
+    "receptive_fields": _draw_stages,
+    "effective_receptive_fields": _draw_last_stages,
+}
+
+
+def _run_cli(arguments: argparse.Namespace) -> None:
+    setting = Setting(
+        models=arguments.models,
+        checkpoints=arguments.checkpoint,
+        pretrained=arguments.pretrained,
+        images=arguments.images,
+        input_size=arguments.input_size,
+        folder=arguments.folder,
+    )
+    if setting.images < 1:
+        raise ValueError(f"--images={setting.images}: at least one is needed")
+    for subject in arguments.subjects or SUBJECTS:
+        for name, figure in SUBJECTS[subject](setting).items():
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            path = arguments.output / f"{name}.png"
+            _save(figure, path)
+            print(f"wrote {path}")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -268,16 +363,26 @@ def _save(figure: Figure, path: Path) -> None:
     )
 
 
+def _subject(name: str) -> str:
+    """Checked here because argparse's own choices refuse an empty list in Python 3.11."""
+    if name not in SUBJECTS:
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(SUBJECTS)}; got {name!r}")
+    return name
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixerzoo.vision.visualize", description="Draw attention neighborhoods and receptive fields."
     )
     add = parser.add_argument
+    add("subjects", nargs="*", type=_subject, metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default all")
     add("--output", type=Path, default=Path("docs/pictures"), help="folder, default %(default)s")
-    add("--models", nargs="+", default=["nat_mini", "dinat_mini"], help="whose receptive fields, default %(default)s")
+    add("--models", nargs="+", help="timm models whose receptive fields to draw; each subject has its own default")
+    add("--pretrained", action="store_true", help="published weights, fetched from their authors")
     add("--checkpoint", action="append", default=[], metavar="MODEL=FILE", help="trained weights; may be given again")
-    add("--images", type=int, default=8, help="of noise, to average over, default %(default)s")
-    add("--input-size", type=int, default=224, help="side of the images, default %(default)s")
+    add("--images", type=int, default=8, help="to average over, default %(default)s")
+    add("--folder", type=Path, help="take images from this folder instead of noise: better for trained weights")
+    add("--input-size", type=int, help="side of the images, default 224, or 512 for effective_receptive_fields")
     return parser
 
 

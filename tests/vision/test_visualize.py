@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from mixerzoo.vision import visualize
-from mixerzoo.vision.visualize import ReceptiveField, attention_rows, main, receptive_fields, side_of_share
-from torch import nn
+from mixerzoo.vision.receptive_field import ReceptiveField
+from mixerzoo.vision.visualize import SUBJECTS, Setting, attention_rows, main
+from PIL import Image
 
 
 def test_rows_are_attention_weights() -> None:
@@ -31,49 +35,70 @@ def test_line_with_dilation_and_causality() -> None:
     assert torch.equal(causal, causal.tril()) and causal.sum(1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
 
 
-class _Blur(nn.Module):
-    """A model whose receptive field is known: one 3 x 3 mean, then another."""
-
-    def forward_intermediates(self, images: torch.Tensor, intermediates_only: bool) -> list[torch.Tensor]:
-        weight = torch.full((1, 1, 3, 3), 1 / 9)
-        first = nn.functional.conv2d(images, weight, padding=1)
-        return [first, nn.functional.conv2d(first, weight, padding=1)]
-
-
-def test_receptive_field_of_a_known_model() -> None:
-    first, second = receptive_fields(_Blur(), torch.randn(2, 1, 11, 11))
-    expected = torch.zeros(11, 11)
-    expected[4:7, 4:7] = 1 / 9
-    torch.testing.assert_close(first.gradient, expected)
-    assert first.centre == second.centre == (5.5, 5.5) and first.map_size == (11, 11)
-    assert [side_of_share(field, 1.0 - 1e-6) for field in (first, second)] == [3, 5]
-    assert (second.gradient > 0).sum() == 25
-
-
-def test_side_of_share_counts_mass_not_pixels() -> None:
-    gradient = torch.full((9, 9), 0.001)
-    gradient[4, 4] = 1.0
-    assert side_of_share(ReceptiveField(gradient, (9, 9)), 0.9) == 1
-
-
-def test_a_dilated_model_looks_further() -> None:
-    arguments = dict(depths=(2,), embed_dim=16, num_heads=(1,), stem_stride=2)
-    near = timm.create_model("nat_mini", **arguments)
-    far = timm.create_model("nat_mini", **arguments, dilations=((1, 3),))
-    far.load_state_dict(near.state_dict())
-    images = torch.randn(1, 3, 64, 64)
-    reach = [int((receptive_fields(model.eval(), images)[0].gradient > 0).any(0).sum()) for model in (near, far)]
-    assert reach[1] > reach[0] + 15
-
-
-def test_all_pictures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever model is asked for, a small one comes."""
     monkeypatch.setattr(visualize, "load_model", lambda name, **_: timm.create_model("test_convnext").eval())
+
+
+def test_all_pictures_are_drawn(tmp_path: Path, small_models: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--output", str(tmp_path / "new"), "--models", "a", "b", "--images", "1", "--input-size", "64"]) == 0
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert names == ["neighborhood_attention_1d.png", "neighborhood_attention_2d.png", "receptive_fields.png"]
-    assert capsys.readouterr().out.count("wrote") == 3
+    assert names == [
+        "effective_receptive_fields.png",
+        "neighborhood_attention_1d.png",
+        "neighborhood_attention_2d.png",
+        "receptive_fields.png",
+    ]
+    assert capsys.readouterr().out.count("wrote") == 4
     for name in names:
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def _texts(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.findobj(Text))
+
+
+def _setting(**given: Any) -> Setting:
+    empty = dict(models=["a", "b"], checkpoints=[], pretrained=False, images=1, input_size=64, folder=None)
+    return Setting(**(empty | given))
+
+
+def test_a_picture_says_where_its_weights_come_from(small_models: None) -> None:
+    (untrained,) = SUBJECTS["effective_receptive_fields"](_setting()).values()
+    assert "random weights" in _texts(untrained) and "branches at full strength" in _texts(untrained)
+    assert "trained weights" not in _texts(untrained)
+    (mixed,) = SUBJECTS["effective_receptive_fields"](_setting(checkpoints=["b=file.pth"])).values()
+    assert "random weights" in _texts(mixed) and "trained weights" in _texts(mixed)
+    (trained,) = SUBJECTS["effective_receptive_fields"](_setting(pretrained=True)).values()
+    assert "random" not in _texts(trained) and "1 image of noise, 64 x 64" in _texts(trained)
+    (stages,) = SUBJECTS["receptive_fields"](_setting(pretrained=True)).values()
+    assert "random" not in _texts(stages)
+
+
+def test_shares_under_a_field_are_those_of_the_gradient(small_models: None) -> None:
+    """A gradient that is alike everywhere: a share of it needs that share of the image, in whole rings of pixels."""
+    flat = ReceptiveField(torch.ones(100, 100), (4, 4))
+    figure = visualize.draw_effective_receptive_fields({"known": {"flat": flat}}, subtitle="")
+    assert "20 % in 21 % · 30 % in 31 %\n50 % in 52 % · 99 % in 100 %" in _texts(figure)
+
+
+def test_images_of_a_folder_are_prepared_as_the_model_wants_them(tmp_path: Path) -> None:
+    for index, shade in enumerate((0, 255)):
+        Image.new("RGB", (80, 60), (shade,) * 3).save(tmp_path / f"{index}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    model = timm.create_model("test_convnext")
+    images = visualize.read_images(tmp_path, model, count=2, side=32)
+    assert images.shape == (2, 3, 32, 32)
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    torch.testing.assert_close(images, torch.stack([(shade - mean) / std for shade in (0, 1)]).expand_as(images))
+    with pytest.raises(ValueError, match=r"has 2 images; 3 were asked for \(--images\)"):
+        visualize.read_images(tmp_path, model, count=3, side=32)
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.00012, "0.012 %"), (0.0123, "1.2 %"), (0.123, "12 %"), (1.0, "100 %")])
+def test_small_shares_keep_their_digits(share: float, text: str) -> None:
+    assert visualize._percent(share) == text
 
 
 def test_pictures_of_the_gallery_are_in_the_repository(repository: Path) -> None:
@@ -85,8 +110,12 @@ def test_pictures_of_the_gallery_are_in_the_repository(repository: Path) -> None
 
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--models", "no_such_model", "--output", str(tmp_path)]) == 2
+    assert main(["receptive_fields", "--models", "no_such_model", "--output", str(tmp_path)]) == 2
     assert "no model is called" in capsys.readouterr().err
-    assert main(["--checkpoint", "best.ckpt", "--output", str(tmp_path)]) == 2
+    assert main(["receptive_fields", "--checkpoint", "best.ckpt", "--output", str(tmp_path)]) == 2
     assert "MODEL=FILE" in capsys.readouterr().err
+    assert main(["receptive_fields", "--images", "0", "--output", str(tmp_path)]) == 2
+    assert "at least one is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["neighbourhoods"])
     assert not list(tmp_path.iterdir())
