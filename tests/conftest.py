@@ -1,11 +1,17 @@
-"""What every test stands on: one thread, a fixed seed, no window system, no network."""
+"""What every test stands on: one thread, a fixed seed, no window system, no network; and the official records."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
+import math
 import os
 import random
+import re
 import socket
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from mixerzoo.kernels import _runtime
+from torch import Tensor
 
 torch.set_num_threads(1)
 
@@ -67,3 +74,126 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+# Records of the official implementations' outputs (tests/goldens), and the weights and pictures that they belong to.
+#
+# A record holds the names and shapes of an official state dict, and of some outputs the shape, mean, standard
+# deviation, largest magnitude and a few values. No weights travel: every tensor is drawn from a random stream that its
+# own name seeds, so whoever knows the names has the very checkpoint.
+
+RECORDS = Path(__file__).parent / "goldens"
+
+
+def draw_tensor(name: str, shape: list[int], factor: float = 1.0) -> Tensor:
+    """The weight called `name`: scaled so that signals keep their size and a wrong position term shows."""
+    stream = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
+    leaf = name.split(".")[-1]
+    values = stream.standard_normal(shape or (1,))
+    if leaf == "running_var":
+        values = 0.75 + 0.5 * stream.random(shape)
+    elif "pos_embed" in name or any(part in leaf for part in ("token", "rpb", "bias_table")):
+        values = values * 0.5
+    elif "bias" in leaf or leaf in ("beta", "running_mean"):
+        values = values * 0.05
+    elif max(shape, default=1) == math.prod(shape):  # a vector: norm weights and the like
+        values = 1 + 0.05 * values
+    else:
+        values = values / math.sqrt(max(math.prod(shape[1:]), 1))
+    return torch.from_numpy(np.ascontiguousarray(values * factor)).reshape(shape).float()
+
+
+def draw_picture(height: int, width: int) -> Tensor:
+    """[1, 3, height, width]: three waves and noise in every channel, about zero mean and unit variance."""
+    stream = np.random.Generator(np.random.Philox(1000))
+    row, column = np.mgrid[:height, :width].astype(np.float64)
+    channels = []
+    for _ in range(3):
+        frequency, phase = 0.02 + 0.06 * stream.random(4), 6.283 * stream.random(4)
+        waves = [
+            np.sin(frequency[0] * column + phase[0]),
+            np.cos(frequency[1] * row + phase[1]),
+            np.sin(frequency[2] * (column + row) + phase[2]),
+        ]
+        channels.append(sum(waves) + 0.5 * stream.standard_normal((height, width)))
+    return torch.from_numpy(np.stack(channels)[None] / 1.3).float()
+
+
+def draw_state(record: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict that a record describes; index buffers, which loading must not depend on, as zeros."""
+    integers = set(record.get("integer_buffers", ()))
+    state = {}
+    for name, shape in record["state"].items():
+        factor = math.prod(f for pattern, f in record.get("weight_rules") or () if re.search(pattern, name))
+        if name in integers or name.endswith("num_batches_tracked"):
+            state[name] = torch.zeros(shape, dtype=torch.long)
+        else:
+            state[name] = draw_tensor(name, shape, factor)
+    return state
+
+
+def deviation(got: Tensor, want: dict[str, Any]) -> float:
+    """The largest deviation from what was recorded of a tensor, as a part of its largest magnitude."""
+    assert list(got.shape) == want["shape"]
+    values = got.detach().double().flatten()
+    samples = torch.tensor(want["samples"], dtype=torch.float64)
+    places = torch.linspace(0, values.numel() - 1, len(samples)).long()
+    deviations = [
+        (values[places] - samples).abs().max(),
+        (values.mean() - want["mean"]).abs(),
+        (values.std(unbiased=False) - want["std"]).abs(),
+    ]
+    worst = max(float(deviation) for deviation in deviations) / max(want["absmax"], 1e-12)
+    return worst if math.isfinite(worst) else math.inf
+
+
+class Golden:
+    """The record of a model."""
+
+    def __init__(self, name: str) -> None:
+        self.record: dict[str, Any] = json.loads((RECORDS / f"{name}.json").read_text())
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        return draw_state(self.record)
+
+    def picture(self) -> Tensor:
+        return draw_picture(*self.record["input_size"][1:])
+
+    def error(self, output: str, got: Tensor) -> float:
+        return deviation(got, self.record["outputs"][output])
+
+
+class OperatorCase:
+    """The record of a module: `record["y"]`, `record["grad_x"]`, `record["param_grads"]` and others are for `error`."""
+
+    def __init__(self, file: str, name: str) -> None:
+        self.name = name
+        self.record: dict[str, Any] = _operator_records(file)[name]
+
+    def state(self) -> dict[str, Tensor]:
+        return draw_state(self.record)
+
+    def draw(self, what: str, shape: Sequence[int]) -> Tensor:
+        """ "x" the input, "g" the gradient that is fed to the output."""
+        stream = np.random.Generator(np.random.Philox(zlib.crc32(f"{what}:{self.name}".encode())))
+        return torch.from_numpy(stream.standard_normal(tuple(shape)).astype(np.float32))
+
+    @staticmethod
+    def error(want: dict[str, Any], got: Tensor) -> float:
+        return deviation(got, want)
+
+
+@functools.cache
+def _operator_records(file: str) -> dict[str, Any]:
+    return json.loads((RECORDS / f"{file}.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Golden]:
+    return Golden
+
+
+@pytest.fixture(scope="session")
+def operator_case() -> Callable[[str, str], OperatorCase]:
+    """Of the file `tests/goldens/<file>.json`, the case of that name."""
+    return OperatorCase
