@@ -55,10 +55,25 @@ def large_kernel_attention(
 ) -> Tensor:
     """x * conv1(conv7(conv5(x))), the gate of VAN: 5 x 5, then 7 x 7 with dilation 3, both depth-wise, then 1 x 1.
 
+    Keeps two maps for the backward; the chain of PyTorch's operators keeps five.
+
     Args:
         x: [B, C, H, W], in any memory format; the result has the same.
         w5, w7d3, w1: [C, 1, 5, 5], [C, 1, 7, 7], [C, C, 1, 1].
         b5, b7d3, b1: their biases, [C] each.
+
+    Raises:
+        ValueError: for shapes that do not belong together.
     """
-    gate = depthwise_conv2d(depthwise_conv2d(x, w5, b5), w7d3, b7d3, dilation=3)
-    return x * F.conv2d(gate, w1, b1)
+    for weight, bias, side in ((w5, b5, 5), (w7d3, b7d3, 7)):
+        _check(x, weight, bias, (1, 1))
+        if weight.shape[2:] != (side, side):
+            raise ValueError(f"needed a {side} x {side} filter for each channel; got weight {tuple(weight.shape)}")
+    channels = x.shape[1]
+    if w1.shape != (channels, channels, 1, 1) or (b1 is not None and b1.shape != (channels,)):
+        shapes = tuple(w1.shape), None if b1 is None else tuple(b1.shape)
+        raise ValueError(f"w1 must be [{channels}, {channels}, 1, 1] and b1 [{channels}] or None; got {shapes}")
+    if _runtime.wants_plain_ops():
+        spatial = _plain.direct(_plain.direct(x, w5, b5, (1, 1)), w7d3, b7d3, (3, 3))
+        return x * F.conv2d(spatial, w1, b1)
+    return torch.ops.mixerzoo.large_kernel_attention(x, w5, w7d3, w1, b5, b7d3, b1)[0]

@@ -1,63 +1,112 @@
-"""The custom operator `mixerzoo::depthwise_conv2d`, its backward, and which implementation each takes."""
+"""The custom operators `mixerzoo::depthwise_conv2d` and `mixerzoo::large_kernel_attention`, their backwards, and which
+implementation each takes.
+
+Large kernel attention keeps two maps for its backward, its input and the second convolution's output, where the chain
+of PyTorch operators keeps five; the others are computed again.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from . import _native, _plain
-
-
-def _use_native(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and x.device.type == "cpu" and _native.is_available()
-
-
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    pair = (dilation[0], dilation[1])
-    if _use_native(x):
-        weight = _plain.crop(weight, (x.shape[2], x.shape[3]), pair)
-        single = None if bias is None else bias.float()
-        return _native.forward(x.float(), weight.float(), single, pair, _plain.memory_format(x)).to(x.dtype)
-    return _plain.forward(x, weight, bias, pair)
+from .. import _runtime
+from . import _choice, _native, _plain
+from ._plain import Pair
 
 
-def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: list[int]) -> Tensor:
-    pair = (dilation[0], dilation[1])
-    if _use_native(x):
-        return _native.weight_grad(grad.float(), x.float(), weight, pair).to(weight.dtype)
-    return _plain.weight_grad(grad, x, weight, pair)
+def _methods(x: Tensor, weight: Tensor, dilation: Pair) -> list[str]:
+    """The implementations that may serve, the usual one first."""
+    triton = ["triton"] if _runtime.runs_triton(x) else []
+    if x.device.type != "cpu":
+        return ["direct", *(["lattice"] if max(dilation) > 1 else []), *triton]
+    if triton:
+        return triton  # interpreted
+    if x.dtype != torch.float64 and _native.is_available():
+        return ["native"]
+    return [_plain.choose(weight, dilation)]
+
+
+def _key(kind: str, x: Tensor, weight: Tensor, dilation: Pair) -> tuple[object, ...]:
+    return kind, x.shape, x.dtype, x.device, _plain.memory_format(x), weight.shape, dilation
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """In the data type and memory format of `x`, whatever those of the filters."""
+    layout = _plain.memory_format(x)
+    weight = _plain.crop(weight, (x.shape[2], x.shape[3]), dilation).to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+
+    def run(method: Any) -> Tensor:
+        if method == "native":
+            offset = None if bias is None else bias.float()
+            return _native.forward(x.float(), weight.float(), offset, dilation, layout).to(x.dtype)
+        if method == "triton":
+            from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+
+            return _triton.forward(x, weight, bias, dilation)
+        return _plain.forward(x, weight, bias, dilation, method)
+
+    out = _choice.run_fastest(_key("forward", x, weight, dilation), _methods(x, weight, dilation), run)
+    return out.contiguous(memory_format=layout)
+
+
+def _input_grad(grad: Tensor, weight: Tensor, dilation: Pair) -> Tensor:
+    return _convolve(grad, weight.flip(2, 3), None, dilation)
+
+
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Tensor:
+    cropped = _plain.crop(weight, (x.shape[2], x.shape[3]), dilation).to(x.dtype)
+
+    def run(method: Any) -> Tensor:
+        if method == "native":
+            return _native.weight_grad(grad.float(), x.float(), cropped, dilation)
+        if method == "triton":
+            from . import _triton
+
+            return _triton.weight_grad(grad, x, cropped, dilation)
+        return _plain.weight_grad(grad, x, cropped, dilation, method)
+
+    result = _choice.run_fastest(_key("weight_grad", x, weight, dilation), _methods(x, cropped, dilation), run)
+    rows, columns = ((whole - part) // 2 for whole, part in zip(weight.shape[2:], cropped.shape[2:], strict=True))
+    return F.pad(result, (columns, columns, rows, rows)).to(weight.dtype)
 
 
 @torch.library.custom_op("mixerzoo::depthwise_conv2d", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    return _run(x, weight, bias, dilation)
+def _depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return _convolve(x, weight, bias, (dilation[0], dilation[1]))
 
 
-@_forward.register_fake
+@_depthwise_conv2d.register_fake
 def _(x, weight, bias, dilation):
     return torch.empty_like(x, memory_format=_plain.memory_format(x))
 
 
 @torch.library.custom_op("mixerzoo::depthwise_conv2d_backward", mutates_args=())
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dilation: list[int], needs_input: bool, needs_weight: bool
+def _depthwise_conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, dilation: list[int], needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight; empty where not needed."""
-    grad_x = _run(grad, weight.flip(2, 3), None, dilation) if needs_input else x.new_empty(0)
-    grad_weight = _weight_grad(grad, x, weight, dilation) if needs_weight else weight.new_empty(0)
+    """Gradients of x and weight, empty where not needed."""
+    pair = (dilation[0], dilation[1])
+    grad_x = _input_grad(grad, weight, pair) if needs_x else x.new_empty(0)
+    grad_weight = _weight_grad(grad, x, weight, pair) if needs_weight else weight.new_empty(0)
     return grad_x, grad_weight
 
 
-@_backward.register_fake
-def _(grad, x, weight, dilation, needs_input, needs_weight):
-    grad_x = torch.empty_like(grad, memory_format=_plain.memory_format(grad)) if needs_input else x.new_empty(0)
+@_depthwise_conv2d_backward.register_fake
+def _(grad, x, weight, dilation, needs_x, needs_weight):
+    grad_x = torch.empty_like(grad, memory_format=_plain.memory_format(grad)) if needs_x else x.new_empty(0)
     return grad_x, weight.new_empty(weight.shape if needs_weight else 0)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save_convolution(ctx, inputs, output) -> None:
     x, weight, _, ctx.dilation = inputs
     ctx.save_for_backward(x, weight)
 
 
-def _differentiate(ctx, grad):
+def _differentiate_convolution(ctx, grad):
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
     grad_x, grad_weight = torch.ops.mixerzoo.depthwise_conv2d_backward(
@@ -67,4 +116,109 @@ def _differentiate(ctx, grad):
     return grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_depthwise_conv2d.register_autograd(_differentiate_convolution, setup_context=_save_convolution)
+
+
+def _spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Tensor | None) -> Tensor:
+    """Both depth-wise convolutions; in one launch only where that was measured to be faster."""
+
+    def run(method: str) -> Tensor:
+        if method == "one launch":
+            from . import _triton
+
+            return _triton.lka_spatial(x, w5, w7d3, b5, b7d3).contiguous(memory_format=_plain.memory_format(x))
+        return _convolve(_convolve(x, w5, b5, (1, 1)), w7d3, b7d3, (3, 3))
+
+    methods = ["two calls"]
+    if _runtime.runs_triton(x):
+        methods = ["one launch"] if x.device.type == "cpu" else ["two calls", "one launch"]
+    return _choice.run_fastest(_key("lka", x, w7d3, (3, 3)), methods, run)
+
+
+def _uses_gate_kernel(x: Tensor) -> bool:
+    """Half precision reads and writes three maps instead of five; float32 products are left to cuBLAS."""
+    return _runtime.runs_triton(x) and (x.element_size() == 2 or x.device.type == "cpu")
+
+
+@torch.library.custom_op("mixerzoo::large_kernel_attention", mutates_args=())
+def _large_kernel_attention(
+    x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The result, and the map before the 1 x 1 convolution, for the backward."""
+    with torch.autocast(x.device.type, enabled=False):
+        spatial = _spatial(x, w5, w7d3, b5, b7d3)
+        if _uses_gate_kernel(x):
+            from . import _triton
+
+            out = _triton.lka_gate(x, spatial, w1.to(x.dtype), b1)
+            return out.contiguous(memory_format=_plain.memory_format(x)), spatial
+        gate = F.conv2d(spatial, w1.to(x.dtype), None if b1 is None else b1.to(x.dtype))
+        return gate.mul_(x).contiguous(memory_format=_plain.memory_format(x)), spatial
+
+
+@_large_kernel_attention.register_fake
+def _(x, w5, w7d3, w1, b5, b7d3, b1):
+    layout = _plain.memory_format(x)
+    return torch.empty_like(x, memory_format=layout), torch.empty_like(x, memory_format=layout)
+
+
+@torch.library.custom_op("mixerzoo::large_kernel_attention_backward", mutates_args=())
+def _large_kernel_attention_backward(
+    grad: Tensor,
+    grad_spatial: Tensor | None,
+    spatial: Tensor,
+    x: Tensor,
+    w5: Tensor,
+    w7d3: Tensor,
+    w1: Tensor,
+    b5: Tensor | None,
+    b1: Tensor | None,
+    needs_weights: bool,
+) -> list[Tensor]:
+    """Gradients of x, w5, w7d3, w1 and the three biases; of x alone unless `needs_weights`."""
+    weight, bias = w1.to(x.dtype), None if b1 is None else b1.to(x.dtype)
+    grad_gate = grad * x
+    grad_x = grad * F.conv2d(spatial, weight, bias)
+    outer, grad_w1, grad_b1 = torch.ops.aten.convolution_backward(
+        grad_gate, spatial, weight, [w1.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1,
+        [True, needs_weights, needs_weights],
+    )  # fmt: skip
+    if grad_spatial is not None:
+        outer = outer + grad_spatial
+    inner = _input_grad(outer, w7d3, (3, 3))
+    grad_x += _input_grad(inner, w5, (1, 1))
+    grad_x = grad_x.contiguous(memory_format=_plain.memory_format(x))
+    if not needs_weights:
+        return [grad_x]
+    middle = _convolve(x, w5, b5, (1, 1))
+    grad_w7d3, grad_w5 = _weight_grad(outer, middle, w7d3, (3, 3)), _weight_grad(inner, x, w5, (1, 1))
+    grads = [grad_w1.to(w1.dtype), inner.sum((0, 2, 3)), outer.sum((0, 2, 3)), grad_b1]
+    return [grad_x, grad_w5, grad_w7d3, *grads]
+
+
+@_large_kernel_attention_backward.register_fake
+def _(grad, grad_spatial, spatial, x, w5, w7d3, w1, b5, b1, needs_weights):
+    grad_x = torch.empty_like(x, memory_format=_plain.memory_format(x))
+    if not needs_weights:
+        return [grad_x]
+    return [grad_x, *(torch.empty_like(w) for w in (w5, w7d3, w1)), *(x.new_empty(x.shape[1]) for _ in range(3))]
+
+
+def _save_attention(ctx, inputs, output) -> None:
+    x, w5, w7d3, w1, b5, _, b1 = inputs
+    ctx.save_for_backward(x, w5, w7d3, w1, b5, b1, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_attention(ctx, grad, grad_spatial):
+    x, w5, w7d3, w1, b5, b1, spatial = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(x)
+    needs = ctx.needs_input_grad
+    grads = torch.ops.mixerzoo.large_kernel_attention_backward(
+        grad, grad_spatial, spatial, x, w5, w7d3, w1, b5, b1, any(needs[1:])
+    )
+    return tuple(grads[i] if needed else None for i, needed in enumerate(needs))
+
+
+_large_kernel_attention.register_autograd(_differentiate_attention, setup_context=_save_attention)

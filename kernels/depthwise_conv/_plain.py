@@ -78,7 +78,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_last else torch.contiguous_format
 
 
-def choose(x: Tensor, weight: Tensor, dilation: Pair) -> Method:
+def choose(weight: Tensor, dilation: Pair) -> Method:
     """The fastest of the three on CPUs; `benchmarks/bench_depthwise_conv.py --rule` measures anew what this says.
 
     oneDNN has nothing for dilation, and for tall kernels only a path for channels_last.
@@ -89,30 +89,23 @@ def choose(x: Tensor, weight: Tensor, dilation: Pair) -> Method:
     return "channels_last" if taps > 81 else "direct"
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
-    """[B, C, H, W] by the fastest method, in the memory format of `x`."""
-    weight = crop(weight, (x.shape[2], x.shape[3]), dilation)
-    method = choose(x, weight, dilation)
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair, method: Method) -> Tensor:
+    """[B, C, H, W] by that method, which also settles the memory format."""
     if method == "lattice":
-        out = lattice(x, weight, bias, dilation)
-    elif method == "channels_last":
-        out = direct(x.contiguous(memory_format=torch.channels_last), weight, bias, dilation)
-    else:
-        out = direct(x, weight, bias, dilation)
-    return out.contiguous(memory_format=memory_format(x))
+        return lattice(x, weight, bias, dilation)
+    if method == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    return direct(x, weight, bias, dilation)
 
 
-def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Tensor:
-    """Gradient of `weight`, by the fastest method."""
-    cropped = crop(weight, (x.shape[2], x.shape[3]), dilation)
-    method = choose(x, cropped, dilation)
+def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair, method: Method) -> Tensor:
+    """Gradient of `weight` [C, 1, rows, columns] by that method."""
     if method == "lattice":
         grad, x, dilation = to_lattices(grad, dilation), to_lattices(x, dilation), (1, 1)
     elif method == "channels_last":
         grad, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad, x))
-    padding = same_padding(cropped, dilation)
+    padding, channels = list(same_padding(weight, dilation)), weight.shape[0]
     _, result, _ = torch.ops.aten.convolution_backward(
-        grad, x, cropped, None, (1, 1), padding, dilation, False, (0, 0), weight.shape[0], [False, True, False]
+        grad, x, weight, None, [1, 1], padding, list(dilation), False, [0, 0], channels, [False, True, False]
     )
-    pad = [(whole - part) // 2 for whole, part in zip(weight.shape[2:], cropped.shape[2:], strict=True)]
-    return F.pad(result, (pad[1], pad[1], pad[0], pad[0]))
+    return result

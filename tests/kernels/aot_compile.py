@@ -22,6 +22,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns that the def
 
 import torch
 import triton
+from mixerzoo.kernels.depthwise_conv import _triton as depthwise_conv
 from mixerzoo.kernels.neighborhood_attention import _triton as neighborhood_attention
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
 from triton.backends.compiler import GPUTarget
@@ -129,6 +130,22 @@ def _attend(spatial: Map, windows: tuple[Window, ...], head_dim: int, dtype: tor
     neighborhood_attention.backward(out, query, query, query, table, lse, lse, windows, 1.0)
 
 
+def _convolve(channels: int, side: int, kernel: tuple[int, int], dilation: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.empty(2, channels, side, side, device="meta", dtype=dtype)
+    weight = torch.empty(channels, 1, *kernel, device="meta", dtype=dtype)
+    depthwise_conv.forward(x, weight, weight[:, 0, 0, 0], dilation)
+    depthwise_conv.weight_grad(x, x, weight, dilation)
+
+
+def _gate(channels: int, side: int, dtype: torch.dtype) -> None:
+    x = torch.empty(2, channels, side, side, device="meta", dtype=dtype)
+    w5, w7d3, w1 = (
+        torch.empty(channels, *rest, device="meta", dtype=dtype) for rest in ((1, 5, 5), (1, 7, 7), (channels, 1, 1))
+    )
+    bias = torch.empty(channels, device="meta", dtype=dtype)
+    depthwise_conv.lka_gate(x, depthwise_conv.lka_spatial(x, w5, w7d3, bias, bias), w1, bias)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     """Every configuration that ships, at the windows of the models, and every kind of geometry at the usual one."""
     one, five, seven = (Window(size, 1, 1, False) for size in (1, 5, 7))
@@ -149,6 +166,10 @@ def _cases() -> dict[str, Callable[[], None]]:
             cases[f"map-{head_dim}-{kind}"] = lambda d=head_dim, t=dtype: _attend(
                 large, (one, seven, seven), d, t, rpb=True
             )
+        cases[f"conv-13-{kind}"] = lambda t=dtype: _convolve(64, 56, (13, 13), (1, 1), t)
+        cases[f"conv-7-dilated-{kind}"] = lambda t=dtype: _convolve(32, 56, (7, 7), (3, 3), t)
+        cases[f"conv-1x31-{kind}"] = lambda t=dtype: _convolve(24, 28, (1, 31), (1, 1), t)
+        cases[f"lka-{kind}"] = lambda t=dtype: _gate(64, 56, t)
     return cases
 
 
