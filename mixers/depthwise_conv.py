@@ -20,10 +20,14 @@ def odd_sides(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    """`depthwise_conv2d`, in a form that TorchScript compiles too: the operator itself."""
+    """`depthwise_conv2d` as layers want it: in the data type of autocast, as PyTorch's convolutions, and scriptable."""
     if torch.jit.is_scripting():
         return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, dilation)
     else:
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if autocast and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
         return depthwise_conv2d(x, weight, bias, dilation=(dilation[0], dilation[1]))
 
 
