@@ -2,7 +2,8 @@
 
 What is mended, on triton 3.6 to 3.9:
 * a call of one Triton function by another patches the whole language anew, a millisecond each: once a launch is enough;
-* bfloat16 is held as raw 16-bit integers and computed with as such; products and arithmetic go through float32 here.
+* bfloat16 is held as raw 16-bit integers and computed with as such; products and arithmetic go through float32 here,
+  and what is stored is rounded, not cut off.
 The canaries in test_interpreter.py fail when a new Triton makes either unnecessary or impossible.
 """
 
@@ -36,7 +37,7 @@ def _narrow(values: np.ndarray) -> Any:
 
 def _compute_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = interpreter.InterpreterBuilder
-    dot, binary = builder.create_dot, builder.binary_op
+    dot, binary, truncate = builder.create_dot, builder.binary_op, builder.create_fp_trunc
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, _widen(a), _widen(b), *rest)
@@ -47,6 +48,11 @@ def _compute_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
         result = operation(_widen(left).data, _widen(right).data)
         return interpreter.TensorHandle(result, tl.int1) if result.dtype == np.bool_ else _narrow(result)
 
+    def create_fp_trunc(self: Any, values: Any, kind: Any) -> Any:
+        is_mended = kind.scalar == tl.bfloat16 and values.dtype.scalar == tl.float32
+        return _narrow(values.data) if is_mended else truncate(self, values, kind)
+
+    monkeypatch.setattr(builder, "create_fp_trunc", create_fp_trunc)
     monkeypatch.setattr(builder, "create_dot", create_dot)
     monkeypatch.setattr(builder, "binary_op", binary_op)
 
@@ -101,15 +107,25 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
-@pytest.fixture(params=["AVX2", "DEFAULT"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each native library in turn, by the processor that would choose it."""
+@pytest.fixture
+def native_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Takes the library that a processor with these instructions would choose: "AVX2", or "DEFAULT" for any."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if request.param == "AVX2" and not capability.startswith("AVX"):
-        pytest.skip(f"this processor has {capability}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+
+    def take(instructions: str) -> None:
+        if instructions == "AVX2" and not capability.startswith("AVX"):
+            pytest.skip(f"this processor has {capability}")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+        _native.library.cache_clear()
+        if not _native.is_available():
+            pytest.skip("no compiled kernels: installed without a C++ compiler")
+
+    yield take
     _native.library.cache_clear()
-    if not _native.is_available():
-        pytest.skip("no compiled kernels: installed without a C++ compiler")
-    yield request.param
-    _native.library.cache_clear()
+
+
+@pytest.fixture(params=["AVX2", "DEFAULT"])
+def instructions(request: pytest.FixtureRequest, native_library: Callable[[str], None]) -> str:
+    """Each native library in turn."""
+    native_library(request.param)
+    return request.param

@@ -16,6 +16,11 @@ try:
         o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
         a, b = tl.load(p_a + o), tl.load(p_b + o)
         tl.store(p_out + o, tl.dot(a, b) + tl.sum((a + b).to(tl.float32), 1)[:, None])
+
+    @triton.jit
+    def _cast_kernel(p_x, p_out, N: tl.constexpr):
+        o = tl.arange(0, N)
+        tl.store(p_out + o, tl.load(p_x + o).to(p_out.dtype.element_ty))
 finally:
     del os.environ["TRITON_INTERPRET"]
 
@@ -35,3 +40,15 @@ def test_bfloat16_is_still_wrong_without_the_mending() -> None:
     out = torch.empty(16, 16)
     _product_kernel[(1,)](a, b, out, 16)
     torch.testing.assert_close(out, a.float() @ b.float() + (a + b).float().sum(1, keepdim=True), rtol=1e-2, atol=1e-2)
+
+
+def test_casts_to_bfloat16_round(triton_interpreter: None) -> None:
+    x = torch.randn(256)
+    out = torch.empty(256, dtype=torch.bfloat16)
+    _cast_kernel[(1,)](x, out, 256)
+    assert torch.equal(out, x.bfloat16())
+
+
+@pytest.mark.xfail(strict=True, reason="Triton's interpreter cuts bfloat16 off; mended in conftest.py")
+def test_casts_to_bfloat16_are_still_cut_off_without_the_mending() -> None:
+    test_casts_to_bfloat16_round(None)
