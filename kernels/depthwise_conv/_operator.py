@@ -16,6 +16,13 @@ from . import _choice, _native, _plain
 from ._plain import Pair
 
 
+def _is_small(x: Tensor, weight: Tensor, dilation: Pair) -> bool:
+    """Whether oneDNN is the faster: it reads and writes whole pixels of a channels_last map, the native kernel eight
+    channels of each, which only larger kernels make up for."""
+    is_plain = x.dtype == torch.float32 and _plain.memory_format(x) == torch.channels_last
+    return is_plain and max(dilation) == 1 and weight.shape[2] * weight.shape[3] <= 25
+
+
 def _methods(x: Tensor, weight: Tensor, dilation: Pair) -> list[str]:
     """The implementations that may serve, the usual one first."""
     triton = ["triton"] if _runtime.runs_triton(x) else []
@@ -24,7 +31,7 @@ def _methods(x: Tensor, weight: Tensor, dilation: Pair) -> list[str]:
     if triton:
         return triton  # interpreted
     if x.dtype != torch.float64 and _native.is_available():
-        return ["native"]
+        return ["direct" if _is_small(x, weight, dilation) else "native"]
     return [_plain.choose(weight, dilation)]
 
 
