@@ -259,27 +259,27 @@ class Setting:
     models: Sequence[str] | None
     checkpoints: Sequence[str]
     pretrained: bool
-    images: int
+    images: int | None
     input_size: int | None
     folder: Path | None
 
-    def load(self, models: Sequence[str], side: int) -> Iterator[tuple[str, bool, nn.Module, Tensor]]:
+    def load(self, models: Sequence[str], count: int, side: int) -> Iterator[tuple[str, bool, nn.Module, Tensor]]:
         """Name, whether it is trained, the model, and images for it. Untrained weights and noise come from seed 0."""
         files = _checkpoints(self.checkpoints, models)
         for name in models:
             torch.manual_seed(0)
             trained = self.pretrained or name in files
             model: Any = load_model(name, checkpoint=files.get(name), pretrained=trained and name not in files)
-            yield name, trained, model, self._images(model, side)
+            yield name, trained, model, self._images(model, count, side)
 
-    def _images(self, model: Any, side: int) -> Tensor:
+    def _images(self, model: Any, count: int, side: int) -> Tensor:
         if self.folder is None:
-            return torch.randn(self.images, model.in_chans, side, side)
-        return read_images(self.folder, model, count=self.images, side=side)
+            return torch.randn(count, model.in_chans, side, side)
+        return read_images(self.folder, model, count=count, side=side)
 
-    def describe_images(self, side: int) -> str:
+    def describe_images(self, count: int, side: int) -> str:
         kind = "noise" if self.folder is None else self.folder.name
-        return f"mean over {self.images} image{'s' * (self.images > 1)} of {kind}, {side} x {side}"
+        return f"mean over {count} image{'s' * (count > 1)} of {kind}, {side} x {side}"
 
 
 def read_images(folder: Path, model: nn.Module, *, count: int, side: int) -> Tensor:
@@ -303,26 +303,27 @@ def _draw_neighborhoods(_: Setting) -> dict[str, Figure]:
 
 
 def _draw_stages(setting: Setting) -> dict[str, Figure]:
-    side = setting.input_size or 224
+    count, side = setting.images or 8, setting.input_size or 224
     fields, untrained = {}, False
-    for name, trained, model, images in setting.load(setting.models or ("nat_mini", "dinat_mini"), side):
+    for name, trained, model, images in setting.load(setting.models or ("nat_mini", "dinat_mini"), count, side):
         fields[f"{name}, trained" if trained else name] = receptive_fields(model, images)
         untrained |= not trained
-    subtitle = f"{'random weights, ' * untrained}{setting.describe_images(side)}"
+    subtitle = f"{'random weights, ' * untrained}{setting.describe_images(count, side)}"
     return {"receptive_fields": draw_receptive_fields(fields, subtitle=subtitle)}
 
 
 def _draw_last_stages(setting: Setting) -> dict[str, Figure]:
-    side = setting.input_size or 512
+    count, side = setting.images or 2, setting.input_size or 512
     rows: dict[str, dict[str, ReceptiveField]] = {}
-    for name, trained, model, images in setting.load(setting.models or ("resnet50", "unireplknet_t", "van_b2"), side):
+    models = setting.models or ("resnet50", "unireplknet_t", "van_b2")
+    for name, trained, model, images in setting.load(models, count, side):
         (field,) = receptive_fields(model, images, last=1)
         rows.setdefault("trained weights" if trained else "random weights", {})[name] = field
         if not trained:
             open_branches(model, images)
             (field,) = receptive_fields(model, images, last=1)
             rows.setdefault("random weights,\nbranches at full strength", {})[name] = field
-    subtitle = f"{setting.describe_images(side)}; “50 % in 6 %”: half of the gradient is in 6 % of the image"
+    subtitle = f"{setting.describe_images(count, side)}; “50 % in 6 %”: half of the gradient is in 6 % of the image"
     return {"effective_receptive_fields": draw_effective_receptive_fields(rows, subtitle=subtitle)}
 
 
@@ -342,7 +343,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         input_size=arguments.input_size,
         folder=arguments.folder,
     )
-    if setting.images < 1:
+    if setting.images is not None and setting.images < 1:
         raise ValueError(f"--images={setting.images}: at least one is needed")
     for subject in arguments.subjects or SUBJECTS:
         for name, figure in SUBJECTS[subject](setting).items():
@@ -380,7 +381,7 @@ def parser() -> argparse.ArgumentParser:
     add("--models", nargs="+", help="timm models whose receptive fields to draw; each subject has its own default")
     add("--pretrained", action="store_true", help="published weights, fetched from their authors")
     add("--checkpoint", action="append", default=[], metavar="MODEL=FILE", help="trained weights; may be given again")
-    add("--images", type=int, default=8, help="to average over, default %(default)s")
+    add("--images", type=int, help="to average over, default 8, or 2 for effective_receptive_fields")
     add("--folder", type=Path, help="take images from this folder instead of noise: better for trained weights")
     add("--input-size", type=int, help="side of the images, default 224, or 512 for effective_receptive_fields")
     return parser

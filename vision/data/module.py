@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 
 from .classification import load_digits, load_fashion_mnist, load_image_folder
 from .loading import Batches, EpochBatches, ResumableLoader
+from .mask_folder import load_mask_folder
 from .scenes import load_fashion_scenes
 from .splits import Augmentation, DataSettings, Splits
 
@@ -19,6 +20,7 @@ SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
     "digits": load_digits,
     "image_folder": load_image_folder,
     "fashion_scenes": load_fashion_scenes,
+    "mask_folder": load_mask_folder,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from .loading import Batches
 
@@ -17,6 +17,7 @@ class Augmentation(Protocol):
     shift: int
     hflip: float
     scale: list[float]
+    resize: list[float]
     color_jitter: float
     auto_augment: str | None
     erasing: float
@@ -29,10 +30,12 @@ class DataSettings(Protocol):
     download: bool
     size: int
     crop: float | None
-    interpolation: str
+    interpolation: Literal["bilinear", "bicubic"]
     held_out: float
     limit: int | None
     scenes: int
+    classes: int | None
+    ignore_zero: bool
 
 
 @dataclass(frozen=True)

@@ -78,17 +78,21 @@ def _train(config: Any) -> int:
 def help_text(configs: Path) -> str:
     lines = [
         _USAGE,
-        f"recipe=  {', '.join(choices(configs, 'recipes'))}",
+        *_wrapped("recipe=  ", choices(configs, "recipes")),
         f"data=    {', '.join(choices(configs, 'data'))}",
     ]
-    section = ""
+    section = None
     for key in keys():
         head = key.name.split(".")[0] if "." in key.name else ""
-        if head != section or len(lines) == 3:
+        if head != section:
             lines.append("")
             section = head
         lines += _describe(key)
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(head: str, words: Sequence[str]) -> list[str]:
+    return textwrap.wrap(", ".join(words), 116, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def _describe(key: Key) -> list[str]:

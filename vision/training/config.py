@@ -40,14 +40,15 @@ class HeadConfig:
 @dataclass
 class DataConfig:
     name: str = option("fashion_mnist", "a file in configs/data, or a folder of pictures; `data=NAME` for short")
-    source: str = option("fashion_mnist", "the reader: fashion_mnist, digits, image_folder or fashion_scenes")
+    source: str = option(
+        "fashion_mnist", "the reader: fashion_mnist, digits, image_folder, fashion_scenes or mask_folder"
+    )
     root: str | None = option(None, "where the files lie; null looks in the usual places")
     download: bool = option(True, "fetch files that are found nowhere (Debian package or torchvision)")
     size: int = option(32, "height and width of the pictures the model sees", low=1)
     crop: float | None = option(
         None,
-        "side that is judged, as a share of a picture's shorter one; 1 squeezes the whole picture; null is 0.9, or the "
-        "shorter side whole up to 64 pixels (image_folder)",
+        "share of the shorter side that is judged; 1 squeezes the whole picture; null: 0.9, or all if small (folder)",
         low=0.1,
         high=1,
     )
@@ -55,6 +56,8 @@ class DataConfig:
     held_out: float = option(0.1, "share of the training pictures kept for validation", low=0.001, high=0.9)
     limit: int | None = option(None, "use at most this many training pictures", low=2)
     scenes: int = option(4000, "training scenes to compose (fashion_scenes only)", low=2)
+    classes: int | None = option(None, "classes in the masks; null counts ROOT/classes.txt (mask_folder)", low=2)
+    ignore_zero: bool = option(False, "label 0 is no class and classes count from 1, as in ADE20K (mask_folder)")
     workers: int = option(0, "processes that load data; 0 loads in the main process", low=0)
 
 
@@ -65,9 +68,10 @@ class AugmentConfig:
     scale: list[float] = option(  # noqa: RUF009
         [0.35, 1.0], "share of the picture that a random crop keeps (image_folder)", low=0, high=1
     )
-    color_jitter: float = option(
-        0.0, "strength of random brightness, contrast and colour (image_folder)", low=0, high=1
+    resize: list[float] = option(  # noqa: RUF009
+        [0.5, 2.0], "shorter side before the crop, as factors of the size (mask_folder)", low=0.1, high=10
     )
+    color_jitter: float = option(0.0, "strength of random brightness, contrast and colour (folders)", low=0, high=1)
     auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5-inc1 (image_folder)")
     erasing: float = option(0.0, "probability of erasing a rectangle", low=0, high=1)
     mixup: float = option(0.0, "alpha of mixup; 0 is off", low=0)

@@ -36,7 +36,9 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, plan: Plan) -> torch.op
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, plan: Plan) -> Scheduler:
     """A schedule over all steps of the plan: the cool-down is the end of it, not an addition."""
-    extra = {"decay_rate": schedule.power} if schedule.power is not None else {}  # timm's name for a poly's power
+    extra: dict[str, Any] = (
+        {"decay_rate": schedule.power} if schedule.power is not None else {}
+    )  # timm's name for a poly's power
     scheduler, _ = create_scheduler_v2(
         optimizer,
         schedule.name,
@@ -49,6 +51,10 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, p
         updates_per_epoch=plan.steps_per_epoch,
         **extra,
     )
+    if scheduler is None:
+        raise ConfigError(
+            f"schedule.name={schedule.name} is no schedule; schedule.name=constant keeps the rate as it is"
+        )
     return scheduler
 
 

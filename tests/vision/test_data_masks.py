@@ -1,0 +1,143 @@
+"""A folder of pictures and masks: which files belong together, what labels become, and that both are moved alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mixerzoo.vision.data.loading import Request
+from mixerzoo.vision.data.module import SOURCES
+from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits
+from mixerzoo.vision.training.config import AugmentConfig, DataConfig
+from PIL import Image
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Writes a picture whose red channel is 40 times its mask, so that a transform that moves one alone shows."""
+
+    def write(name: str, mask: np.ndarray, *, split: str = "training", masks: str = "annotations") -> Path:
+        for folder, suffix, pixels in (
+            ("images", "png", np.stack([40 * mask, mask * 0, mask * 0], -1).astype(np.uint8)),
+            (masks, "png", mask.astype(np.uint8)),
+        ):
+            path = tmp_path / folder / split / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+        return tmp_path
+
+    return write
+
+
+def _mask(height: int = 40, width: int = 60) -> np.ndarray:
+    """Four blocks: 0 and 1 above, 2 and 3 below."""
+    rows, columns = np.arange(height)[:, None] >= height // 2, np.arange(width)[None] >= width // 2
+    return 2 * rows + columns
+
+
+def _load(root: Path | None, **settings: object) -> Splits:
+    config = DataConfig(**{"root": None if root is None else str(root), "size": 32, "classes": 4, **settings})
+    return SOURCES["mask_folder"](config, AugmentConfig(), 0)
+
+
+def _red(splits: Splits, images: torch.Tensor) -> torch.Tensor:
+    return (images[:, 0] * splits.std[0] + splits.mean[0]) * 255
+
+
+def test_pictures_and_masks_are_moved_alike(save: Save) -> None:
+    for split in ("training", "validation"):
+        root = save("one", _mask(), split=split)
+    splits = _load(root)
+    assert splits.dense and splits.classes == ("0", "1", "2", "3") and splits.test is splits.val
+    seen = set()
+    for seed in range(12):
+        images, masks = splits.train.__getitems__(Request([0], seed))
+        assert images.shape == (1, 3, 32, 32) and masks.shape == (1, 32, 32) and masks.dtype == torch.int64
+        inside = masks != IGNORE_INDEX
+        close = (_red(splits, images) - 40 * masks).abs() < 15
+        assert close[inside].float().mean() > 0.8, seed  # all but the blurred edges of the blocks
+        seen.add((bool(inside.all()), tuple(masks[inside].unique().tolist())))
+        again = splits.train.__getitems__(Request([0], seed))
+        assert torch.equal(again[0], images) and torch.equal(again[1], masks)
+    assert len(seen) > 2 and {padded for padded, _ in seen} == {True, False}
+
+
+def test_the_middle_of_a_picture_is_judged(save: Save) -> None:
+    save("one", _mask(), split="training")
+    splits = _load(save("two", _mask(40, 80), split="validation"))
+    images, masks = splits.val.__getitems__(Request([0], 0))
+    expected = torch.from_numpy(_mask(32, 32))
+    assert torch.equal(masks[0], expected)
+    assert (_red(splits, images)[0] - 40 * expected).abs().median() < 1
+
+
+def test_label_zero_may_mean_nothing(save: Save) -> None:
+    save("one", _mask(), split="train", masks="masks")
+    mask = _mask()
+    mask[0, 0] = IGNORE_INDEX
+    splits = _load(save("two", mask, split="val", masks="masks"), ignore_zero=True, classes=3, size=40)
+    _, masks = splits.val.__getitems__(Request([0], 0))
+    assert masks.unique().tolist() == [0, 1, 2, IGNORE_INDEX]
+    assert (masks[0, :20, :10] == IGNORE_INDEX).all() and (masks[0, 25:, 25:] == 2).all()
+
+
+def test_pictures_are_held_out_where_no_folder_is(save: Save) -> None:
+    for index in range(8):
+        root = save(f"picture{index}", _mask())
+    splits = _load(root, held_out=0.25, limit=5)
+    assert (len(splits.train), len(splits.val)) == (5, 2)
+    train, val = ({pair[0].name for pair in part.dataset.pairs} for part in (splits.train, splits.val))
+    assert not train & val
+
+
+def test_names_of_classes_come_from_a_file(save: Save) -> None:
+    root = save("one", _mask())
+    save("two", _mask())
+    (root / "classes.txt").write_text("wall\nfloor\nsky\ntree\n")
+    assert _load(root, classes=None).classes == ("wall", "floor", "sky", "tree")
+    with pytest.raises(ValueError, match=r"data.classes=3, but .* names 4"):
+        _load(root, classes=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": None}, r"data.classes is not set, and there is no .*classes.txt"),
+        ({"root": None}, r"data.root=None: there is no folder"),
+        ({"classes": 300}, "2 to 255 classes; got 300"),
+    ],
+)
+def test_unusable_settings_are_named(settings: dict, message: str, save: Save) -> None:
+    root = save("one", _mask())
+    with pytest.raises(ValueError, match=message):
+        _load(**{"root": root, **settings})
+
+
+def test_unusable_files_are_named(save: Save, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match=r"needs a folder training \(or train\)"):
+        _load(tmp_path)
+    root = save("one", _mask())
+    save("two", _mask())
+    few = _load(root, classes=2)
+    with pytest.raises(ValueError, match=r"holds class 3, but there are 2 classes.*data.ignore_zero \(now false\)"):
+        few.train.__getitems__(Request([0], 0))
+    Image.new("RGB", (60, 40)).save(root / "annotations" / "training" / "one.png")
+    Image.new("L", (20, 20)).save(root / "annotations" / "training" / "two.png")
+    broken = [few.val, few.train]
+    messages = {str(error.value) for part in broken for error in [_failure(part)]}
+    assert any("has 3 axes" in text for text in messages) and any("sizes must agree" in text for text in messages)
+    (root / "annotations" / "training" / "two.png").unlink()
+    with pytest.raises(ValueError, match=r"two.png has no mask; it was expected at .*annotations"):
+        _load(root)
+
+
+def _failure(part: object) -> pytest.ExceptionInfo[ValueError]:
+    with pytest.raises(ValueError) as caught:
+        part.__getitems__(Request([0], 0))  # pyright: ignore[reportAttributeAccessIssue]
+    return caught

@@ -1,0 +1,147 @@
+"""Recipes with published settings: they say what the authors say, and each one trains, made small, from real files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import mixerzoo.vision  # noqa: F401  # registers the models
+import numpy as np
+import pytest
+import timm
+from mixerzoo.vision.training import run as run_module
+from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.plan import make_plan
+from mixerzoo.vision.training.run import run
+from mixerzoo.vision.training.settings import load
+from omegaconf import OmegaConf
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+IMAGENET, ADE20K = 1_281_167, 20_210
+"""Training pictures."""
+
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def settings(repository: Path) -> Load:
+    return lambda recipe, *arguments: load(
+        [f"recipe={recipe}", "data.root=somewhere", *arguments], repository / "configs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "drop_path", "mixup", "cutmix"),
+    [
+        ("van_imagenet", "van_b0", 0.1, 0.8, 1.0),
+        ("van_imagenet", "van_b3", 0.2, 0.8, 1.0),
+        ("van_finetune", "van_b5.in22k", 0.2, 0, 0),
+        ("van_finetune", "van_b6.in22k", 0.3, 0, 0),
+        ("unireplknet_imagenet", "unireplknet_f", 0.0, 0.3, 0.3),
+        ("unireplknet_imagenet", "unireplknet_p", 0.1, 0.3, 0.3),
+        ("unireplknet_imagenet", "unireplknet_n", 0.1, 0.5, 0.5),
+        ("unireplknet_imagenet", "unireplknet_t", 0.2, 0.8, 1.0),
+        ("unireplknet_imagenet", "unireplknet_s", 0.4, 0.8, 1.0),
+        ("unireplknet_finetune", "unireplknet_b.in22k", 0.2, 0, 0),
+        ("unireplknet_finetune", "unireplknet_xl.in22k", 0.3, 0, 0),
+        ("litv2_imagenet", "litv2_s", 0.2, 0.8, 1.0),
+        ("litv2_imagenet", "litv2_m", 0.3, 0.8, 1.0),
+        ("litv2_finetune", "litv2_b", 0.5, 0.8, 1.0),
+        ("van_segmentation", "van_b2", 0.2, 0, 0),
+        ("van_segmentation", "van_b3", 0.3, 0, 0),
+        ("litv2_segmentation", "litv2_m", 0.2, 0, 0),
+        ("litv2_segmentation", "litv2_b", 0.3, 0, 0),
+    ],
+)
+def test_each_size_has_its_own_settings(
+    recipe: str, model: str, drop_path: float, mixup: float, cutmix: float, settings: Load
+) -> None:
+    config = settings(recipe, f"model={model}")
+    assert config.model.kwargs["drop_path_rate"] == drop_path
+    assert (config.augment.mixup, config.augment.cutmix) == (mixup, cutmix)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "pictures", "batch", "rate", "epochs"),
+    [
+        ("van_imagenet", IMAGENET, 1024, 1e-3, 310),
+        ("van_finetune", IMAGENET, 512, 5e-5, 30),
+        ("unireplknet_imagenet", IMAGENET, 4096, 4e-3, 300),
+        ("unireplknet_finetune", IMAGENET, 512, 5e-5, 30),
+        ("litv2_imagenet", IMAGENET, 1024, 1e-3, 300),
+        ("litv2_finetune", IMAGENET, 1024, 4e-5, 30),
+        ("van_segmentation", ADE20K, 32, 2e-4, 64),
+        ("litv2_segmentation", ADE20K, 16, 1e-4, 64),
+    ],
+)
+def test_one_device_or_eight_take_the_same_steps(
+    recipe: str, pictures: int, batch: int, rate: float, epochs: int, settings: Load
+) -> None:
+    for devices in (1, 8):
+        config = settings(recipe, f"train.devices={devices}", "train.batch_size=2")
+        plan = make_plan(config, pictures)
+        assert (plan.batch, plan.epochs) == (batch, epochs)
+        assert config.optim.lr * plan.lr_factor == pytest.approx(rate)
+    half = make_plan(settings(recipe, f"train.total_batch={batch // 2}", "train.batch_size=2"), pictures)
+    assert half.lr_factor == plan.lr_factor / 2
+
+
+def test_every_pattern_of_a_recipe_names_a_model(repository: Path) -> None:
+    for file in (repository / "configs" / "recipes").glob("*.yaml"):
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(tree, dict)
+        for pattern in tree.get("variants", {}):
+            assert timm.list_models(str(pattern)), f"{file.name}: {pattern}"
+
+
+SMALLEST = {
+    "van_finetune": "van_b0",
+    "unireplknet_finetune": "unireplknet_a",
+    "litv2_finetune": "litv2_s",
+}
+DRY = ["model.pretrained=false", "train.limit_batches=2", "train.progress=false", "data.workers=0", "data.size=64"]
+DRY += ["train.batch_size=2", "train.total_batch=4", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0"]
+"""A fresh model, four pictures in one optimiser step. Everything else is as shipped."""
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "_draw_batch", lambda *_: None)
+    monkeypatch.setattr(run_module, "_draw_results", lambda *_: None)
+
+
+def _picture(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize(
+    "recipe", [f"{family}_{task}" for family in ("litv2", "unireplknet", "van") for task in ("finetune", "imagenet")]
+)
+def test_a_classification_recipe_trains_on_a_folder(
+    recipe: str, settings: Load, tmp_path: Path, no_pictures: None
+) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(16):
+        split = "train" if index < 8 else "val"
+        pixels = rng.integers(0, 256, (72, 80, 3), dtype=np.uint8)
+        _picture(tmp_path / "data" / split / ("cat", "dog")[index % 2] / f"{index}.png", pixels)
+    model = [f"model={SMALLEST[recipe]}"] if recipe in SMALLEST else []
+    arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.epochs=1", *model, *DRY]
+    results = run(settings(recipe, *arguments))
+    assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("recipe", ["litv2_segmentation", "van_segmentation"])
+def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_path: Path, no_pictures: None) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(8):
+        split = "training" if index < 4 else "validation"
+        _picture(tmp_path / "data/images" / split / f"{index}.jpg", rng.integers(0, 256, (70, 90, 3), dtype=np.uint8))
+        labels = rng.integers(0, 151, (7, 9), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+        _picture(tmp_path / "data/annotations" / split / f"{index}.png", labels)
+    arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.steps=1", *DRY]
+    results = run(settings(recipe, *arguments))
+    assert results["epochs"] == 1 and len(results["test_iou_by_class"]) == 150
