@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")))
 TINY = {"depths": "[1,1,1,1]", "embed_dim": "8", "num_heads": "[1,1,1,1]"}
 TRAIN = ["train.batch_size=4", "train.limit_batches=1", "train.progress=false", "data.size=32", "data.limit=32"]
+PUBLISHED = [*TRAIN, "data.workers=0", "train.epochs=1", "train.total_batch=4", "schedule.warmup_epochs=0"]
 TRAIN += [f"model.kwargs.{key}={value}" for key, value in TINY.items()]
 
 
@@ -160,6 +161,8 @@ def _small(words: list[str], folder: Path) -> list[str]:
             return [sys.executable, *words[1:]]
         case ["python", "train.py", *arguments]:
             names = {argument.split("=")[0] for argument in arguments}
+            if any(argument.startswith("recipe=") and argument.endswith("_imagenet") for argument in arguments):
+                return [sys.executable, *words[1:], *PUBLISHED]
             data = ["data.scenes=8"] if "recipe" in names else [] if names & {"data", "resume"} else ["data=digits"]
             resumed = ["train.epochs=4"] if "resume" in names else ["train.epochs=1", *data, *TRAIN]
             return [sys.executable, *words[1:], *resumed]
@@ -169,7 +172,8 @@ def _small(words: list[str], folder: Path) -> list[str]:
             tiny = [] if "--checkpoint" in arguments else [f"{key}={value}" for key, value in TINY.items()]
             return [sys.executable, *words[1:], *(["--input-size", "64", "--model-kwargs", *tiny] if tiny else [])]
         case ["python", "-m", "mixerzoo.vision.visualize", *_]:
-            return [sys.executable, *words[1:], "--images", "1", "--input-size", "64"]
+            offline = [word for word in words[1:] if word != "--pretrained"]
+            return [sys.executable, *offline, "--images", "1", "--input-size", "64"]
         case ["python", "-m", *_]:
             return [sys.executable, *words[1:]]
     raise AssertionError(f"no rule runs the command {words}")

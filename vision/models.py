@@ -20,8 +20,10 @@ import torch
 from . import backbones
 from .training.summary import summarize
 
-# ImageNet-1k top-1 at the size of the table, from NAT.md and DiNAT.md of
-# github.com/SHI-Labs/Neighborhood-Attention-Transformer; ours load those weights, and give those outputs.
+# ImageNet-1k top-1 at the size of the table, as stated beside the default weights: NAT.md and DiNAT.md of
+# github.com/SHI-Labs/Neighborhood-Attention-Transformer; the READMEs of github.com/ziplab/LITv2,
+# github.com/AILab-CVC/UniRepLKNet and github.com/Visual-Attention-Network/VAN-Classification; van_b4, whose weights the
+# authors do not host, from mmpretrain. Ours load those weights, and give those outputs.
 STATED_TOP1 = {
     "nat_mini.in1k": 81.8,
     "nat_tiny.in1k": 83.2,
@@ -45,6 +47,23 @@ STATED_TOP1 = {
     "dinat_isotropic_base.in1k": 82.1,
     "vitrpb_small.in1k": 81.2,
     "vitrpb_base.in1k": 82.5,
+    "litv2_s.in1k": 82.0,
+    "litv2_m.in1k": 83.3,
+    "litv2_b.in1k": 83.6,
+    "unireplknet_a.in1k": 77.0,
+    "unireplknet_f.in1k": 78.6,
+    "unireplknet_p.in1k": 80.2,
+    "unireplknet_n.in1k": 81.6,
+    "unireplknet_t.in1k": 83.2,
+    "unireplknet_s.in1k": 83.9,
+    "unireplknet_b.in22k_ft_in1k": 87.4,
+    "unireplknet_l.in22k_ft_in1k": 87.9,
+    "unireplknet_xl.in22k_ft_in1k": 88.0,
+    "van_b0.in1k": 75.4,
+    "van_b1.in1k": 81.1,
+    "van_b2.in1k": 82.8,
+    "van_b3.in1k": 83.9,
+    "van_b4.in1k": 84.1,
 }
 
 

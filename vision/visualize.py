@@ -282,8 +282,8 @@ class Setting:
         return f"mean over {count} image{'s' * (count > 1)} of {kind}, {side} x {side}"
 
 
-def read_images(folder: Path, model: nn.Module, *, count: int, side: int) -> Tensor:
-    """The first `count` images below a folder, as the model wants them, [count, 3, side, side]."""
+def read_images(folder: Path, model: Any, *, count: int, side: int) -> Tensor:
+    """The first `count` images below a folder, as the model wants them, [count, channels, side, side]."""
     from PIL import Image
     from timm.data import create_transform, resolve_data_config
 
@@ -291,8 +291,10 @@ def read_images(folder: Path, model: nn.Module, *, count: int, side: int) -> Ten
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)[:count]
     if len(files) < count:
         raise ValueError(f"{folder} has {len(files)} image{'s' * (len(files) != 1)}; {count} were asked for (--images)")
-    transform: Any = create_transform(**{**resolve_data_config({}, model=model), "input_size": (3, side, side)})
-    return torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    size = {"input_size": (model.in_chans, side, side)}
+    transform: Any = create_transform(**{**resolve_data_config({}, model=model), **size})
+    mode = "L" if model.in_chans == 1 else "RGB"
+    return torch.stack([transform(Image.open(file).convert(mode)) for file in files])
 
 
 def _draw_neighborhoods(_: Setting) -> dict[str, Figure]:

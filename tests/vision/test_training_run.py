@@ -358,3 +358,37 @@ def test_multiply_adds_count_the_attention_operator() -> None:
     assert summary.macs == tokens * (8 * 24 + 8 * 8) + tokens * 9 * (8 + 8)
     assert summary.rows == (("attn", "NeighborhoodAttention2d", summary.parameters, summary.macs),)
     assert summarize(Net(), (8, 6, 6)).macs == summary.macs
+
+
+def test_multiply_adds_count_the_convolution_operators() -> None:
+    """7 x 7 taps with dilation 3; then the three convolutions of large kernel attention."""
+    from mixerzoo.kernels.depthwise_conv import depthwise_conv2d, large_kernel_attention
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.w5 = torch.randn(8, 1, 7, 7), torch.randn(8, 1, 5, 5)
+            self.w1 = torch.randn(8, 8, 1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = depthwise_conv2d(x, self.wide, dilation=3)
+            return large_kernel_attention(x, self.w5, self.wide, self.w1)
+
+    assert summarize(Net(), (8, 6, 10)).macs == 8 * 60 * 49 + 8 * 60 * (25 + 49 + 8)
+
+
+@pytest.mark.parametrize(("count", "named"), [(5, "1 2 3 4 ignored"), (150, "0 3 149 ignored")])
+def test_a_legend_of_many_classes_names_those_that_are_seen(
+    count: int, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from mixerzoo.vision.training import pictures
+
+    seen: list[str] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: seen.extend(t.get_text() for t in figure.legends[0].get_texts())
+    )
+    masks = torch.tensor([0, 3, 255, min(149, count - 1)]).view(1, 2, 2)
+    classes = [str(index) for index in range(count)]
+    pictures.draw_masks(tmp_path / "x.png", torch.zeros(1, 3, 2, 2), {"truth": masks}, classes, (0.5,) * 3, (0.5,) * 3)
+    assert " ".join(seen) == named

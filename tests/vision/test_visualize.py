@@ -92,6 +92,8 @@ def test_images_of_a_folder_are_prepared_as_the_model_wants_them(tmp_path: Path)
     assert images.shape == (2, 3, 32, 32)
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     torch.testing.assert_close(images, torch.stack([(shade - mean) / std for shade in (0, 1)]).expand_as(images))
+    grey = timm.create_model("test_convnext", in_chans=1, pretrained_cfg_overlay=dict(mean=(0.5,), std=(0.5,)))
+    assert visualize.read_images(tmp_path, grey, count=2, side=32)[:, :, 0, 0].tolist() == [[-1.0], [1.0]]
     with pytest.raises(ValueError, match=r"has 2 images; 3 were asked for \(--images\)"):
         visualize.read_images(tmp_path, model, count=3, side=32)
 

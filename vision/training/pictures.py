@@ -134,7 +134,11 @@ def draw_masks(
             grid[row, column].axis("off")
     for column, name in enumerate(["picture", *columns]):
         grid[0, column].set_title(name, fontsize=10)
-    handles = [Patch(color=palette[index], label=name) for index, name in enumerate(classes)][1:]
+    shown = range(1, len(classes))
+    if len(classes) > _MOST_NAMED_CLASSES:  # then only those that are in these pictures
+        present = torch.cat([mask.flatten() for mask in columns.values()]).unique().tolist()
+        shown = [index for index in present if index != IGNORE_INDEX][:_MOST_NAMED_CLASSES]
+    handles = [Patch(color=palette[index], label=classes[index]) for index in shown]
     handles.append(Patch(facecolor="white", edgecolor="black", linewidth=0.5, label="ignored"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)

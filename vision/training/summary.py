@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +73,10 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def register_formulas() -> None:
     """Tells torch's counter what our operators cost. Lazily: the counter is no part of `import mixerzoo.vision`."""
-    operator = getattr(torch.ops.mixerzoo, "neighborhood_attention", None)
-    if operator is not None and operator not in flop_registry:
-        register_flop_formula(operator)(_neighborhood_attention_flops)
+    for name, formula in _FORMULAS.items():
+        operator = getattr(torch.ops.mixerzoo, name, None)
+        if operator is not None and operator not in flop_registry:
+            register_flop_formula(operator)(formula)
 
 
 def _neighborhood_attention_flops(
@@ -83,3 +85,19 @@ def _neighborhood_attention_flops(
     """Every query meets a window of keys and of values: two multiply-adds' worth of flops a channel of each."""
     *batch_and_map, heads, head_dim = query
     return 2 * math.prod(batch_and_map) * heads * math.prod(kernel_size) * (head_dim + value[-1])
+
+
+def _depthwise_conv2d_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * math.prod(weight[2:])
+
+
+def _large_kernel_attention_flops(x: Any, w5: Any, w7d3: Any, w1: Any, *_: Any, **__: Any) -> int:
+    """Two depth-wise convolutions and a pointwise one; the gate's product is elementwise."""
+    return 2 * math.prod(x) * (math.prod(w5[2:]) + math.prod(w7d3[2:]) + w1[1])
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "neighborhood_attention": _neighborhood_attention_flops,
+    "depthwise_conv2d": _depthwise_conv2d_flops,
+    "large_kernel_attention": _large_kernel_attention_flops,
+}
