@@ -6,7 +6,10 @@ Paper: Guo et al., "Visual Attention Network" (CVMJ 2023, arXiv 2202.09741). Par
 code (github.com/Visual-Attention-Network/VAN-Classification, Apache-2.0): `conv0`, `conv_spatial`, `conv1`.
 
 What is unusual:
-* There is no softmax, no sigmoid and no head: the gate is unbounded and the output quadratic in the input.
+* There is no softmax, no sigmoid and no head: the gate is unbounded and the output quadratic in the input. With filters
+  that keep the size of a signal float16 overflows (65504) from inputs of standard deviation 72 on; the sums inside are
+  float32 and bfloat16 has float32's range. A network must hold its maps below that: VAN does by layer scales of 1e-2,
+  and a fresh van_b3 overflows float16 from 0.1 on.
 * Together the convolutions see 23 x 23 positions; the paper counts 21 x 21, the decomposition of one large kernel.
 """
 
@@ -22,9 +25,7 @@ from .depthwise_conv import DepthwiseConv2d
 class LargeKernelAttention(nn.Module):
     """[B, C, H, W] in any memory format to the same shape and format."""
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if dim < 1:
             raise ValueError(f"dim must be at least 1; got {dim}")

@@ -20,7 +20,8 @@ _PREFIXES = ("module.", "backbone.")
 def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
     """The state dict inside a training checkpoint: out of its envelope, without the names of wrappers around the model.
 
-    Of a whole segmentation or detection model only its `backbone.` is kept.
+    Of a whole segmentation or detection model only its `backbone.` is kept, of an mmpretrain classifier its `head.fc.`
+    besides.
     """
     state_dict = checkpoint
     for key in _ENVELOPES:
@@ -28,7 +29,11 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
             state_dict = state_dict[key]
     for prefix in _PREFIXES:
         inside = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        state_dict = inside or state_dict
+        if inside:
+            state_dict = {
+                **inside,
+                **{name: tensor for name, tensor in state_dict.items() if name.startswith("head.fc.")},
+            }
     return dict(state_dict)
 
 
