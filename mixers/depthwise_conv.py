@@ -31,7 +31,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]
         return depthwise_conv2d(x, weight, bias, dilation=(dilation[0], dilation[1]))
 
 
-@register_notrace_module
 class DepthwiseConv2d(nn.Conv2d):
     """One filter a channel, stride 1, padded with zeros to the same size; [B, C, H, W] in any memory format.
 
@@ -71,3 +70,6 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.Conv2d
         return convolve(input, self.weight, self.bias, [self.dilation[0], self.dilation[1]])
+
+
+register_notrace_module(DepthwiseConv2d)  # not as a decorator, whose type would hide the class

@@ -79,9 +79,14 @@ class _Branch(nn.Module):
 
     def dense(self, size: int) -> tuple[Tensor, Tensor]:
         """Its part of the merged kernel and bias."""
-        norm = self.norm
         weight, bias = fold_norm(
-            self.conv.weight, None, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
+            self.conv.weight,
+            None,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.running_mean,  # pyright: ignore[reportArgumentType]
+            self.norm.running_var,  # pyright: ignore[reportArgumentType]
+            self.norm.eps,
         )
         return spread_taps(weight, self.conv.dilation[0], size), bias
 
@@ -104,7 +109,6 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
     return tensors
 
 
-@register_notrace_module
 class DilatedReparamBlock(nn.Module):
     """[B, C, H, W] to the same, in any memory format.
 
@@ -164,7 +168,7 @@ class DilatedReparamBlock(nn.Module):
         """
         weight, bias = self.large.dense(self.kernel_size)
         for branch in self.small.values():
-            more_weight, more_bias = branch.dense(self.kernel_size)
+            more_weight, more_bias = branch.dense(self.kernel_size)  # pyright: ignore[reportCallIssue]
             weight, bias = weight + more_weight, bias + more_bias
         return weight, bias
 
@@ -181,7 +185,7 @@ class DilatedReparamBlock(nn.Module):
     def _takes_batch_statistics(self) -> bool:
         takes = self.large.norm.training
         for branch in self.small.values():
-            takes = takes or branch.norm.training
+            takes = takes or branch.norm.training  # pyright: ignore[reportAttributeAccessIssue]
         return takes
 
     def _cast_merge(self) -> tuple[Tensor, Tensor]:
@@ -223,3 +227,6 @@ class DilatedReparamBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, kernel_size={self.kernel_size}"
+
+
+register_notrace_module(DilatedReparamBlock)  # not as a decorator, whose type would hide the class

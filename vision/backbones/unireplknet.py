@@ -96,14 +96,14 @@ class UniRepLKNetBlock(nn.Module):
             if large
             else DepthwiseConv2d(dim, kernel_size, bias=False, **dd)
         )
-        self.norm1 = nn.BatchNorm2d(dim, **dd)
+        self.norm1: nn.Module = nn.BatchNorm2d(dim, **dd)
         self.se = SEModule(dim, rd_channels=dim // 4, **dd)
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act = nn.GELU()
         self.grn = GlobalResponseNorm(hidden, **dd)
         self.fc2 = nn.Linear(hidden, dim, bias=False, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.ls = LayerScale2d(dim, init_values, **dd)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim, **dd)
+        self.ls: nn.Module = LayerScale2d(dim, init_values, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class UniRepLKNetBlock(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """The same function by its running statistics, without branches, batch norms and layer scale; in place."""
-        if isinstance(self.norm1, nn.Identity):
+        if not isinstance(self.ls, LayerScale2d):
             return
         if isinstance(self.dwconv, DilatedReparamBlock):
             self.dwconv = self.dwconv.fuse(self.norm1)
@@ -123,18 +123,18 @@ class UniRepLKNetBlock(nn.Module):
             weight, bias = fold_norm(old, self.dwconv.bias, *statistics_of(self.norm1))
             conv = DepthwiseConv2d.from_weight(weight.to(old.dtype), bias.to(old.dtype))
             self.dwconv = conv.requires_grad_(old.requires_grad).train(self.training)
-        self._fold_into_fc2()
+        self._fold_into_fc2(self.ls.gamma)
         self.norm1, self.norm2, self.ls = (nn.Identity().train(self.training) for _ in range(3))
 
-    def _fold_into_fc2(self) -> None:
+    def _fold_into_fc2(self, gamma: Tensor) -> None:
         old, shift = self.fc2.weight, self.grn.bias
         wide = torch.promote_types(old.dtype, torch.float32)
         bias = None if shift is None else old.to(wide) @ shift.to(wide)
         weight, bias = fold_norm(old, bias, *statistics_of(self.norm2))
-        scale = self.ls.gamma.to(wide)
+        weight, bias = weight * gamma.to(wide)[:, None], bias * gamma.to(wide)
         self.fc2 = nn.Linear(self.fc2.in_features, self.fc2.out_features, device="meta").train(self.training)
-        self.fc2.weight = nn.Parameter((weight * scale[:, None]).to(old.dtype), old.requires_grad)
-        self.fc2.bias = nn.Parameter((bias * scale).to(old.dtype), old.requires_grad)
+        self.fc2.weight = nn.Parameter(weight.to(old.dtype), old.requires_grad)
+        self.fc2.bias = nn.Parameter(bias.to(old.dtype), old.requires_grad)
         self.grn.bias = None
 
 
