@@ -164,7 +164,7 @@ def draw_effective_receptive_fields(rows: Mapping[str, Mapping[str, ReceptiveFie
     _colour_bar(figure, image, panels)
     _title(figure, f"Effective receptive field of the last stage's central feature\n{subtitle}")
     entries = [(colour, f"square with {100 * share:g} % of the gradient") for share, colour in OUTLINED.items()]
-    _legend(figure, [*entries, (REACH, "all that it depends on, where that is less than the image")])
+    _legend(figure, [*entries, (REACH, "all it depends on, where less than the image")])
     return figure
 
 

@@ -9,8 +9,10 @@ import mixerzoo.vision  # noqa: F401  # registers the models
 import numpy as np
 import pytest
 import timm
+import torch
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.optimization import parameter_groups
 from mixerzoo.vision.training.plan import make_plan
 from mixerzoo.vision.training.run import run
 from mixerzoo.vision.training.settings import load
@@ -94,6 +96,34 @@ def test_every_pattern_of_a_recipe_names_a_model(repository: Path) -> None:
         assert isinstance(tree, dict)
         for pattern in tree.get("variants", {}):
             assert timm.list_models(str(pattern)), f"{file.name}: {pattern}"
+
+
+def test_a_recipe_begins_with_weights_that_are_published(repository: Path, settings: Load) -> None:
+    for file in (repository / "configs" / "recipes").glob("*_*.yaml"):
+        model = settings(file.stem).model
+        cfg = timm.get_pretrained_cfg(model.name)
+        assert model.pretrained == (not file.stem.endswith("_imagenet"))
+        assert cfg is not None and (cfg.has_weights or not model.pretrained), file.stem
+
+
+def test_offset_convolutions_of_litv2_learn_slowly(settings: Load) -> None:
+    optim = settings("litv2_imagenet", "model=litv2_m").optim
+    with torch.device("meta"):
+        model = timm.create_model("litv2_m")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=None, lr_scale=optim.lr_scale)
+    slow = {names[p] for group in groups if group.get("lr_scale", 1) != 1 for p in group["params"]}
+    assert slow == {f"stages.{stage}.downsample.offset.weight" for stage in (1, 2, 3)}
+    assert {group["lr_scale"] for group in groups if "lr_scale" in group} == {0.01, 1.0}
+
+
+def test_the_first_layers_of_unireplknet_are_fine_tuned_as_slowly_as_published(settings: Load) -> None:
+    """ConvNeXt's groups of three blocks make the stem's rate 0.8 ** 13."""
+    optim = settings("unireplknet_finetune").optim
+    with torch.device("meta"):
+        model = timm.create_model("unireplknet_s")
+    groups = parameter_groups(model, weight_decay=0, layer_decay=optim.layer_decay, lr_scale={})
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.8**13, rel=0.05)
 
 
 SMALLEST = {
