@@ -6,6 +6,8 @@
 // - Eight channels at a time, whatever the memory format. The rows of a map that a task needs are copied to
 //   [row][column][8 channels], in between columns of zeros, and channels-first maps are transposed on that way. The inner
 //   loops then know neither borders nor strides, and a dilation is nothing but another distance between loads.
+// - Of a channels-last map a task takes two groups of eight, a whole line of the cache, and neighbouring tasks take
+//   neighbouring lines: large maps are read and written once.
 // - Fourteen neighbouring columns share each filter tap: fourteen independent sums hide the latency of a fused
 //   multiply-add, and the published maps of 56, 28 and 14 columns are cut without a rest; seven serve the seven.
 // - Results depend on neither the number of threads nor their timing: each sum is made by one thread in one order.
@@ -31,6 +33,7 @@ struct Map {
 };
 
 constexpr int64_t kBlock = 14;              // columns
+constexpr int64_t kMaxTogether = 2;         // groups of a task
 constexpr int64_t kTaskFloats = 64 * 1024;  // a task's rows should stay in the second-level cache
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMaxPartials = 16;
@@ -60,41 +63,53 @@ inline void transpose_columns(const float* from, int64_t from_pitch, float* to, 
   for (int i = 0; i < 8; ++i) store(to + i * to_pitch, tile[i]);
 }
 
-// One row of a group of channels to [column][8 channels]; lanes without a channel become zero.
-void pack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t y, float* to) {
+// One row of some groups of channels to [group][column][8 channels], a group every `plane` floats; lanes without a channel
+// become zero.
+void pack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t count, int64_t y, float* to,
+              int64_t plane) {
   const float* from = map.data + image * map.batch + group * kLanes * map.channel + y * map.row;
-  const int64_t lanes = g.lanes(group);
-  int64_t x = 0;
-  if (lanes == kLanes && map.channel == 1) {
-    for (; x < g.width; ++x) store(to + x * kLanes, load(from + x * map.column));
-  } else if (lanes == kLanes) {
-    for (; x + kLanes <= g.width; x += kLanes) transpose_columns(from + x, map.channel, to + x * kLanes, kLanes);
+  if (map.channel == 1 && g.lanes(group + count - 1) == kLanes) {
+    for (int64_t x = 0; x < g.width; ++x)
+      for (int64_t k = 0; k < count; ++k) store(to + k * plane + x * kLanes, load(from + x * map.column + k * kLanes));
+    return;
   }
-  for (; x < g.width; ++x) {
-    Vec values = {};
-    for (int64_t c = 0; c < lanes; ++c) values[c] = from[c * map.channel + x * map.column];
-    store(to + x * kLanes, values);
+  for (int64_t k = 0; k < count; ++k, from += kLanes * map.channel, to += plane) {
+    const int64_t lanes = g.lanes(group + k);
+    int64_t x = 0;
+    if (lanes == kLanes && map.column == 1)
+      for (; x + kLanes <= g.width; x += kLanes) transpose_columns(from + x, map.channel, to + x * kLanes, kLanes);
+    for (; x < g.width; ++x) {
+      Vec values = {};
+      for (int64_t c = 0; c < lanes; ++c) values[c] = from[c * map.channel + x * map.column];
+      store(to + x * kLanes, values);
+    }
   }
 }
 
-// The other way: one row of sums to the map.
-void unpack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t y, const float* from) {
+// The other way: one row of sums, [group][column][8 channels], to the map.
+void unpack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t count, int64_t y,
+                const float* from) {
   float* to = map.data + image * map.batch + group * kLanes * map.channel + y * map.row;
-  const int64_t lanes = g.lanes(group);
-  int64_t x = 0;
-  if (lanes == kLanes && map.channel == 1) {
-    for (; x < g.width; ++x) store(to + x * map.column, load(from + x * kLanes));
-  } else if (lanes == kLanes) {
-    for (; x + kLanes <= g.width; x += kLanes) transpose_columns(from + x * kLanes, kLanes, to + x, map.channel);
+  if (map.channel == 1 && g.lanes(group + count - 1) == kLanes) {
+    for (int64_t x = 0; x < g.width; ++x)
+      for (int64_t k = 0; k < count; ++k) store(to + x * map.column + k * kLanes, load(from + k * g.pitch + x * kLanes));
+    return;
   }
-  for (; x < g.width; ++x)
-    for (int64_t c = 0; c < lanes; ++c) to[c * map.channel + x * map.column] = from[x * kLanes + c];
+  for (int64_t k = 0; k < count; ++k, to += kLanes * map.channel, from += g.pitch) {
+    const int64_t lanes = g.lanes(group + k);
+    int64_t x = 0;
+    if (lanes == kLanes && map.column == 1)
+      for (; x + kLanes <= g.width; x += kLanes) transpose_columns(from + x * kLanes, kLanes, to + x, map.channel);
+    for (; x < g.width; ++x)
+      for (int64_t c = 0; c < lanes; ++c) to[c * map.channel + x * map.column] = from[x * kLanes + c];
+  }
 }
 
-// Rows [begin, end) of a group, each between `margin` columns of zeros; `to` must start as zeros.
-void pack_rows(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t begin, int64_t end,
-               int64_t margin, float* to) {
-  for (int64_t y = begin; y < end; ++y) pack_row(g, map, image, group, y, to + (y - begin) * g.pitch + margin * kLanes);
+// Rows [begin, end) of some groups, each between `margin` columns of zeros; `to` must start as zeros.
+void pack_rows(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t count, int64_t begin,
+               int64_t end, int64_t margin, float* to, int64_t plane) {
+  for (int64_t y = begin; y < end; ++y)
+    pack_row(g, map, image, group, count, y, to + (y - begin) * g.pitch + margin * kLanes, plane);
 }
 
 // The filters of a group, [tap][8 channels].
@@ -128,20 +143,29 @@ inline void convolve_block(const Geometry2d& g, const float* rows, int64_t begin
 struct Bands {
   int64_t rows, count;
 
-  Bands(const Geometry2d& g, int64_t tasks_without) {
+  Bands(const Geometry2d& g, int64_t tasks_without, int64_t together) {
     const int64_t for_threads = ceil_div(g.height * tasks_without, kTasksPerThread * g.threads);
-    const int64_t for_cache = kTaskFloats / g.pitch - 2 * g.reach[0];
+    const int64_t for_cache = kTaskFloats / (g.pitch * together) - 2 * g.reach[0];
     const int64_t shortest = std::max<int64_t>(8, g.reach[0]);  // below, most rows are copied for others
     rows = std::min(g.height, std::max(shortest, std::min(for_threads, for_cache)));
     count = ceil_div(g.height, rows);
   }
 };
 
+// All output columns of row `y` of one group.
+void convolve_row(const Geometry2d& g, const float* rows, int64_t begin, int64_t y, const float* filters, Vec bias,
+                  float* out) {
+  int64_t x = 0;
+  for (; g.width - x > kBlock / 2; x += kBlock) convolve_block<kBlock>(g, rows, begin, y, x, filters, bias, out);
+  if (x < g.width) convolve_block<kBlock / 2>(g, rows, begin, y, x, filters, bias, out);
+}
+
 void forward(const Geometry2d& g, const Map& x, const float* weight, const float* bias, const Map& out) {
-  const Bands bands(g, g.batch * g.groups);
-  const int64_t most_rows = std::min(g.height, bands.rows + 2 * g.reach[0]);
-  const int64_t row_floats = most_rows * g.pitch, filter_floats = g.taps() * kLanes;
-  const int64_t room = row_floats + filter_floats + g.pitch;
+  const int64_t together = x.channel == 1 ? std::min(g.groups, kMaxTogether) : 1;
+  const int64_t parts = ceil_div(g.groups, together);
+  const Bands bands(g, g.batch * parts, together);
+  const int64_t plane = std::min(g.height, bands.rows + 2 * g.reach[0]) * g.pitch, filter_floats = g.taps() * kLanes;
+  const int64_t room = together * (plane + filter_floats + g.pitch);
   const Floats memory = allocate(room * g.threads);
 #pragma omp parallel num_threads(static_cast<int>(g.threads))
   {
@@ -150,23 +174,24 @@ void forward(const Geometry2d& g, const Map& x, const float* weight, const float
 #else
     float* rows = memory.get();
 #endif
-    float *filters = rows + row_floats, *sums = filters + filter_floats;
-    std::fill_n(rows, row_floats, 0.f);  // the margins stay zero from task to task
+    float *filters = rows + together * plane, *sums = filters + together * filter_floats;
+    std::fill_n(rows, together * plane, 0.f);  // the margins stay zero from task to task
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < g.groups * g.batch * bands.count; ++task) {
-      const int64_t band = task % bands.count, image = task / bands.count % g.batch, group = task / bands.count / g.batch;
+    for (int64_t task = 0; task < parts * g.batch * bands.count; ++task) {
+      const int64_t group = task % parts * together, count = std::min(together, g.groups - group);
+      const int64_t band = task / parts % bands.count, image = task / parts / bands.count;
       const int64_t first = band * bands.rows, end = std::min(g.height, first + bands.rows);
       const int64_t begin = std::max<int64_t>(0, first - g.reach[0]);
-      pack_rows(g, x, image, group, begin, std::min(g.height, end + g.reach[0]), g.reach[1], rows);
-      pack_filters(g, weight, group, filters);
-      Vec offset = {};
-      for (int64_t c = 0; bias && c < g.lanes(group); ++c) offset[c] = bias[group * kLanes + c];
+      pack_rows(g, x, image, group, count, begin, std::min(g.height, end + g.reach[0]), g.reach[1], rows, plane);
+      Vec offsets[kMaxTogether] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        pack_filters(g, weight, group + k, filters + k * filter_floats);
+        for (int64_t c = 0; bias && c < g.lanes(group + k); ++c) offsets[k][c] = bias[(group + k) * kLanes + c];
+      }
       for (int64_t y = first; y < end; ++y) {
-        int64_t column = 0;
-        for (; g.width - column > kBlock / 2; column += kBlock)
-          convolve_block<kBlock>(g, rows, begin, y, column, filters, offset, sums);
-        if (column < g.width) convolve_block<kBlock / 2>(g, rows, begin, y, column, filters, offset, sums);
-        unpack_row(g, out, image, group, y, sums);
+        for (int64_t k = 0; k < count; ++k)
+          convolve_row(g, rows + k * plane, begin, y, filters + k * filter_floats, offsets[k], sums + k * g.pitch);
+        unpack_row(g, out, image, group, count, y, sums);
       }
     }
   }
@@ -200,7 +225,7 @@ inline void correlate_taps(int64_t count, const Geometry2d& g, const float* rows
 }
 
 void weight_grad(const Geometry2d& g, const Map& grad, const Map& x, float* weight_grad) {
-  const Bands bands(g, g.batch * g.groups);
+  const Bands bands(g, g.batch * g.groups, 1);
   const int64_t most_rows = std::min(g.height, bands.rows + 2 * g.reach[0]);
   const int64_t row_floats = most_rows * g.pitch, grad_floats = bands.rows * g.pitch, room = row_floats + grad_floats;
   const int64_t partials = std::min(g.batch, kMaxPartials), partial_floats = g.groups * g.taps() * kLanes;
@@ -223,8 +248,8 @@ void weight_grad(const Geometry2d& g, const Map& grad, const Map& x, float* weig
         const int64_t image = partial + part / bands.count * partials;
         const int64_t first = part % bands.count * bands.rows, end = std::min(g.height, first + bands.rows);
         const int64_t begin = std::max<int64_t>(0, first - g.reach[0]);
-        pack_rows(g, x, image, group, begin, std::min(g.height, end + g.reach[0]), g.reach[1], rows);
-        pack_rows(g, grad, image, group, first, end, 0, grads);
+        pack_rows(g, x, image, group, 1, begin, std::min(g.height, end + g.reach[0]), g.reach[1], rows, 0);
+        pack_rows(g, grad, image, group, 1, first, end, 0, grads, 0);
         for (int64_t i = 0; i < g.kernel[0]; ++i)
           for (int64_t j = 0; j < g.kernel[1]; j += 8)
             correlate_taps(std::min<int64_t>(8, g.kernel[1] - j), g, rows, begin, grads, first, end, i, j,

@@ -16,23 +16,17 @@ from . import _choice, _native, _plain
 from ._plain import Pair
 
 
-def _is_small(x: Tensor, weight: Tensor, dilation: Pair) -> bool:
-    """Whether oneDNN is the faster: it reads and writes whole pixels of a channels_last map, the native kernel eight
-    channels of each, which only larger kernels make up for."""
-    is_plain = x.dtype == torch.float32 and _plain.memory_format(x) == torch.channels_last
-    return is_plain and max(dilation) == 1 and weight.shape[2] * weight.shape[3] <= 25
+def _uses_native(x: Tensor) -> bool:
+    is_interpreted = _runtime.INTERPRET and _runtime.runs_triton(x)
+    return x.device.type == "cpu" and x.dtype != torch.float64 and _native.is_available() and not is_interpreted
 
 
 def _methods(x: Tensor, weight: Tensor, dilation: Pair) -> list[str]:
-    """The implementations that may serve, the usual one first."""
+    """The implementations that may serve where the compiled one does not, the usual one first."""
     triton = ["triton"] if _runtime.runs_triton(x) else []
     if x.device.type != "cpu":
         return ["direct", *(["lattice"] if max(dilation) > 1 else []), *triton]
-    if triton:
-        return triton  # interpreted
-    if x.dtype != torch.float64 and _native.is_available():
-        return ["direct" if _is_small(x, weight, dilation) else "native"]
-    return [_plain.choose(weight, dilation)]
+    return triton or [_plain.choose(weight, dilation)]
 
 
 def _key(kind: str, x: Tensor, weight: Tensor, dilation: Pair) -> tuple[object, ...]:
@@ -44,11 +38,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) ->
     layout = _plain.memory_format(x)
     weight = _plain.crop(weight, (x.shape[2], x.shape[3]), dilation).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
+    if _uses_native(x):  # before all else, which takes as long as a small map
+        offset = None if bias is None else bias.float()
+        return _native.forward(x.float(), weight.float(), offset, dilation, layout).to(x.dtype)
 
     def run(method: Any) -> Tensor:
-        if method == "native":
-            offset = None if bias is None else bias.float()
-            return _native.forward(x.float(), weight.float(), offset, dilation, layout).to(x.dtype)
         if method == "triton":
             from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
 
@@ -67,15 +61,16 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Ten
     cropped = _plain.crop(weight, (x.shape[2], x.shape[3]), dilation).to(x.dtype)
 
     def run(method: Any) -> Tensor:
-        if method == "native":
-            return _native.weight_grad(grad.float(), x.float(), cropped, dilation)
         if method == "triton":
             from . import _triton
 
             return _triton.weight_grad(grad, x, cropped, dilation)
         return _plain.weight_grad(grad, x, cropped, dilation, method)
 
-    result = _choice.run_fastest(_key("weight_grad", x, weight, dilation), _methods(x, cropped, dilation), run)
+    if _uses_native(x):
+        result = _native.weight_grad(grad.float(), x.float(), cropped, dilation)
+    else:
+        result = _choice.run_fastest(_key("weight_grad", x, weight, dilation), _methods(x, cropped, dilation), run)
     rows, columns = ((whole - part) // 2 for whole, part in zip(weight.shape[2:], cropped.shape[2:], strict=True))
     return F.pad(result, (columns, columns, rows, rows)).to(weight.dtype)
 

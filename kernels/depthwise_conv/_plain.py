@@ -31,6 +31,8 @@ def crop(weight: Tensor, size: Pair, dilation: Pair) -> Tensor:
     """`weight` without the taps that reach past the far border of a map of `size` from every position."""
     reach = [(length - 1) // step for length, step in zip(size, dilation, strict=True)]
     cut = [max(side // 2 - r, 0) for side, r in zip(weight.shape[2:], reach, strict=True)]
+    if not any(cut):
+        return weight
     return weight[:, :, cut[0] : weight.shape[2] - cut[0], cut[1] : weight.shape[3] - cut[1]]
 
 
