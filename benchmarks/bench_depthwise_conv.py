@@ -4,8 +4,8 @@
     python benchmarks/bench_depthwise_conv.py --rule       # is the choice among PyTorch's ways still the best one?
 
 Methods: `torch.nn.functional.conv2d` on contiguous and on channels_last maps; `depthwise_conv2d` on both as a user gets
-it; and "no compiler", `depthwise_conv2d` in plain PyTorch as where nothing was compiled at install. Each method gets the
-map in its own format, and returns it so. Every method is first compared with PyTorch's convolution in float64; one that
+it; and "no compiler", `depthwise_conv2d` in plain PyTorch as where nothing was compiled at install. Each method gets
+the map in its own format, and returns it so. Every method is first compared with PyTorch's convolution in float64; one that
 differs ends the run. A run ends with status 1 if `depthwise_conv2d` missed what the project promises of it.
 """
 

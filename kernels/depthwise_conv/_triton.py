@@ -216,7 +216,7 @@ def lka_spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Te
     if out.numel():
         _lka_spatial_kernel[(triton.cdiv(channels, CHANNELS), batch)](
             x, _filters(w5), x if b5 is None else b5, _filters(w7d3), x if b7d3 is None else b7d3, middle, out,
-            height, width, channels, b5 is not None, b7d3 is not None, TILE_ROWS, TILE_COLUMNS, CHANNELS, num_warps=4,
+            height, width, channels, b5 is not None, b7d3 is not None, TILE_ROWS, TILE_COLUMNS, CHANNELS, num_warps=8,
         )  # fmt: skip
     return out
 
