@@ -1,0 +1,307 @@
+"""Backbones on the CPU: images per second and memory, beside timm's usual ones and beside their own official layouts.
+
+    python benchmarks/bench_backbones.py --markdown table.md
+    python benchmarks/bench_backbones.py --quick
+
+The first table holds one variant of each family and three models of timm, as a user creates them; timm's convolutional
+ones also in channels_last. The second holds models of ours beside the same network in plain PyTorch: every depth-wise
+convolution a call of `torch.nn.functional.conv2d`, every attention without its compiled kernel; once with maps in
+PyTorch's default NCHW format, as the authors' code runs, and once in channels_last.
+
+Each model lives in a process of its own. It is first compared with its plain version (compiled ones with themselves,
+eager); one that differs ends the run. Then processes take turns within each round, so that a disturbance meets all of
+them, and the median over rounds is shown. Memory is the growth of the resident peak during one forward pass, weights
+and code not counted. Compiling takes most of a run; `--compile-sizes` says for which sizes it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Semaphore
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import mixerzoo.vision  # noqa: F401  registers the models
+import timm
+import torch
+from _harness import describe_machine, forget_peak, markdown_table, resident, time_calls
+from mixerzoo.kernels import depthwise_conv
+from mixerzoo.kernels.neighborhood_attention import _native as native_attention
+from mixerzoo.vision.backbones.van import RowGELU
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Model, layout: "ours" as created; "as created" and "channels_last" of timm's; plain ones of ours.
+FAMILIES = ("nat_mini", "van_b0", "unireplknet_a", "litv2_s")
+PEERS = (
+    ("convnext_tiny", "as created"),
+    ("convnext_tiny", "channels_last"),
+    ("swin_tiny_patch4_window7_224", "as created"),
+    ("resnet50", "as created"),
+    ("resnet50", "channels_last"),
+)
+WITH_PLAIN = ("van_b0", "unireplknet_a", "litv2_s")
+PLAIN = ("plain, NCHW", "plain, channels_last")
+TOLERANCE = 1e-4  # of the largest logit
+LEAST_SECONDS = 0.3  # of one turn of one model
+
+
+class Case(NamedTuple):
+    model: str
+    layout: str
+    size: int
+    batch: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} ({self.layout}, {self.mode}) at {self.size} pixels, batch {self.batch}"
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int | tuple[int, int] = 1) -> Tensor:
+    """`depthwise_conv2d` by PyTorch's convolution."""
+    steps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    padding = [step * (side // 2) for step, side in zip(steps, weight.shape[2:], strict=True)]
+    return F.conv2d(x, weight, bias, padding=padding, dilation=steps, groups=weight.shape[0])
+
+
+def conv_chain(
+    x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
+) -> Tensor:
+    """`large_kernel_attention` by PyTorch's convolutions."""
+    return x * F.conv2d(conv2d(conv2d(x, w5, b5), w7d3, b7d3, dilation=3), w1, b1)
+
+
+def _modules_with(function: Callable) -> Iterator[tuple[Any, str]]:
+    """Every loaded module of ours that calls `function`, with the name it has there."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("mixerzoo.mixers.", "mixerzoo.vision.")):
+            yield from ((module, key) for key, value in vars(module).items() if value is function)
+
+
+@contextlib.contextmanager
+def plain(layout: str) -> Iterator[None]:
+    """Our models as the same networks in plain PyTorch; in "plain, NCHW" every convolution gets its map so."""
+    convolve = nn.Conv2d._conv_forward
+    contiguous = Tensor.contiguous
+
+    def convolve_nchw(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return convolve(self, contiguous(x), weight, bias)
+
+    def conv2d_nchw(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return conv2d(contiguous(x), *args, **kwargs)
+
+    def contiguous_nchw(self: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return contiguous(self)
+
+    is_nchw = layout == "plain, NCHW"
+    with contextlib.ExitStack() as stack:
+        replace = mock.patch.object
+        stack.enter_context(replace(native_attention, "is_available", lambda: False))
+        stack.enter_context(replace(RowGELU, "forward", nn.GELU.forward))
+        for module, name in _modules_with(depthwise_conv.depthwise_conv2d):
+            stack.enter_context(replace(module, name, conv2d_nchw if is_nchw else conv2d))
+        for module, name in _modules_with(depthwise_conv.large_kernel_attention):
+            stack.enter_context(replace(module, name, conv_chain))
+        if is_nchw:
+            stack.enter_context(replace(nn.Conv2d, "_conv_forward", convolve_nchw))
+            stack.enter_context(replace(Tensor, "contiguous", contiguous_nchw))
+        yield
+
+
+def in_layout(layout: str) -> contextlib.AbstractContextManager:
+    return plain(layout) if layout in PLAIN else contextlib.nullcontext()
+
+
+def build(case: Case) -> tuple[nn.Module, Tensor]:
+    """The same weights and picture for every layout and mode; residual branches that count."""
+    torch.manual_seed(0)
+    arguments = {"img_size": case.size} if case.model.startswith("swin") else {}
+    model = timm.create_model(case.model, **arguments).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if re.search(r"(layer_scale_\d|gamma)$", name):
+                parameter.fill_(0.2)  # or the initial 1e-6 would hide a mixer's error
+    x = torch.randn(case.batch, 3, case.size, case.size)
+    if case.layout == "channels_last":
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return model, x
+
+
+def prepare(case: Case) -> Callable[[], Tensor]:
+    """One forward pass of the case, warm, compared with the plain version of the same network."""
+    model, x = build(case)
+    run: Any = torch.compile(model) if case.mode == "compiled" else model
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run(x)
+
+    with in_layout(case.layout):
+        got = forward()
+    reference = in_layout(PLAIN[0]) if case.model in FAMILIES else contextlib.nullcontext()
+    with torch.no_grad(), reference:
+        want = model(x[:1])
+    error = ((got[:1] - want).abs().max() / want.abs().max()).item()
+    if not error <= TOLERANCE:
+        raise SystemExit(
+            f"{case.name} is wrong: its logits are off by {error:.1e} of the largest, more than {TOLERANCE:.0e}; "
+            "nothing is reported"
+        )
+    return forward
+
+
+def work(connection: Connection, turn: Semaphore, case: Case, threads: int) -> None:
+    """A process of one model: prepares, then answers "time" with seconds and "memory" with bytes, until "end"."""
+    torch.set_num_threads(threads)
+    try:
+        with turn:
+            forward = prepare(case)
+    except SystemExit as error:
+        return connection.send(str(error))
+    with in_layout(case.layout):
+        forward()
+        connection.send("ready")
+        while (order := connection.recv()) != "end":
+            if order == "memory":
+                before = forget_peak()
+                forward()
+                connection.send(resident("VmHWM") - before)
+            else:
+                times = time_calls({case.name: forward}, rounds=1, least_seconds=LEAST_SECONDS)
+                connection.send(times[case.name])
+
+
+def measure(cases: Sequence[Case], *, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Seconds and bytes of each case; to be called before this process has started any thread, since it forks."""
+    context = multiprocessing.get_context("fork")
+    turn = context.Semaphore(2 if cases[0].mode == "compiled" else 1)  # a compilation is one thread for the most part
+    processes, ends = [], []
+    for case in cases:
+        end, other = context.Pipe()
+        processes.append(context.Process(target=work, args=(other, turn, case, threads), daemon=True))
+        processes[-1].start()
+        other.close()
+        ends.append(end)
+
+    def ask(case: Case, end: Connection, order: str | None) -> Any:
+        try:
+            if order:
+                end.send(order)
+            return end.recv()
+        except (EOFError, BrokenPipeError):
+            raise SystemExit(f"the process of {case.name} died") from None
+
+    pairs = list(zip(cases, ends, strict=True))
+    for case, end in pairs:
+        if (answer := ask(case, end, None)) != "ready":
+            raise SystemExit(answer)
+    memory = [ask(case, end, "memory") for case, end in pairs]
+    seconds = [[ask(case, end, "time") for case, end in pairs] for _ in range(rounds)]
+    for end, process in zip(ends, processes, strict=True):
+        end.send("end")
+        process.join()
+    return [
+        case._asdict() | {"seconds": statistics.median(times), "bytes": peak}
+        for case, times, peak in zip(cases, zip(*seconds, strict=True), memory, strict=True)
+    ]
+
+
+def write_models(results: list[dict]) -> Iterator[str]:
+    """A row a model and layout, a column a size, batch and mode: images per second and megabytes."""
+    shown = [row for row in results if row["layout"] not in PLAIN]
+    columns = list(dict.fromkeys((row["size"], row["batch"], row["mode"]) for row in shown))
+    cells: dict[str, dict] = {}
+    for row in shown:
+        name = row["model"] + (", channels_last" if row["layout"] == "channels_last" else "")
+        value = f"{row['batch'] / row['seconds']:.3g} ({row['bytes'] / 1e6:.0f} MB)"
+        cells.setdefault(name, {})[row["size"], row["batch"], row["mode"]] = value
+    header = ["images/s (peak memory)", *(f"{size} px, batch {batch}, {mode}" for size, batch, mode in columns)]
+    return markdown_table(
+        header, ([name, *(values.get(key, "-") for key in columns)] for name, values in cells.items())
+    )
+
+
+def write_layouts(results: list[dict]) -> Iterator[str]:
+    """A row a model, size and batch: images per second of ours and of both plain layouts, and how many times those."""
+    rows = []
+    eager = {
+        tuple(row[key] for key in ("model", "size", "batch", "layout")): row
+        for row in results
+        if row["mode"] == "eager"
+    }
+    for model, size, batch, layout in eager:
+        if layout != "ours" or (model, size, batch, PLAIN[0]) not in eager:
+            continue
+        own = eager[model, size, batch, "ours"]
+        others = [eager[model, size, batch, layout] for layout in PLAIN]
+        speeds = [f"**{batch / own['seconds']:.3g}**"]
+        speeds += [f"{batch / row['seconds']:.3g} ({row['seconds'] / own['seconds']:.2f}x)" for row in others]
+        rows.append([model, f"{size}", f"{batch}", *speeds, *(f"{row['bytes'] / 1e6:.0f}" for row in (own, *others))])
+    header = ["model", "pixels", "batch", "ours, images/s", *(f"{layout} (ours is faster by)" for layout in PLAIN)]
+    return markdown_table([*header, "ours, MB", *(f"{layout}, MB" for layout in PLAIN)], rows)
+
+
+def list_cases(args: argparse.Namespace) -> list[list[Case]]:
+    """Cases that are measured against each other, together."""
+    own = [(model, "ours") for model in FAMILIES] + list(PEERS)
+    own = [(model, layout) for model, layout in own if model in args.models]
+    both = [(model, layout) for model in WITH_PLAIN if model in args.models for layout in PLAIN]
+    groups = []
+    for mode, size, batch in itertools.product(args.modes, args.sizes, args.batch):
+        if mode == "compiled" and size not in args.compile_sizes:
+            continue
+        chosen = own if mode == "compiled" else own + both
+        groups.append([Case(model, layout, size, batch, mode) for model, layout in chosen])
+    return groups
+
+
+def parse_arguments() -> argparse.Namespace:
+    names = list(dict.fromkeys((*FAMILIES, *(model for model, _ in PEERS))))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--compile-sizes", type=int, nargs="+", default=[224], help="of --sizes, those to compile for")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="eager, 224 pixels, batch 1, three rounds")
+    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    args = parser.parse_args()
+    if args.quick:
+        args.sizes, args.batch, args.modes, args.rounds = [224], [1], ["eager"], 3
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    start = time.monotonic()
+    results = []
+    for cases in list_cases(args):
+        results += measure(cases, rounds=args.rounds, threads=args.threads)
+    machine = describe_machine(args.threads, f"timm {timm.__version__}")
+    text = [f"float32, no gradient. {machine}; {(time.monotonic() - start) / 60:.0f} minutes.", ""]
+    text += [*write_models(results), "", "Ours against the official layouts of the same computation, eager:", ""]
+    text += write_layouts(results)
+    print("\n".join(text))
+    if args.markdown:
+        args.markdown.write_text("\n".join(text) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
