@@ -134,7 +134,7 @@ def build(case: Case) -> tuple[nn.Module, Tensor]:
             if re.search(r"(layer_scale_\d|gamma)$", name):
                 parameter.fill_(0.2)  # or the initial 1e-6 would hide a mixer's error
     x = torch.randn(case.batch, 3, case.size, case.size)
-    if case.layout == "channels_last":
+    if case.layout.endswith("channels_last"):
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     return model, x
 

@@ -32,18 +32,18 @@ def test_plain_networks_give_the_same_logits(bench, name: str) -> None:
 @pytest.mark.parametrize("name", ["van_b0", "unireplknet_a"])
 @torch.no_grad()
 def test_plain_networks_keep_their_format_and_use_no_operator_of_ours(bench, name: str) -> None:
-    model, x = bench.build(bench.Case(name, "ours", 64, 2, "eager"))
     formats = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if output.ndim == 4 and min(output.shape[1:]) > 1:
             formats.append((output.is_contiguous(), output.is_contiguous(memory_format=torch.channels_last)))
 
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(note)
     for layout in bench.PLAIN:
         formats.clear()
+        model, x = bench.build(bench.Case(name, layout, 64, 2, "eager"))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(note)
         with bench.plain(layout), torch.profiler.profile() as profile:
             model(x)
         wanted = (True, False) if layout == "plain, NCHW" else (False, True)
