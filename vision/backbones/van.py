@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,12 +30,21 @@ from ._checkpoints import StateDict, refuse_mismatch, rename, unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
 
+@register_notrace_module
 class RowGELU(nn.GELU):
-    """GELU of a channels_last map [B, C, H, W] as the rows that it is in memory: contiguous, which PyTorch asks of a
-    tensor before it takes its faster kernel on the CPU."""
+    """GELU of a channels_last map [B, C, H, W] that nobody else needs: without gradients it is overwritten.
+
+    It is treated as the rows that it is in memory, since PyTorch's faster kernel on the CPU is for contiguous tensors
+    alone. Another fresh tensor as wide as the MLP would cost more time than the function itself.
+    """
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.GELU
-        return F.gelu(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        rows = input.permute(0, 2, 3, 1)
+        if torch.jit.is_scripting() or torch.is_grad_enabled():
+            return F.gelu(rows).permute(0, 3, 1, 2)
+        else:
+            torch.ops.aten.gelu_(rows)
+            return input
 
 
 class OverlapPatchEmbed(nn.Module):
