@@ -20,14 +20,10 @@ def odd_sides(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    """`depthwise_conv2d` as layers want it: in the data type of autocast, as PyTorch's convolutions, and scriptable."""
+    """`depthwise_conv2d` as TorchScript can read it, too."""
     if torch.jit.is_scripting():
         return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, dilation)
     else:
-        kind = x.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which knows no such device
-        if autocast and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
         return depthwise_conv2d(x, weight, bias, dilation=(dilation[0], dilation[1]))
 
 

@@ -23,6 +23,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: _plain.Pair
         raise ValueError(f"dilation must be at least 1; got {dilation}")
 
 
+def _as_autocast_wants(x: Tensor) -> Tensor:
+    """`x` in the data type in which PyTorch's own convolutions would take it."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int | tuple[int, int] = 1
 ) -> Tensor:
@@ -42,7 +50,7 @@ def depthwise_conv2d(
     is_small = pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9  # nothing beats PyTorch's own there
     if is_small or _runtime.wants_plain_ops():
         return _plain.direct(x, weight, bias, pair)
-    return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, list(pair))
+    return torch.ops.mixerzoo.depthwise_conv2d(_as_autocast_wants(x), weight, bias, list(pair))
 
 
 def large_kernel_attention(
@@ -77,4 +85,4 @@ def large_kernel_attention(
     if _runtime.wants_plain_ops():
         spatial = _plain.direct(_plain.direct(x, w5, b5, (1, 1)), w7d3, b7d3, (3, 3))
         return x * F.conv2d(spatial, w1, b1)
-    return torch.ops.mixerzoo.large_kernel_attention(x, w5, w7d3, w1, b5, b7d3, b1)[0]
+    return torch.ops.mixerzoo.large_kernel_attention(_as_autocast_wants(x), w5, w7d3, w1, b5, b7d3, b1)[0]

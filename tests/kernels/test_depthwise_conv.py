@@ -333,13 +333,18 @@ def test_operators_pass_opcheck(memory_format: str, implementation: str) -> None
     torch.library.opcheck(torch.ops.mixerzoo.depthwise_conv2d.default, arguments)
 
 
-def test_autocast_follows_the_map() -> None:
+def test_autocast_as_for_convolutions() -> None:
     inputs = [tensor.float() for tensor in make_attention(1, 6, (8, 8))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = large_kernel_attention(inputs[0].bfloat16(), *inputs[1:])
-        assert half.dtype == torch.bfloat16
-        assert depthwise_conv2d(inputs[0], inputs[1]).dtype == torch.float32
+        half = large_kernel_attention(*inputs)
+        assert half.dtype == depthwise_conv2d(inputs[0], inputs[1]).dtype == torch.bfloat16
+        assert depthwise_conv2d(inputs[0].double(), inputs[1].double()).dtype == torch.float64
     torch.testing.assert_close(half.float(), chain(*inputs), atol=0.1, rtol=0.05)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        large_kernel_attention(*inputs).float().sum().backward()
+    assert {tensor.grad.dtype for tensor in inputs if tensor.grad is not None} == {torch.float32}
 
 
 def test_measures_only_where_cudnn_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
