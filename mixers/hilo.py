@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@register_notrace_module
 class HiLo(nn.Module):
     """HiLo attention, [B, H, W, C] to the same shape, at any height and width.
 
@@ -114,3 +113,6 @@ class HiLo(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.h_heads} high + {self.l_heads} low, window_size={self.window_size}"
+
+
+register_notrace_module(HiLo)  # as a decorator it would hide the class's type

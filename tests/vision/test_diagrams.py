@@ -1,0 +1,47 @@
+"""The diagram of HiLo shows what the module computed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mixerzoo.vision.diagrams import DIM, SIDE, main, make_mixer, make_tokens, trace_hilo
+
+
+@torch.no_grad()
+def test_drawn_attention_is_the_module_s() -> None:
+    mixer = make_mixer()
+    assert (mixer.h_heads, mixer.l_heads) == (2, 10)
+    inputs: dict[str, torch.Tensor] = {}
+    for name in ("h_proj", "l_proj"):
+        getattr(mixer, name).register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
+    tokens = make_tokens(torch.rand(3, 64, 64))
+    assert tokens.shape == (1, SIDE, SIDE, DIM)
+    trace = trace_hilo(mixer, torch.rand(3, 64, 64), tokens, (9, 5))
+    assert trace.window.shape == (4, 4) and trace.pooled.shape == (7, 7)
+    torch.testing.assert_close(trace.window.sum(1), torch.ones(4))
+    torch.testing.assert_close(trace.pooled.sum(), torch.tensor(1.0))
+    assert trace.shapes["h_qkv"] == (14, 14, 48) and trace.shapes["l_kv"] == (7, 7, 160)
+
+    # The same value in every head turns the output into values weighted by the mean attention that is drawn.
+    h_value, l_value = mixer.h_qkv.weight[-16:].view(2, 8, DIM), mixer.l_kv.weight[-80:].view(10, 8, DIM)
+    h_value[:], l_value[:] = h_value[:1].clone(), l_value[:1].clone()
+    trace = trace_hilo(mixer, torch.rand(3, 64, 64), tokens, (9, 5))
+    values = tokens[0, 8:10, 4:6].flatten(0, 1) @ h_value[0].T
+    got = inputs["h_proj"][0, 8:10, 4:6].flatten(0, 1).view(4, 2, 8).mean(1)
+    torch.testing.assert_close(trace.window @ values, got, atol=1e-5, rtol=1e-4)
+    pooled = torch.nn.functional.avg_pool2d(tokens.permute(0, 3, 1, 2), 2)[0].flatten(1).T
+    got = inputs["l_proj"][0, 9, 5].view(10, 8).mean(0)
+    torch.testing.assert_close(trace.pooled.flatten() @ (pooled @ l_value[0].T), got, atol=1e-5, rtol=1e-4)
+
+
+def test_the_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path)]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert (tmp_path / "hilo_paths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--query", "14", "0", "--output", str(tmp_path)]) == 2
+    assert "from 0 to 13; got [14, 0]" in capsys.readouterr().err
+    assert main(["--picture", str(tmp_path / "none.jpg"), "--output", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,260 @@
+"""HiLo's two paths as a diagram drawn from a module at work: shapes and attention come from hooks on its projections.
+
+    python -m mixerzoo.vision.diagrams --output docs/pictures
+
+Unusual: no trained weights are needed. Tokens are patches of a picture, weights are random, but each path's keys have
+its queries' projection: attention then falls on what looks alike, which is what the eye can check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..mixers import HiLo
+from ._loading import one_line
+from .visualize import _save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HIGH, LOW, INK = "#d9480f", "#1864ab", "#343a40"
+SIDE, DIM, HEADS, ALPHA = 14, 96, 12, 0.9
+SHARPNESS = 6.0  # gain of the shared projection: the scores of a trained model are not as flat as those of a fresh one
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one picture [3, H, W] leaves in a HiLo, means over heads; `shapes` by the name of the projection."""
+
+    picture: Tensor
+    query: tuple[int, int]
+    window: Tensor  # [tokens, tokens], of the window around the query
+    pooled: Tensor  # [rows, columns], from the query to the pooled map
+    shapes: dict[str, tuple[int, ...]]
+    mixer: HiLo
+
+
+def make_mixer() -> HiLo:
+    """LITv2's split of twelve heads, with queries and keys of one projection."""
+    mixer = HiLo(DIM, HEADS, window_size=2, alpha=ALPHA, qkv_bias=False).eval()
+    h_dim, l_dim = mixer.h_heads * mixer.head_dim, mixer.l_heads * mixer.head_dim
+    weights: Any = mixer
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if parameter.ndim > 1:
+                trunc_normal_(parameter, std=SHARPNESS**0.5 * DIM**-0.5)
+        weights.h_qkv.weight[h_dim : 2 * h_dim] = weights.h_qkv.weight[:h_dim]
+        weights.l_kv.weight[:l_dim] = weights.l_q.weight
+    return mixer
+
+
+def make_tokens(picture: Tensor) -> Tensor:
+    """[3, H, W] to [1, SIDE, SIDE, DIM]: the colours of each patch at 4 x 4 places, normalised and spread at random."""
+    patches = F.interpolate(picture[None], (4 * SIDE, 4 * SIDE), mode="area")
+    patches = F.unfold(patches, 4, stride=4).transpose(1, 2)
+    patches = patches - patches.mean(1, keepdim=True)
+    spread = torch.randn(patches.shape[-1], DIM) / patches.shape[-1] ** 0.5
+    return F.layer_norm(patches @ spread, (DIM,)).view(1, SIDE, SIDE, DIM)
+
+
+@torch.no_grad()
+def trace_hilo(mixer: HiLo, picture: Tensor, tokens: Tensor, query: tuple[int, int]) -> Trace:
+    """Run the module, and work out its attention from what its projections gave."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+        for name, layer in mixer.named_children()
+    ]
+    mixer(tokens)
+    for hook in hooks:
+        hook.remove()
+    scale, size = mixer.head_dim**-0.5, mixer.window_size
+    row, column = (place // size * size for place in query)
+    inside = seen["h_qkv"][0, row : row + size, column : column + size].flatten(0, 1)
+    queries, keys = inside.unflatten(-1, (3, mixer.h_heads, -1))[:, :2].permute(1, 2, 0, 3)
+    window = (queries @ keys.transpose(-2, -1) * scale).softmax(-1).mean(0)
+    asked = seen["l_q"][0, query[0], query[1]].view(mixer.l_heads, -1, 1)
+    keys = seen["l_kv"][0].unflatten(-1, (2, mixer.l_heads, -1))[..., 0, :, :]  # [rows, columns, heads, head_dim]
+    pooled = (keys.permute(2, 0, 1, 3).flatten(1, 2) @ asked * scale).softmax(1).mean(0).view(keys.shape[:2])
+    shapes = {name: tuple(out.shape[1:]) for name, out in seen.items()}
+    return Trace(picture, query, window, pooled, shapes, mixer)
+
+
+def draw_hilo(trace: Trace) -> Figure:
+    """The map on the left; windows above, the pooled map below; both outputs side by side on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.0, 6.2), facecolor="white")
+    mixer, shapes = trace.mixer, trace.shapes
+    share = f"{mixer.h_heads + mixer.l_heads} heads, alpha={ALPHA}"
+    note = "Random weights; the keys have the queries' projection, so attention falls on what looks alike."
+    figure.text(0.5, 0.035, note, ha="center", fontsize=9.5, style="italic", color=INK)
+    figure.text(0.5, 0.955, "HiLo attention: the heads are split", ha="center", fontsize=15, weight="bold", color=INK)
+    low_part = f"int({mixer.h_heads + mixer.l_heads} * {ALPHA}) = {mixer.l_heads}"
+    figure.text(0.5, 0.915, f"{low_part} heads see the pooled map, {mixer.h_heads} see windows", ha="center", color=INK)
+    _map(figure, (0.02, 0.30, 0.20, 0.40), trace, share)
+    _high_row(figure, trace)
+    _low_row(figure, trace)
+    _output(figure, (0.875, 0.24, 0.05, 0.52), shapes)
+    for start, end, colour in [
+        ((0.225, 0.56), (0.272, 0.66), HIGH),
+        ((0.225, 0.44), (0.272, 0.34), LOW),
+        ((0.472, 0.66), (0.588, 0.66), HIGH),
+        ((0.472, 0.30), (0.588, 0.30), LOW),
+        ((0.795, 0.66), (0.865, 0.66), HIGH),
+        ((0.795, 0.30), (0.865, 0.40), LOW),
+    ]:
+        _arrow(figure, start, end, colour)
+    return figure
+
+
+def _high_row(figure: Figure, trace: Trace) -> None:
+    mixer, size = trace.mixer, trace.mixer.window_size
+    axes = _panel(figure, (0.28, 0.52, 0.185, 0.30), "Hi-Fi: windows", HIGH)
+    _show(axes, trace.picture, SIDE)
+    _grid(axes, SIDE // size, HIGH, 1.3)
+    corner = tuple(place // size * size for place in trace.query)
+    _box(axes, corner, size, SIDE, HIGH, 2.8)
+    windows = (SIDE // size) ** 2
+    axes.set_xlabel(f"{windows} windows of {size} x {size} tokens", fontsize=9.5, color=INK)
+    figure.text(0.53, 0.68, f"h_qkv\n{DIM} → {trace.shapes['h_qkv'][-1]}", ha="center", fontsize=9, color=HIGH)
+    axes = _panel(figure, (0.60, 0.52, 0.185, 0.30), f"attention in one window, mean of {mixer.h_heads} heads", HIGH)
+    axes.imshow(trace.window.numpy(), cmap="Oranges", vmin=0, vmax=1)
+    for i, row in enumerate(trace.window.tolist()):
+        for j, weight in enumerate(row):
+            axes.text(
+                j, i, f"{weight:.2f}", ha="center", va="center", fontsize=9, color="white" if weight > 0.6 else INK
+            )
+    axes.set_xlabel(f"{size**2} queries (rows) x {size**2} keys", fontsize=9.5, color=INK)
+
+
+def _low_row(figure: Figure, trace: Trace) -> None:
+    mixer, rows = trace.mixer, trace.pooled.shape[0]
+    axes = _panel(figure, (0.28, 0.13, 0.185, 0.30), "Lo-Fi: pooled map", LOW)
+    _show(axes, F.interpolate(trace.picture[None], (rows, rows), mode="area")[0], rows)
+    _grid(axes, rows, LOW, 1.0)
+    axes.set_xlabel(
+        f"{mixer.window_size} x {mixer.window_size} averages: {rows} x {rows} keys", fontsize=9.5, color=INK
+    )
+    projections = f"l_q {DIM} → {trace.shapes['l_q'][-1]}\nl_kv {DIM} → {trace.shapes['l_kv'][-1]}"
+    figure.text(0.53, 0.32, projections, ha="center", fontsize=9, color=LOW)
+    axes = _panel(figure, (0.60, 0.13, 0.185, 0.30), f"attention of one query, mean of {mixer.l_heads} heads", LOW)
+    # Square roots: weights of a tenth of the largest still show.
+    axes.imshow(trace.pooled.sqrt().numpy(), cmap="Blues", extent=(0, SIDE, SIDE, 0), interpolation="nearest")
+    _grid(axes, rows, "white", 0.8)
+    _box(axes, trace.query, 1, SIDE, LOW, 2.8)
+    axes.set_xlabel(f"each of {SIDE**2} queries asks all {rows**2} keys", fontsize=9.5, color=INK)
+
+
+def _map(figure: Figure, place: tuple[float, float, float, float], trace: Trace, share: str) -> None:
+    axes = _panel(figure, place, f"map [{SIDE}, {SIDE}, {DIM}]", INK)
+    _show(axes, trace.picture, SIDE)
+    _grid(axes, SIDE, "white", 0.4)
+    _box(axes, tuple(p // 2 * 2 for p in trace.query), trace.mixer.window_size, SIDE, HIGH, 2.6)
+    _box(axes, trace.query, 1, SIDE, LOW, 2.6)
+    axes.set_xlabel(f"{share}\norange: a window; blue: a query", fontsize=9.5, color=INK)
+
+
+def _output(figure: Figure, place: tuple[float, float, float, float], shapes: dict[str, tuple[int, ...]]) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes = figure.add_axes(place)
+    high, low = shapes["h_proj"][-1], shapes["l_proj"][-1]
+    axes.set(xlim=(0, 1), ylim=(0, high + low), xticks=[], yticks=[])
+    axes.add_patch(Rectangle((0, low), 1, high, color=HIGH, alpha=0.85))
+    axes.add_patch(Rectangle((0, 0), 1, low, color=LOW, alpha=0.85))
+    axes.text(1.15, low + high / 2, f"h_proj\n{high}", va="center", color=HIGH, fontsize=10)
+    axes.text(1.15, low / 2, f"l_proj\n{low}", va="center", color=LOW, fontsize=10)
+    axes.set_title("concatenated", fontsize=10.5, weight="bold", color=INK)
+    axes.set_xlabel(f"{high} + {low} = {high + low}\nchannels", fontsize=9.5, color=INK)
+
+
+def _panel(figure: Figure, place: tuple[float, float, float, float], title: str, colour: str) -> Axes:
+    axes = figure.add_axes(place)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=10.5, weight="bold", color=colour)
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=1.2)
+    return axes
+
+
+def _show(axes: Axes, picture: Tensor, side: int) -> None:
+    axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), extent=(0, side, side, 0), interpolation="nearest")
+
+
+def _grid(axes: Axes, parts: int, colour: str, width: float) -> None:
+    right = axes.get_xlim()[1]
+    for part in range(1, parts):
+        axes.axhline(part * right / parts, color=colour, linewidth=width, alpha=0.8)
+        axes.axvline(part * right / parts, color=colour, linewidth=width, alpha=0.8)
+
+
+def _box(axes: Axes, corner: Sequence[int], size: int, side: int, colour: str, width: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((corner[1], corner[0]), size, size, fill=False, edgecolor="white", linewidth=width + 2))
+    axes.add_patch(Rectangle((corner[1], corner[0]), size, size, fill=False, edgecolor=colour, linewidth=width))
+    axes.set(xlim=(0, side), ylim=(side, 0))
+
+
+def _arrow(figure: Figure, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    style: dict[str, Any] = {"arrowstyle": "-|>", "mutation_scale": 16, "linewidth": 2, "color": colour}
+    figure.add_artist(FancyArrowPatch(start, end, transform=figure.transFigure, **style))
+
+
+def load_picture(file: Path | None) -> Tensor:
+    """The middle square of a picture, [3, 224, 224] from 0 to 1; scikit-learn's flower where none is given."""
+    import numpy as np
+    from PIL import Image
+
+    if file is None:
+        from sklearn.datasets import load_sample_image
+
+        image = Image.fromarray(load_sample_image("flower.jpg"))
+    else:
+        image = Image.open(file).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize((224, 224))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixerzoo.vision.diagrams", description="Draw HiLo's two paths over a picture."
+    )
+    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder, default %(default)s")
+    parser.add_argument("--picture", type=Path, help="an image file; a flower by default")
+    parser.add_argument("--query", type=int, nargs=2, default=(9, 5), help=f"row and column of {SIDE} x {SIDE}")
+    arguments = parser.parse_args(argv)
+    try:
+        if not all(0 <= place < SIDE for place in arguments.query):
+            raise ValueError(f"--query needs a row and a column from 0 to {SIDE - 1}; got {arguments.query}")
+        torch.manual_seed(0)
+        picture = load_picture(arguments.picture)
+        trace = trace_hilo(make_mixer(), picture, make_tokens(picture), tuple(arguments.query))
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        path = arguments.output / "hilo_paths.png"
+        _save(draw_hilo(trace), path)
+    except (OSError, ValueError) as error:
+        print(f"diagrams: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
