@@ -262,7 +262,8 @@ def list_cases(args: argparse.Namespace) -> list[list[Case]]:
     for mode, size, batch in itertools.product(args.modes, args.sizes, args.batch):
         if mode == "compiled" and size not in args.compile_sizes:
             continue
-        chosen = own if mode == "compiled" else own + both
+        # The compiler settles memory formats itself.
+        chosen = own + both if mode == "eager" else [pair for pair in own if pair[1] != "channels_last"]
         groups.append([Case(model, layout, size, batch, mode) for model, layout in chosen])
     return groups
 
