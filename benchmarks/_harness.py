@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from mixerzoo.kernels import _native
 
 Call = Callable[[], object]
 
@@ -115,6 +116,12 @@ def describe_machine(threads: int, *more: str) -> str:
         str(datetime.date.today()),
     ]
     return "; ".join(facts)
+
+
+def describe_native() -> str:
+    """Which build of the native kernels this process has loaded."""
+    library = _native.library() if _native.is_available() else None
+    return f"native kernels: {Path(library._name).name.split('.')[0] if library else 'none'}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

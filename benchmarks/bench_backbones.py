@@ -35,7 +35,7 @@ from unittest import mock
 import mixerzoo.vision  # noqa: F401  registers the models
 import timm
 import torch
-from _harness import describe_machine, forget_peak, markdown_table, resident, time_calls
+from _harness import describe_machine, describe_native, forget_peak, markdown_table, resident, time_calls
 from mixerzoo.kernels import depthwise_conv
 from mixerzoo.kernels.neighborhood_attention import _native as native_attention
 from mixerzoo.vision.backbones.van import RowGELU
@@ -293,7 +293,7 @@ def main() -> None:
     results = []
     for cases in list_cases(args):
         results += measure(cases, rounds=args.rounds, threads=args.threads)
-    machine = describe_machine(args.threads, f"timm {timm.__version__}")
+    machine = describe_machine(args.threads, f"timm {timm.__version__}", describe_native())
     text = [f"float32, no gradient. {machine}; {(time.monotonic() - start) / 60:.0f} minutes.", ""]
     text += [*write_models(results), "", "Ours against the official layouts of the same computation, eager:", ""]
     text += write_layouts(results)

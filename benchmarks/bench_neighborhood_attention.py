@@ -23,7 +23,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from _harness import describe_machine, markdown_table, peak_memory, time_calls
+from _harness import describe_machine, describe_native, markdown_table, peak_memory, time_calls
 from mixerzoo.kernels.neighborhood_attention import _native, na2d, neighborhood_attention_reference
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
 from torch import Tensor
@@ -221,11 +221,6 @@ def memory_of(method: str, problem: Problem, *, trained: bool) -> int | None:
     return peak_memory(f"{method} at {problem.name}", build)
 
 
-def describe_kernel() -> str:
-    library = _native._library()
-    return f"native kernel: {Path(library._name).name.split('.')[0] if library else 'none'}"
-
-
 def write_table(results: list[dict], methods: list[str], unit: str, factor: float) -> Iterator[str]:
     """A row a problem and pass; every method's value and how many times `na2d` it is."""
     rows = []
@@ -288,7 +283,7 @@ def main() -> None:
         seconds.append(time_calls(calls, rounds=args.rounds, least_seconds=args.least_ms / 1e3, around=without_native))
     times = results(seconds)
 
-    machine = describe_machine(args.threads, describe_kernel())
+    machine = describe_machine(args.threads, describe_native())
     text = [
         f"Window {KERNEL_SIZE}x{KERNEL_SIZE}, head_dim {HEAD_DIM}, float32. {machine}.",
         "",

@@ -28,7 +28,7 @@ ORDER = ("kernels", "mixers", "vision/backbones", "vision", "train.py")
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "mixers": {"torch", "timm.layers"},
-    "vision/backbones": {"torch", "timm"},
+    "vision/backbones": {"torch", "timm", "torchvision.ops"},  # torchvision comes with timm
 }
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}
 LIGHTNING_MAY_BE_USED_BY = ("vision/data/", "vision/training/", "train.py")

@@ -7,6 +7,7 @@ import mixerzoo.vision  # noqa: F401  registers the models
 import pytest
 import timm
 import torch
+from mixerzoo.vision.backbones import litv2
 from mixerzoo.vision.backbones.litv2 import DeformableTokenMerging, sample_taps
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -94,6 +95,18 @@ def test_taps_equal_torchvision(size: tuple[int, int], spread: float) -> None:
     fed, leaves = torch.randn_like(ours), [x, offset, weight]
     for got, want in zip(torch.autograd.grad(ours, leaves, fed), torch.autograd.grad(theirs, leaves, fed), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(6, 8), (7, 9), (1, 5)])
+def test_torchvision_merges_alike(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of CUDA devices, on the CPU."""
+    merging, x = displaced(6, 0.7), torch.randn(2, *size, 6)
+    want = merging(x)
+    used = []
+    monkeypatch.setattr(litv2, "takes_torchvision", lambda x: used.append(x) or True)
+    torch.testing.assert_close(merging(x), want)
+    assert used
 
 
 @torch.no_grad()
