@@ -21,8 +21,9 @@ class Case(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
 
 
+# None that the public function hands to PyTorch's convolution at once: `test_small_kernels` has those.
 CASES = {
-    "one position": Case(1, 1, (1, 1), (3, 3)),
+    "one position": Case(1, 1, (1, 1), (5, 5)),
     "stage of van": Case(1, 40, (14, 14), (7, 7), (3, 3)),
     "map smaller than the kernel": Case(2, 8, (5, 6), (7, 7), (3, 3)),
     "primes": Case(2, 13, (11, 17), (5, 5), (2, 2)),
@@ -30,7 +31,8 @@ CASES = {
     "columns": Case(2, 16, (23, 8), (11, 1)),
     "large kernel": Case(1, 16, (7, 29), (13, 13)),
     "larger than the map": Case(1, 8, (3, 14), (31, 31)),
-    "pointwise": Case(2, 8, (4, 4), (1, 1)),
+    "one tap": Case(2, 8, (4, 4), (1, 1), (2, 2)),
+    "many images": Case(17, 3, (4, 5), (3, 3), (1, 2)),  # one more than the native weight gradient has partial sums
 }
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -97,6 +99,19 @@ def test_equals_the_definition(name: str, memory_format: str, implementation: st
     assert results[0].is_contiguous(memory_format=FORMATS[memory_format])
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1)], ids=str)
+def test_small_kernels(kernel: tuple[int, int], implementation: str, poisoned_memory: None) -> None:
+    """The public function leaves them to PyTorch; scripted modules call the operator itself."""
+    case = Case(2, 10, (5, 6), kernel)
+    *inputs, grad = make_inputs(case, torch.channels_last)
+    expected = run(definition(case), inputs, grad)
+    single = [tensor.float() for tensor in inputs]
+    for function in (depthwise_conv2d, lambda *t: torch.ops.mixerzoo.depthwise_conv2d(*t, [1, 1])):
+        results = run(function, single, grad)
+        assert_close(results, expected, 3e-6)
+        assert results[0].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sums_in_float32(dtype: torch.dtype, implementation: str) -> None:
     case = Case(1, 12, (8, 11), (5, 5))
@@ -146,9 +161,9 @@ def test_nan_reaches_exactly_the_positions_that_see_it(implementation: str) -> N
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_bits_do_not_depend_on_threads(threads: int) -> None:
-    *inputs, grad = (
-        tensor.float() for tensor in make_inputs(Case(5, 24, (40, 30), (7, 7), (3, 3)), torch.channels_last)
-    )
+    case = Case(5, 24, (40, 30), (7, 7), (3, 3))
+    exact = make_inputs(case, torch.channels_last)
+    *inputs, grad = (tensor.float() for tensor in exact)
     alone = run(lambda *t: depthwise_conv2d(*t, dilation=3), tuple(inputs), grad)
     try:
         torch.set_num_threads(threads)
@@ -157,6 +172,7 @@ def test_bits_do_not_depend_on_threads(threads: int) -> None:
         torch.set_num_threads(1)
     for a, b in zip(alone[:3], together[:3], strict=True):
         assert torch.equal(a, b)
+    assert_close(together, run(definition(case), exact[:3], exact[3]), 3e-6)
 
 
 def test_any_strides(implementation: str) -> None:
@@ -181,11 +197,12 @@ def test_any_strides(implementation: str) -> None:
 
 
 def test_empty_batch(implementation: str) -> None:
-    x = torch.zeros(0, 4, 5, 6, requires_grad=True)
-    weight = torch.randn(4, 1, 3, 3, requires_grad=True)
-    depthwise_conv2d(x, weight).sum().backward()
-    assert x.grad is not None and x.grad.shape == x.shape
-    assert weight.grad is not None and not weight.grad.any()
+    x, *weights = (tensor.float().requires_grad_() for tensor in make_attention(0, 4, (5, 6)))
+    for function, filters in ((depthwise_conv2d, weights[:1]), (large_kernel_attention, weights)):
+        out = function(x, *filters)
+        grads = torch.autograd.grad(out.sum(), [x, *filters])
+        assert out.shape == grads[0].shape == x.shape
+        assert not any(grad.any() for grad in grads[1:])
 
 
 @pytest.mark.parametrize(
@@ -320,6 +337,20 @@ def test_exported_graphs_hold_standard_operators_alone() -> None:
     assert "mixerzoo" not in graph_targets(program.graph)
     other = torch.randn(1, 6, 15, 8)
     torch.testing.assert_close(program.module()(other), module(other), atol=1e-5, rtol=1e-4)
+
+
+@in_each_format
+def test_backward_operators_pass_opcheck(memory_format: str, implementation: str) -> None:
+    x, w5, w7d3, w1, b5, _, b1 = (tensor.float() for tensor in make_attention(2, 3, (3, 4)))
+    other = next(layout for name, layout in FORMATS.items() if name != memory_format)
+    x = x.contiguous(memory_format=FORMATS[memory_format])
+    for grad in (torch.randn_like(x), torch.randn_like(x).contiguous(memory_format=other)):
+        for needs in ((True, True), (True, False), (False, True)):
+            arguments = (grad, x, w7d3, [3, 1], *needs)
+            torch.library.opcheck(torch.ops.mixerzoo.depthwise_conv2d_backward.default, arguments)
+        for grad_spatial, needs_weights in ((None, True), (torch.randn_like(x), True), (None, False)):
+            arguments = (grad, grad_spatial, torch.randn_like(x), x, w5, w7d3, w1, b5, b1, needs_weights)
+            torch.library.opcheck(torch.ops.mixerzoo.large_kernel_attention_backward.default, arguments)
 
 
 @in_each_format
