@@ -7,8 +7,9 @@ Paper: Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet fo
 and Image Recognition" (CVPR 2024, arXiv 2311.15599); code github.com/AILab-CVC/UniRepLKNet, Apache-2.0.
 
 What is unusual:
-* Whether it runs as branches or merged follows the norms alone: merged unless one of them takes its statistics from
-  the batch. So `eval()` merges, and so does a `train()` with all norms frozen.
+* Whether it runs as branches or merged follows the norms: merged unless one of them takes its statistics from the
+  batch. So `eval()` merges, and so does a `train()` with all norms frozen. Branches that others have changed run as
+  they are: pruned or parametrized ones, wrapped ones, those with hooks.
 * The merged kernel is a differentiable function of the parameters, never a parameter: it is no part of the state dict
   and cannot go stale. Between evaluations without gradients it is remembered, until a tensor that it was made of is
   replaced or written to. Only a write through `.data` goes unseen, as it does for autograd; `train()` and `eval()`
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels._runtime import wants_plain_ops
+from ._compat import has_hooks, tensors_of
 from .depthwise_conv import DepthwiseConv2d, convolve, odd_sides
 
 # kernel_size -> (kernel size, dilation) of the branches beside it, the paper's.
@@ -77,17 +79,22 @@ class _Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
+    def is_linear(self) -> bool:
+        """Whether its norm goes by running statistics, and no one has changed what the branch does."""
+        if not torch.jit.is_scripting():
+            altered = has_hooks(self) or has_hooks(self.conv) or has_hooks(self.norm)
+            if altered or type(self.conv) is not DepthwiseConv2d:  # parametrizations and adapters change the type
+                return False
+        if not hasattr(self.norm, "track_running_stats"):
+            return True  # frozen by torchvision's and timm's class, whatever `training` says
+        return not self.norm.training and self.norm.running_mean is not None
+
     def dense(self, size: int) -> tuple[Tensor, Tensor]:
         """Its part of the merged kernel and bias."""
-        weight, bias = fold_norm(
-            self.conv.weight,
-            None,
-            self.norm.weight,
-            self.norm.bias,
-            self.norm.running_mean,  # pyright: ignore[reportArgumentType]
-            self.norm.running_var,  # pyright: ignore[reportArgumentType]
-            self.norm.eps,
-        )
+        mean, var = self.norm.running_mean, self.norm.running_var
+        if mean is None or var is None:
+            raise ValueError("merging needs norms with running statistics; this one has track_running_stats=False")
+        weight, bias = fold_norm(self.conv.weight, None, self.norm.weight, self.norm.bias, mean, var, self.norm.eps)
         return spread_taps(weight, self.conv.dilation[0], size), bias
 
 
@@ -98,15 +105,6 @@ class _Memo:
     key: list[tuple[int, int]]
     aliases: list[Tensor]
     merged: tuple[Tensor, Tensor]
-
-
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers below a module. `Module.parameters()` takes ten times as long."""
-    tensors = [t for group in (module._parameters, module._buffers) for t in group.values() if t is not None]
-    for child in module._modules.values():
-        if child is not None:
-            tensors += _tensors_of(child)
-    return tensors
 
 
 class DilatedReparamBlock(nn.Module):
@@ -150,16 +148,18 @@ class DilatedReparamBlock(nn.Module):
         self._memo: _Memo | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._takes_batch_statistics():
-            out = self.large(x)
-            for branch in self.small.values():
-                out = out + branch(x)
-            return out
-        if torch.jit.is_scripting():
-            weight, bias = self._cast_merge()
-        else:
-            weight, bias = self._remembered_merge()
-        return convolve(x, weight, bias, [1, 1])
+        if self._is_linear():
+            if torch.jit.is_scripting():
+                weight, bias = self._cast_merge()
+            else:
+                weight, bias = self._remembered_merge()
+            return convolve(x, weight, bias, [1, 1])
+        if not torch.jit.is_scripting():
+            self._memo = None  # norms write their statistics without being seen, but for the counter of batches
+        out = self.large(x)
+        for branch in self.small.values():
+            out = out + branch(x)
+        return out
 
     def merge(self) -> tuple[Tensor, Tensor]:
         """The kernel [C, 1, K, K] and bias [C] that do by the running statistics what all branches do.
@@ -182,11 +182,11 @@ class DilatedReparamBlock(nn.Module):
         conv = DepthwiseConv2d.from_weight(weight.to(parameter.dtype), bias.to(parameter.dtype))
         return conv.requires_grad_(parameter.requires_grad).train(self.training)
 
-    def _takes_batch_statistics(self) -> bool:
-        takes = self.large.norm.training
+    def _is_linear(self) -> bool:
+        linear = self.large.is_linear()
         for branch in self.small.values():
-            takes = takes or branch.norm.training  # pyright: ignore[reportAttributeAccessIssue]
-        return takes
+            linear = linear and branch.is_linear()  # pyright: ignore[reportCallIssue]
+        return linear
 
     def _cast_merge(self) -> tuple[Tensor, Tensor]:
         weight, bias = self.merge()
@@ -197,7 +197,7 @@ class DilatedReparamBlock(nn.Module):
         """`_cast_merge()`, from memory where nothing has changed and where remembering it is sound."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or wants_plain_ops():
             return self._cast_merge()
-        sources = _tensors_of(self)
+        sources = tensors_of(self)
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return self._cast_merge()
         try:
