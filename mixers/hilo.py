@@ -17,9 +17,11 @@ What is unusual:
 """
 
 import torch
-from timm.layers import is_exporting, register_notrace_module
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..kernels._runtime import is_exporting
 
 
 class HiLo(nn.Module):
@@ -67,8 +69,8 @@ class HiLo(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"needed [B, H, W, {self.dim} channels]; got shape {list(x.shape)}")
+        if x.dim() != 4 or x.shape[-1] != self.dim or x.shape[1] == 0 or x.shape[2] == 0:
+            raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
         height, width, side = x.shape[1], x.shape[2], self.window_size
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
         below, right = rows * side - height, columns * side - width
@@ -92,8 +94,7 @@ class HiLo(nn.Module):
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, side * side, self.head_dim)
         query, key, value = qkv.unbind(0)
         if x.device.type == "cpu":
-            # The fused kernel has a price a window: on two Zen 4 cores the products are 1.4 to 3 times as fast at
-            # windows of 2 x 2 to 7 x 7, backwards as well.
+            # The fused kernel has a price a window, and windows are many and small.
             scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)
             out = scores.softmax(-1) @ value
         else:

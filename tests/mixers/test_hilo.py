@@ -141,6 +141,21 @@ def test_scripted_and_compiled(alpha: float, window_size: int) -> None:
         torch.testing.assert_close(compiled(x), mixer(x))
 
 
+@torch.no_grad()
+def test_compiled_without_padding_where_none_is_needed() -> None:
+    """torch 2.11's compiler says of itself that it exports."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(HiLo(16, 4).eval(), backend=keep, fullgraph=True)(torch.randn(2, 4, 6, 16))
+    (graph,) = graphs
+    assert not [node for node in graph.graph.nodes if "pad" in str(node.target)]
+
+
 @pytest.mark.parametrize(("alpha", "window_size"), [(0.5, 2), (0.5, 1)])
 @torch.no_grad()
 def test_exports_with_dynamic_sizes(alpha: float, window_size: int) -> None:
@@ -172,7 +187,15 @@ def test_arguments_that_do_not_fit_are_refused(arguments: dict, message: str) ->
         HiLo(**{"dim": 8, "num_heads": 4, **arguments})
 
 
-@pytest.mark.parametrize("x", [torch.zeros(1, 8, 8), torch.zeros(1, 5, 5, 9)])
-def test_an_input_of_another_shape_is_refused(x: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"needed \[B, H, W, 8 channels\]; got shape"):
-        HiLo(8, 2)(x)
+SHAPES = [(1, 8, 8), (1, 5, 5, 9), (1, 0, 5, 8), (1, 5, 0, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("window_size", [1, 2])
+def test_an_input_of_another_shape_is_refused(shape: tuple[int, ...], window_size: int) -> None:
+    with pytest.raises(ValueError, match=r"needed \[B, H, W, 8 channels\] with H, W >= 1; got shape"):
+        HiLo(8, 2, window_size=window_size)(torch.zeros(shape))
+
+
+def test_a_batch_of_none_stays_one() -> None:
+    assert HiLo(8, 2)(torch.zeros(0, 5, 4, 8)).shape == (0, 5, 4, 8)

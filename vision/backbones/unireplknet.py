@@ -49,8 +49,8 @@ class GlobalResponseNorm(nn.Module):
     """[B, H, W, C] to the same: each channel amplified by its share of the map's energy (ConvNeXt V2).
 
     timm's layer reads the map twice more and always has a bias, which deployment folds into the next layer. For the
-    energy PyTorch's norm is right in half precision, where squares overflow, but takes four times as long as plain
-    sums on the CPU.
+    energy PyTorch's norm is right in half precision, where squares overflow; in other types plain sums do, which the
+    CPU adds up faster.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-6, device: Any = None, dtype: Any = None) -> None:
