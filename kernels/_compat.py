@@ -1,7 +1,7 @@
 """The private names of torch that the kernels rely on, each with the behaviour assumed of it.
 
 tests/kernels/test_compat.py holds a canary for every function here, so that a torch release that changes one is
-noticed by name and not by a wrong gradient.
+noticed by name and not by a wrong gradient. Those that modules ask are written so that TorchScript can read them.
 """
 
 from typing import Any
@@ -16,7 +16,10 @@ def is_exporting() -> bool:
     Not `torch.compiler.is_exporting()`: torch 2.11 folds that to True under a plain `torch.compile` as well, and the
     compiled model would silently lose its fused operators.
     """
-    return bool(torch.compiler._is_exporting_flag) or torch.onnx.is_in_onnx_export()
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return bool(torch.compiler._is_exporting_flag) or torch.onnx.is_in_onnx_export()
 
 
 def is_differentiated_functionally() -> bool:
@@ -24,7 +27,10 @@ def is_differentiated_functionally() -> bool:
 
     A custom operator has no rule for either: forward mode would give tangents of zero without any error.
     """
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def trace_memo() -> dict[Any, Any] | None:

@@ -7,6 +7,7 @@ either loads the other's weights.
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..kernels.depthwise_conv import depthwise_conv2d
 
@@ -20,9 +21,10 @@ def odd_sides(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    """`depthwise_conv2d` as TorchScript can read it, too."""
+    """`depthwise_conv2d`; in TorchScript PyTorch's own, so that what is saved loads without this library."""
     if torch.jit.is_scripting():
-        return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, dilation)
+        padding = [dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)]
+        return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
     else:
         return depthwise_conv2d(x, weight, bias, dilation=(dilation[0], dilation[1]))
 

@@ -11,10 +11,11 @@ What is unusual:
 """
 
 import torch
-from timm.layers import is_exporting, register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels._runtime import is_exporting
 from ..kernels.neighborhood_attention import Axes, make_windows, na1d, na2d, na3d
 
 

@@ -8,9 +8,22 @@ from .. import _runtime
 from . import _operator, _plain  # noqa: F401  (registers the operators)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: _plain.Pair) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"x must be [batch, channels, height, width]; got shape {tuple(x.shape)}")
+def _check(x: Tensor, named: dict[str, Tensor | None]) -> None:
+    """Raise unless `x` is a map of numbers, and what else takes part lies on its device in its data type."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be [batch, channels, height, width], floating-point; got shape {tuple(x.shape)}, {x.dtype}"
+        )
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one to the other's device")
+        if tensor.dtype != x.dtype and not _is_autocast(x):
+            raise ValueError(f"{name} is {tensor.dtype} and x {x.dtype}; convert one, or use torch.autocast")
+
+
+def _check_filters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     channels = x.shape[1]
     if weight.ndim != 4 or weight.shape[:2] != (channels, 1) or not all(side % 2 for side in weight.shape[2:]):
         raise ValueError(
@@ -19,16 +32,23 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: _plain.Pair
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be [{channels}], one value for each channel of x; got {tuple(bias.shape)}")
-    if min(dilation) < 1:
-        raise ValueError(f"dilation must be at least 1; got {dilation}")
+
+
+def _dilation_pair(dilation: int | tuple[int, int]) -> _plain.Pair:
+    steps = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
+    if len(steps) != 2 or not all(isinstance(step, int) and step >= 1 for step in steps):
+        raise ValueError(f"dilation must be at least 1; got {dilation}, needed an integer or (rows, columns)")
+    return steps[0], steps[1]
+
+
+def _is_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
 
 
 def _as_autocast_wants(x: Tensor) -> Tensor:
     """`x` in the data type in which PyTorch's own convolutions would take it."""
-    kind = x.device.type
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    return x.to(torch.get_autocast_dtype(x.device.type)) if _is_autocast(x) else x
 
 
 def depthwise_conv2d(
@@ -36,20 +56,25 @@ def depthwise_conv2d(
 ) -> Tensor:
     """Convolve each channel with its own filter; stride 1, zero padding that keeps the size of the map.
 
+    Differentiable once, as its gradient is an operator, too.
+
     Args:
-        x: [B, C, H, W], in any memory format; the result has the same.
+        x: [B, C, H, W], in any memory format; the result has the same, contiguous if it is neither that nor
+            channels_last.
         weight: [C, 1, rows, columns], odd sides from 1; made for 3 to 53.
         bias: [C].
         dilation: distance between taps, one number or (rows, columns).
 
     Raises:
-        ValueError: for shapes that do not belong together, even sides, or a dilation below 1.
+        ValueError: for shapes, devices or data types that do not belong together, even sides, or a dilation below 1.
     """
-    pair = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[1])
-    _check(x, weight, bias, pair)
-    is_small = pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9  # nothing beats PyTorch's own there
-    if is_small or _runtime.wants_plain_ops():
+    pair = _dilation_pair(dilation)
+    _check(x, {"weight": weight, "bias": bias})
+    _check_filters(x, weight, bias)
+    if _runtime.wants_plain_ops():
         return _plain.direct(x, weight, bias, pair)
+    if pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9:  # nothing beats PyTorch's own there
+        return _plain.direct(x, weight, bias, pair).contiguous(memory_format=_plain.memory_format(x))
     return torch.ops.mixerzoo.depthwise_conv2d(_as_autocast_wants(x), weight, bias, list(pair))
 
 
@@ -64,7 +89,7 @@ def large_kernel_attention(
 ) -> Tensor:
     """x * conv1(conv7(conv5(x))), the gate of VAN: 5 x 5, then 7 x 7 with dilation 3, both depth-wise, then 1 x 1.
 
-    Keeps two maps for the backward; the chain of PyTorch's operators keeps five.
+    Differentiable once. Keeps two maps for that; the chain of PyTorch's operators keeps five.
 
     Args:
         x: [B, C, H, W], in any memory format; the result has the same.
@@ -72,10 +97,11 @@ def large_kernel_attention(
         b5, b7d3, b1: their biases, [C] each.
 
     Raises:
-        ValueError: for shapes that do not belong together.
+        ValueError: for shapes, devices or data types that do not belong together.
     """
+    _check(x, {"w5": w5, "w7d3": w7d3, "w1": w1, "b5": b5, "b7d3": b7d3, "b1": b1})
     for weight, bias, side in ((w5, b5, 5), (w7d3, b7d3, 7)):
-        _check(x, weight, bias, (1, 1))
+        _check_filters(x, weight, bias)
         if weight.shape[2:] != (side, side):
             raise ValueError(f"needed a {side} x {side} filter for each channel; got weight {tuple(weight.shape)}")
     channels = x.shape[1]

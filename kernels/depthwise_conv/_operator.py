@@ -3,6 +3,13 @@ implementation each takes.
 
 Large kernel attention keeps two maps for its backward, its input and the second convolution's output, where the chain
 of PyTorch operators keeps five; the others are computed again.
+
+Why its two Triton kernels are there, and when they run; no GPU has timed them yet:
+* The 1 x 1 product with the gate in its epilogue reads and writes three maps where the chain moves five. Where that
+  count holds as it stands, on channels_last maps in half precision, it runs unless measured to be slower.
+* Both depth-wise convolutions in one launch save a launch and the fetch of the map between them. But Triton loads the
+  map anew for each of the 25 + 49 taps, more instructions than a convolution with a sliding window takes, so counts do
+  not speak for it: it runs only where it was measured to be faster. `_choice.py` says when anything is measured.
 """
 
 from typing import Any
@@ -72,7 +79,7 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Ten
     else:
         result = _choice.run_fastest(_key("weight_grad", x, weight, dilation), _methods(x, cropped, dilation), run)
     rows, columns = ((whole - part) // 2 for whole, part in zip(weight.shape[2:], cropped.shape[2:], strict=True))
-    return F.pad(result, (columns, columns, rows, rows)).to(weight.dtype)
+    return F.pad(result, (columns, columns, rows, rows)).to(weight.dtype).contiguous()
 
 
 @torch.library.custom_op("mixerzoo::depthwise_conv2d", mutates_args=())
@@ -137,9 +144,22 @@ def _spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Tenso
     return _choice.run_fastest(_key("lka", x, w7d3, (3, 3)), methods, run)
 
 
-def _uses_gate_kernel(x: Tensor) -> bool:
-    """Half precision reads and writes three maps instead of five; float32 products are left to cuBLAS."""
-    return _runtime.runs_triton(x) and (x.element_size() == 2 or x.device.type == "cpu")
+def _gated(x: Tensor, spatial: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
+    """x * conv1x1(spatial)."""
+
+    def run(method: str) -> Tensor:
+        if method == "kernel":
+            from . import _triton
+
+            return _triton.lka_gate(x, spatial, w1, b1)
+        return F.conv2d(spatial, w1, b1).mul_(x)
+
+    layout = _plain.memory_format(x)
+    methods = ["chain"]
+    if _runtime.runs_triton(x):
+        reads_as_it_is = layout == torch.channels_last and x.element_size() == 2
+        methods = ["kernel", "chain"] if reads_as_it_is or x.device.type == "cpu" else ["chain", "kernel"]
+    return _choice.run_fastest(_key("gate", x, w1, (1, 1)), methods, run).contiguous(memory_format=layout)
 
 
 @torch.library.custom_op("mixerzoo::large_kernel_attention", mutates_args=())
@@ -149,13 +169,7 @@ def _large_kernel_attention(
     """The result, and the map before the 1 x 1 convolution, for the backward."""
     with torch.autocast(x.device.type, enabled=False):
         spatial = _spatial(x, w5, w7d3, b5, b7d3)
-        if _uses_gate_kernel(x):
-            from . import _triton
-
-            out = _triton.lka_gate(x, spatial, w1.to(x.dtype), b1)
-            return out.contiguous(memory_format=_plain.memory_format(x)), spatial
-        gate = F.conv2d(spatial, w1.to(x.dtype), None if b1 is None else b1.to(x.dtype))
-        return gate.mul_(x).contiguous(memory_format=_plain.memory_format(x)), spatial
+        return _gated(x, spatial, w1.to(x.dtype), None if b1 is None else b1.to(x.dtype)), spatial
 
 
 @_large_kernel_attention.register_fake

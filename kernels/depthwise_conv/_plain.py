@@ -36,34 +36,48 @@ def crop(weight: Tensor, size: Pair, dilation: Pair) -> Tensor:
     return weight[:, :, cut[0] : weight.shape[2] - cut[0], cut[1] : weight.shape[3] - cut[1]]
 
 
-@functools.lru_cache(maxsize=256)
 def _lattice_rows(batch: int, size: Pair, dilation: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each position of the lattices its row in the map (one past the end: padding), and the other way round."""
     (height, width), (d_y, d_x) = size, dilation
-    rows, columns = -(-height // d_y), -(-width // d_x)
-    number = torch.arange(batch * height * width, device=device).view(batch, height, width)
-    number = F.pad(number, (0, columns * d_x - width, 0, rows * d_y - height), value=batch * height * width)
-    gather = number.view(batch, rows, d_y, columns, d_x).permute(2, 4, 0, 1, 3).reshape(-1)
-    number = torch.arange(gather.numel(), device=device).view(d_y, d_x, batch, rows, columns)
-    number = number.permute(2, 3, 0, 4, 1).reshape(batch, rows * d_y, columns * d_x)
-    return gather, number[:, :height, :width].reshape(-1)
+    rows, columns = (height + d_y - 1) // d_y, (width + d_x - 1) // d_x
+
+    def count(n: int, axes_after: int) -> Tensor:
+        return torch.arange(n, device=device).view(-1, *[1] * axes_after)
+
+    image = count(batch, 2)
+    y = count(d_y, 4) + d_y * count(rows, 1)  # [d_y, d_x, batch, rows, columns]
+    x = count(d_x, 3) + d_x * count(columns, 0)
+    gather = torch.where((y < height) & (x < width), (image * height + y) * width + x, batch * height * width)
+
+    y, x = count(height, 1), count(width, 0)  # [batch, height, width]
+    lattice = (y % d_y * d_x + x % d_x) * batch + image
+    scatter = (lattice * rows + y // d_y) * columns + x // d_x
+    return gather.flatten(), scatter.flatten()
+
+
+_remembered_rows = functools.lru_cache(maxsize=16)(_lattice_rows)
+
+
+def _rows_of(shape: torch.Size, dilation: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = shape
+    known = all(isinstance(size, int) for size in shape)  # while exporting, sizes may be symbols
+    return (_remembered_rows if known else _lattice_rows)(batch, (height, width), dilation, device)
 
 
 def to_lattices(x: Tensor, dilation: Pair) -> Tensor:
     """[B, C, H, W] to [d_y * d_x * B, C, H / d_y, W / d_x], rounded up; channels last."""
     batch, channels, height, width = x.shape
-    gather, _ = _lattice_rows(batch, (height, width), dilation, x.device)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
-    if gather.numel() > rows.shape[0]:
-        rows = F.pad(rows, (0, 0, 0, 1))
-    shape = (-1, -(-height // dilation[0]), -(-width // dilation[1]), channels)
+    gather, _ = _rows_of(x.shape, dilation, x.device)
+    rows = F.pad(x.permute(0, 2, 3, 1).reshape(-1, channels), (0, 0, 0, 1))
+    d_y, d_x = dilation
+    shape = (d_y * d_x * batch, (height + d_y - 1) // d_y, (width + d_x - 1) // d_x, channels)
     return rows.index_select(0, gather).view(shape).permute(0, 3, 1, 2)
 
 
 def from_lattices(x: Tensor, shape: torch.Size, dilation: Pair) -> Tensor:
     """Undoes `to_lattices` for a map of that shape; channels last."""
     batch, channels, height, width = shape
-    _, scatter = _lattice_rows(batch, (height, width), dilation, x.device)
+    _, scatter = _rows_of(shape, dilation, x.device)
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, scatter)
     return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 

@@ -7,8 +7,8 @@ deformable token merging is from Pan et al., "Less is More: Pay Less Attention i
 What is unusual:
 * There is no position embedding: the 3 x 3 convolution inside each MLP tells positions apart.
 * The map is halved by a deformable 2 x 2 convolution: each of its four taps reads where a small convolution sends it.
-  On CUDA that is `torchvision.ops.deform_conv2d`. Since the taps do not overlap, sampling the map once and multiplying
-  gives the same numbers; this is the faster on a CPU, takes every dtype, and exports.
+  On CUDA, in float32, that is `torchvision.ops.deform_conv2d`. Since the taps do not overlap, sampling the map once
+  and multiplying gives the same numbers; this is the faster on a CPU, takes every dtype, and exports.
 * Those offsets start at zero and were trained with a hundredth of the learning rate (`OFFSET_LR_MULTI`; weights of
   `stages.*.downsample.offset`, not their biases).
 * Any image size. The image is padded to whole patches. An odd map loses its last row or column when it is halved, as
@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, is_exporting, register_notrace_module
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
+from ...kernels._runtime import is_exporting, wants_plain_ops
 from ...mixers import HiLo
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, unwrap
+from ._conv_mlp import evaluate_by_parts
 from ._hierarchical import HierarchicalBackbone, Stage
 
 
@@ -96,8 +98,9 @@ def sample_taps(x: Tensor, offset: Tensor) -> Tensor:
 
 
 def takes_torchvision(x: Tensor) -> bool:
-    """Whether torchvision's operator is the one to merge `x`: it knows neither bfloat16 nor other runtimes."""
-    return x.is_cuda and x.dtype != torch.bfloat16 and not is_exporting()
+    """Whether torchvision's operator is the one to merge `x`. It has no bfloat16, and in half precision too coarse
+    positions."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.float64) and not wants_plain_ops()
 
 
 @register_notrace_module
@@ -130,6 +133,7 @@ class DeformableTokenMerging(nn.Module):
         return self.act(self.norm(x)).permute(0, 2, 3, 1)
 
 
+@register_notrace_module
 class ConvMlp(nn.Module):
     """An MLP with a 3 x 3 depth-wise convolution before its activation; [B, H, W, C]."""
 
@@ -149,6 +153,10 @@ class ConvMlp(nn.Module):
         nn.init.zeros_(self.dwconv.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = evaluate_by_parts(self, x)
+            if y is not None:
+                return y
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.drop(self.fc2(self.drop(self.act(x))))
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, is_exporting, register_notrace_module, resample_patch_embed, trunc_normal_
+from timm.layers import DropPath, Mlp, register_notrace_module, resample_patch_embed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels._runtime import is_exporting
 from ...mixers import NeighborhoodAttention2d
 from ._checkpoints import StateDict, refuse_mismatch, rename, resize_bias_tables, unwrap
 from ._isotropic import IsotropicBackbone

@@ -23,28 +23,20 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...mixers import DepthwiseConv2d, LargeKernelAttention
 from ._checkpoints import StateDict, refuse_mismatch, rename, unwrap
+from ._conv_mlp import evaluate_by_parts
 from ._hierarchical import HierarchicalBackbone, Stage
 
 
 @register_notrace_module
 class RowGELU(nn.GELU):
-    """GELU of a channels_last map [B, C, H, W] that nobody else needs: without gradients it is overwritten.
-
-    It is treated as the rows that it is in memory, since PyTorch's faster kernel on the CPU is for contiguous tensors
-    alone. Another fresh tensor as wide as the MLP would cost more time than the function itself.
-    """
+    """GELU of a channels_last map [B, C, H, W] as the rows that it is in memory: contiguous, which PyTorch asks of a
+    tensor before it takes its faster kernel on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.GELU
-        rows = input.permute(0, 2, 3, 1)
-        if torch.jit.is_scripting() or torch.is_grad_enabled():
-            return F.gelu(rows).permute(0, 3, 1, 2)
-        else:
-            torch.ops.aten.gelu_(rows)
-            return input
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -77,6 +69,7 @@ class Attention(nn.Module):
         return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
 
 
+@register_notrace_module
 class ConvMlp(nn.Module):
     """Two 1 x 1 convolutions, a 3 x 3 depth-wise one and GELU between them; [B, C, H, W]."""
 
@@ -90,6 +83,10 @@ class ConvMlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = evaluate_by_parts(self, x.permute(0, 2, 3, 1))
+            if y is not None:
+                return y.permute(0, 3, 1, 2)
         return self.drop(self.fc2(self.drop(self.act(self.dwconv(self.fc1(x))))))
 
 

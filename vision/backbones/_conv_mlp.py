@@ -1,0 +1,29 @@
+"""How an MLP module with a depth-wise convolution inside is handed to `kernels.conv_mlp`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...kernels.conv_mlp import conv_mlp, goes_by_parts
+from ...mixers import DepthwiseConv2d
+
+_ORDINARY = (nn.Linear, nn.Conv2d, DepthwiseConv2d)
+
+
+def _is_ordinary(layer: nn.Module) -> bool:
+    """Whether calling `layer` does what its weights say and nothing else: no adapter, no quantisation, no hook."""
+    return type(layer) in _ORDINARY and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def evaluate_by_parts(mlp: Any, x: Tensor) -> Tensor | None:
+    """`mlp(x)` for x [B, H, W, C] by parts; None where its layers `fc1, dwconv, act, fc2` have to be called one by one.
+
+    1 x 1 convolutions and linear layers are the same thing here.
+    """
+    layers = (mlp.fc1, mlp.dwconv, mlp.fc2)
+    if mlp.training or mlp.act._forward_hooks or not all(_is_ordinary(layer) for layer in layers):
+        return None
+    if not goes_by_parts(x, mlp.fc1.weight.shape[0]):
+        return None
+    fc1, dwconv, fc2 = layers
+    return conv_mlp(x, fc1.weight.flatten(1), fc1.bias, dwconv.weight, dwconv.bias, fc2.weight.flatten(1), fc2.bias)
