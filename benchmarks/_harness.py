@@ -1,6 +1,7 @@
-"""What the benchmarks share: timing in turns, memory of one call, the line that names the machine, tables.
+"""What the benchmarks share: timing in turns, memory of one call, the line that names the machine, tables; and LKA by
+PyTorch's convolutions, which two of them measure ours against.
 
-    from _harness import describe_machine, markdown_table, peak_memory, time_calls
+    from _harness import describe_machine, lka_chain, markdown_table, peak_memory, time_calls
 
 Methods take turns within each round, so that a disturbance meets all of them, and the median over rounds counts. Memory
 is the growth of the resident peak (VmHWM) during one call, in a process forked for it alone.
@@ -25,6 +26,8 @@ from pathlib import Path
 
 import torch
 from mixerzoo.kernels import _native
+from torch import Tensor
+from torch.nn import functional as F
 
 Call = Callable[[], object]
 
@@ -122,6 +125,16 @@ def describe_native() -> str:
     """Which build of the native kernels this process has loaded."""
     library = _native.library() if _native.is_available() else None
     return f"native kernels: {Path(library._name).name.split('.')[0] if library else 'none'}"
+
+
+def lka_chain(
+    x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
+) -> Tensor:
+    """Large kernel attention by PyTorch's convolutions, in the format of `x`; without the copy of `x` that the
+    authors' code makes."""
+    channels = x.shape[1]
+    middle = F.conv2d(x, w5, b5, padding=2, groups=channels)
+    return x * F.conv2d(F.conv2d(middle, w7d3, b7d3, padding=9, dilation=3, groups=channels), w1, b1)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
