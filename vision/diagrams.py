@@ -1,6 +1,6 @@
 """HiLo's two paths as a diagram drawn from a module at work: shapes and attention come from hooks on its projections.
 
-    python -m mixerzoo.vision.diagrams --output docs/pictures
+    python -m mixerzoo.vision.visualize hilo --output docs/pictures
 
 Unusual: no trained weights are needed. Tokens are patches of a picture, weights are random, but each path's keys have
 its queries' projection: attention then falls on what looks alike, which is what the eye can check.
@@ -8,8 +8,6 @@ its queries' projection: attention then falls on what looks alike, which is what
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..mixers import HiLo
-from ._loading import one_line
-from .visualize import _save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HIGH, LOW, INK = "#d9480f", "#1864ab", "#343a40"
-SIDE, DIM, HEADS, ALPHA = 14, 96, 12, 0.9
+SIDE, DIM, QUERY = 14, 96, (9, 5)
 SHARPNESS = 6.0  # gain of the shared projection: the scores of a trained model are not as flat as those of a fresh one
 
 
@@ -44,10 +40,15 @@ class Trace:
     shapes: dict[str, tuple[int, ...]]
     mixer: HiLo
 
+    @property
+    def side(self) -> int:
+        """Of the map of tokens."""
+        return self.shapes["l_q"][0]
+
 
 def make_mixer() -> HiLo:
     """LITv2's split of twelve heads, with queries and keys of one projection."""
-    mixer = HiLo(DIM, HEADS, window_size=2, alpha=ALPHA, qkv_bias=False).eval()
+    mixer = HiLo(DIM, 12, window_size=2, alpha=0.9, qkv_bias=False).eval()
     h_dim, l_dim = mixer.h_heads * mixer.head_dim, mixer.l_heads * mixer.head_dim
     weights: Any = mixer
     with torch.no_grad():
@@ -97,13 +98,13 @@ def draw_hilo(trace: Trace) -> Figure:
 
     figure = Figure(figsize=(12.0, 6.2), facecolor="white")
     mixer, shapes = trace.mixer, trace.shapes
-    share = f"{mixer.h_heads + mixer.l_heads} heads, alpha={ALPHA}"
+    heads = mixer.h_heads + mixer.l_heads
     note = "Random weights; the keys have the queries' projection, so attention falls on what looks alike."
     figure.text(0.5, 0.035, note, ha="center", fontsize=9.5, style="italic", color=INK)
     figure.text(0.5, 0.955, "HiLo attention: the heads are split", ha="center", fontsize=15, weight="bold", color=INK)
-    low_part = f"int({mixer.h_heads + mixer.l_heads} * {ALPHA}) = {mixer.l_heads}"
-    figure.text(0.5, 0.915, f"{low_part} heads see the pooled map, {mixer.h_heads} see windows", ha="center", color=INK)
-    _map(figure, (0.02, 0.30, 0.20, 0.40), trace, share)
+    split = f"{mixer.l_heads} of {heads} heads see the pooled map, {mixer.h_heads} see windows"
+    figure.text(0.5, 0.915, split, ha="center", color=INK)
+    _map(figure, (0.02, 0.30, 0.20, 0.40), trace)
     _high_row(figure, trace)
     _low_row(figure, trace)
     _output(figure, (0.875, 0.24, 0.05, 0.52), shapes)
@@ -120,15 +121,15 @@ def draw_hilo(trace: Trace) -> Figure:
 
 
 def _high_row(figure: Figure, trace: Trace) -> None:
-    mixer, size = trace.mixer, trace.mixer.window_size
+    mixer, size, side = trace.mixer, trace.mixer.window_size, trace.side
     axes = _panel(figure, (0.28, 0.52, 0.185, 0.30), "Hi-Fi: windows", HIGH)
-    _show(axes, trace.picture, SIDE)
-    _grid(axes, SIDE // size, HIGH, 1.3)
+    _show(axes, trace.picture, side)
+    _grid(axes, side // size, HIGH, 1.3)
     corner = tuple(place // size * size for place in trace.query)
-    _box(axes, corner, size, SIDE, HIGH, 2.8)
-    windows = (SIDE // size) ** 2
+    _box(axes, corner, size, side, HIGH, 2.8)
+    windows = (side // size) ** 2
     axes.set_xlabel(f"{windows} windows of {size} x {size} tokens", fontsize=9.5, color=INK)
-    figure.text(0.53, 0.68, f"h_qkv\n{DIM} → {trace.shapes['h_qkv'][-1]}", ha="center", fontsize=9, color=HIGH)
+    figure.text(0.53, 0.68, f"h_qkv\n{mixer.dim} → {trace.shapes['h_qkv'][-1]}", ha="center", fontsize=9, color=HIGH)
     axes = _panel(figure, (0.60, 0.52, 0.185, 0.30), f"attention in one window, mean of {mixer.h_heads} heads", HIGH)
     axes.imshow(trace.window.numpy(), cmap="Oranges", vmin=0, vmax=1)
     for i, row in enumerate(trace.window.tolist()):
@@ -140,30 +141,31 @@ def _high_row(figure: Figure, trace: Trace) -> None:
 
 
 def _low_row(figure: Figure, trace: Trace) -> None:
-    mixer, rows = trace.mixer, trace.pooled.shape[0]
+    mixer, rows, side = trace.mixer, trace.pooled.shape[0], trace.side
     axes = _panel(figure, (0.28, 0.13, 0.185, 0.30), "Lo-Fi: pooled map", LOW)
     _show(axes, F.interpolate(trace.picture[None], (rows, rows), mode="area")[0], rows)
     _grid(axes, rows, LOW, 1.0)
     axes.set_xlabel(
         f"{mixer.window_size} x {mixer.window_size} averages: {rows} x {rows} keys", fontsize=9.5, color=INK
     )
-    projections = f"l_q {DIM} → {trace.shapes['l_q'][-1]}\nl_kv {DIM} → {trace.shapes['l_kv'][-1]}"
+    projections = f"l_q {mixer.dim} → {trace.shapes['l_q'][-1]}\nl_kv {mixer.dim} → {trace.shapes['l_kv'][-1]}"
     figure.text(0.53, 0.32, projections, ha="center", fontsize=9, color=LOW)
     axes = _panel(figure, (0.60, 0.13, 0.185, 0.30), f"attention of one query, mean of {mixer.l_heads} heads", LOW)
     # Square roots: weights of a tenth of the largest still show.
-    axes.imshow(trace.pooled.sqrt().numpy(), cmap="Blues", extent=(0, SIDE, SIDE, 0), interpolation="nearest")
+    axes.imshow(trace.pooled.sqrt().numpy(), cmap="Blues", extent=(0, side, side, 0), interpolation="nearest")
     _grid(axes, rows, "white", 0.8)
-    _box(axes, trace.query, 1, SIDE, LOW, 2.8)
-    axes.set_xlabel(f"each of {SIDE**2} queries asks all {rows**2} keys", fontsize=9.5, color=INK)
+    _box(axes, trace.query, 1, side, LOW, 2.8)
+    axes.set_xlabel(f"each of {side**2} queries asks all {rows**2} keys", fontsize=9.5, color=INK)
 
 
-def _map(figure: Figure, place: tuple[float, float, float, float], trace: Trace, share: str) -> None:
-    axes = _panel(figure, place, f"map [{SIDE}, {SIDE}, {DIM}]", INK)
-    _show(axes, trace.picture, SIDE)
-    _grid(axes, SIDE, "white", 0.4)
-    _box(axes, tuple(p // 2 * 2 for p in trace.query), trace.mixer.window_size, SIDE, HIGH, 2.6)
-    _box(axes, trace.query, 1, SIDE, LOW, 2.6)
-    axes.set_xlabel(f"{share}\norange: a window; blue: a query", fontsize=9.5, color=INK)
+def _map(figure: Figure, place: tuple[float, float, float, float], trace: Trace) -> None:
+    side, size = trace.side, trace.mixer.window_size
+    axes = _panel(figure, place, f"map [{side}, {side}, {trace.mixer.dim}]", INK)
+    _show(axes, trace.picture, side)
+    _grid(axes, side, "white", 0.4)
+    _box(axes, [p // size * size for p in trace.query], size, side, HIGH, 2.6)
+    _box(axes, trace.query, 1, side, LOW, 2.6)
+    axes.set_xlabel("orange: a window; blue: a query", fontsize=9.5, color=INK)
 
 
 def _output(figure: Figure, place: tuple[float, float, float, float], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -232,29 +234,11 @@ def load_picture(file: Path | None) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m mixerzoo.vision.diagrams", description="Draw HiLo's two paths over a picture."
-    )
-    parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder, default %(default)s")
-    parser.add_argument("--picture", type=Path, help="an image file; a flower by default")
-    parser.add_argument("--query", type=int, nargs=2, default=(9, 5), help=f"row and column of {SIDE} x {SIDE}")
-    arguments = parser.parse_args(argv)
-    try:
-        if not all(0 <= place < SIDE for place in arguments.query):
-            raise ValueError(f"--query needs a row and a column from 0 to {SIDE - 1}; got {arguments.query}")
-        torch.manual_seed(0)
-        picture = load_picture(arguments.picture)
-        trace = trace_hilo(make_mixer(), picture, make_tokens(picture), tuple(arguments.query))
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / "hilo_paths.png"
-        _save(draw_hilo(trace), path)
-    except (OSError, ValueError) as error:
-        print(f"diagrams: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(f"wrote {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def hilo_paths(file: Path | None, query: tuple[int, int] | None) -> Figure:
+    """The diagram for a picture and a query (row, column) of its map; weights come from seed 0."""
+    query = QUERY if query is None else query
+    if not all(0 <= place < SIDE for place in query):
+        raise ValueError(f"the query needs a row and a column from 0 to {SIDE - 1}; got {query}")
+    torch.manual_seed(0)
+    picture = load_picture(file)
+    return draw_hilo(trace_hilo(make_mixer(), picture, make_tokens(picture), query))

@@ -7,6 +7,7 @@
   operator is its row of the attention matrix.
 * Receptive fields: the gradient of the central feature of each stage with respect to the image; effective receptive
   fields: that of the last stage, for models side by side, with the share of the image that holds most of it.
+* HiLo: its two paths over a picture, by hooks on a module at work; see diagrams.py.
 
 Unusual: with random weights a receptive field shows the architecture alone, and says so; give trained weights with
 `--pretrained` or `--checkpoint`, and pictures of your own with `--folder`.
@@ -15,10 +16,10 @@ Unusual: with random weights a receptive field shows the architecture alone, and
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from ..kernels.neighborhood_attention import na1d, na2d
 from ._loading import load_model, one_line
+from .diagrams import hilo_paths
 from .receptive_field import ReceptiveField, open_branches, receptive_fields
 
 if TYPE_CHECKING:
@@ -42,14 +44,14 @@ SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
 DECADES = 4  # how far below its largest value a receptive field is drawn
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One panel: a query, and the arguments of `na2d` or `na1d` beside kernel_size."""
 
     title: str
     note: str
     query: tuple[int, int] = (0, 0)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 MAP, WINDOW = 21, 5
@@ -252,7 +254,7 @@ def _checkpoints(pairs: Sequence[str], models: Sequence[str]) -> dict[str, Path]
     return files
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What the command line says about models and images; `None` is the choice of the picture that is drawn."""
 
@@ -262,6 +264,7 @@ class Setting:
     images: int | None
     input_size: int | None
     folder: Path | None
+    query: tuple[int, int] | None = None
 
     def load(self, models: Sequence[str], count: int, side: int) -> Iterator[tuple[str, bool, nn.Module, Tensor]]:
         """Name, whether it is trained, the model, and images for it. Untrained weights and noise come from seed 0."""
@@ -282,15 +285,23 @@ class Setting:
         return f"mean over {count} image{'s' * (count > 1)} of {kind}, {side} x {side}"
 
 
-def read_images(folder: Path, model: Any, *, count: int, side: int) -> Tensor:
-    """The first `count` images below a folder, as the model wants them, [count, channels, side, side]."""
+def find_images(folder: Path, count: int) -> list[Path]:
+    """The first `count` image files below a folder."""
     from PIL import Image
-    from timm.data import create_transform, resolve_data_config
 
     known = Image.registered_extensions()
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)[:count]
     if len(files) < count:
         raise ValueError(f"{folder} has {len(files)} image{'s' * (len(files) != 1)}; {count} were asked for (--images)")
+    return files
+
+
+def read_images(folder: Path, model: Any, *, count: int, side: int) -> Tensor:
+    """The first `count` images below a folder, as the model wants them, [count, channels, side, side]."""
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+
+    files = find_images(folder, count)
     size = {"input_size": (model.in_chans, side, side)}
     transform: Any = create_transform(**{**resolve_data_config({}, model=model), **size})
     mode = "L" if model.in_chans == 1 else "RGB"
@@ -329,10 +340,16 @@ def _draw_last_stages(setting: Setting) -> dict[str, Figure]:
     return {"effective_receptive_fields": draw_effective_receptive_fields(rows, subtitle=subtitle)}
 
 
+def _draw_hilo(setting: Setting) -> dict[str, Figure]:
+    file = None if setting.folder is None else find_images(setting.folder, 1)[0]
+    return {"hilo_paths": hilo_paths(file, setting.query)}
+
+
 SUBJECTS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "neighborhoods": _draw_neighborhoods,
     "receptive_fields": _draw_stages,
     "effective_receptive_fields": _draw_last_stages,
+    "hilo": _draw_hilo,
 }
 
 
@@ -344,6 +361,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         images=arguments.images,
         input_size=arguments.input_size,
         folder=arguments.folder,
+        query=None if arguments.query is None else tuple(arguments.query),
     )
     if setting.images is not None and setting.images < 1:
         raise ValueError(f"--images={setting.images}: at least one is needed")
@@ -375,7 +393,8 @@ def _subject(name: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mixerzoo.vision.visualize", description="Draw attention neighborhoods and receptive fields."
+        prog="python -m mixerzoo.vision.visualize",
+        description="Draw attention neighborhoods, receptive fields and HiLo's paths.",
     )
     add = parser.add_argument
     add("subjects", nargs="*", type=_subject, metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default all")
@@ -384,7 +403,8 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="published weights, fetched from their authors")
     add("--checkpoint", action="append", default=[], metavar="MODEL=FILE", help="trained weights; may be given again")
     add("--images", type=int, help="to average over, default 8, or 2 for effective_receptive_fields")
-    add("--folder", type=Path, help="take images from this folder instead of noise: better for trained weights")
+    add("--folder", type=Path, help="images instead of noise: better for trained weights; HiLo takes the first")
+    add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of HiLo's map, default 9 5")
     add("--input-size", type=int, help="side of the images, default 224, or 512 for effective_receptive_fields")
     return parser
 

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixerzoo.vision.diagrams import DIM, SIDE, main, make_mixer, make_tokens, trace_hilo
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
+from mixerzoo.mixers import HiLo
+from mixerzoo.vision.diagrams import DIM, SIDE, draw_hilo, load_picture, make_mixer, make_tokens, trace_hilo
+from mixerzoo.vision.visualize import main
+from PIL import Image
 
 
 @torch.no_grad()
@@ -34,14 +39,26 @@ def test_drawn_attention_is_the_module_s() -> None:
     torch.testing.assert_close(trace.pooled.flatten() @ (pooled @ l_value[0].T), got, atol=1e-5, rtol=1e-4)
 
 
-def test_the_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--output", str(tmp_path)]) == 0
-    assert "wrote" in capsys.readouterr().out
-    assert (tmp_path / "hilo_paths.png").read_bytes().startswith(b"\x89PNG")
+def test_the_picture_says_what_the_module_has() -> None:
+    mixer, tokens = HiLo(24, 4, window_size=3, alpha=0.5), torch.randn(1, 12, 12, 24)
+    figure = draw_hilo(trace_hilo(mixer, torch.rand(3, 64, 64), tokens, (4, 8)))
+    texts = " ".join(text.get_text() for text in figure.findobj(Text))
+    for said in ("2 of 4 heads see the pooled map, 2 see windows", "map [12, 12, 24]", "16 windows of 3 x 3 tokens"):
+        assert said in texts
+    corners = {(box.get_x(), box.get_y()) for box in figure.findobj(Rectangle) if box.get_width() == 3}
+    assert corners == {(6, 3)}, "the window of the query, in both maps"
+
+
+def test_a_picture_of_a_folder(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.png")
+    assert main(["hilo", "--folder", str(tmp_path), "--query", "0", "13", "--output", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "hilo_paths.png").read_bytes().startswith(b"\x89PNG")
+    assert torch.allclose(load_picture(tmp_path / "picture.png")[0], torch.ones(224, 224))
 
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--query", "14", "0", "--output", str(tmp_path)]) == 2
-    assert "from 0 to 13; got [14, 0]" in capsys.readouterr().err
-    assert main(["--picture", str(tmp_path / "none.jpg"), "--output", str(tmp_path)]) == 2
+    assert main(["hilo", "--query", "14", "0", "--output", str(tmp_path)]) == 2
+    assert "from 0 to 13; got (14, 0)" in capsys.readouterr().err
+    assert main(["hilo", "--folder", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "has 0 images" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
