@@ -303,7 +303,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--compile-sizes", type=int, nargs="+", default=[224], help="of --sizes, those to compile for")
+    parser.add_argument(
+        "--compile-sizes",
+        type=int,
+        nargs="+",
+        default=[224],
+        help="of --sizes, those to compile for; each takes minutes",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="eager, 224 pixels, batch 1, three rounds")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
