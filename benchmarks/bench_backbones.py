@@ -308,7 +308,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[224],
-        help="of --sizes, those to compile for; each takes minutes",
+        help="those of --sizes to compile for, minutes each",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="eager, 224 pixels, batch 1, three rounds")
