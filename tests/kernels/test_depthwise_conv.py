@@ -105,7 +105,7 @@ def test_small_kernels(kernel: tuple[int, int], implementation: str, poisoned_me
     case = Case(2, 10, (5, 6), kernel)
     *inputs, grad = make_inputs(case, torch.channels_last)
     expected = run(definition(case), inputs, grad)
-    single = [tensor.float() for tensor in inputs]
+    single = tuple(tensor.float() for tensor in inputs)
     for function in (depthwise_conv2d, lambda *t: torch.ops.mixerzoo.depthwise_conv2d(*t, [1, 1])):
         results = run(function, single, grad)
         assert_close(results, expected, 3e-6)
