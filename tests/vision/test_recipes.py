@@ -53,6 +53,10 @@ def settings(repository: Path) -> Load:
         ("litv2_finetune", "litv2_b", 0.5, 0.8, 1.0),
         ("van_segmentation", "van_b2", 0.2, 0, 0),
         ("van_segmentation", "van_b3", 0.3, 0, 0),
+        ("unireplknet_segmentation", "unireplknet_t", 0.2, 0, 0),
+        ("unireplknet_segmentation", "unireplknet_s", 0.3, 0, 0),
+        ("unireplknet_segmentation", "unireplknet_b", 0.3, 0, 0),
+        ("unireplknet_segmentation", "unireplknet_l", 0.4, 0, 0),
         ("litv2_segmentation", "litv2_m", 0.2, 0, 0),
         ("litv2_segmentation", "litv2_b", 0.3, 0, 0),
     ],
@@ -75,6 +79,7 @@ def test_each_size_has_its_own_settings(
         ("litv2_imagenet", IMAGENET, 1024, 1e-3, 300),
         ("litv2_finetune", IMAGENET, 1024, 4e-5, 30),
         ("van_segmentation", ADE20K, 32, 2e-4, 64),
+        ("unireplknet_segmentation", ADE20K, 16, 1e-4, 127),
         ("litv2_segmentation", ADE20K, 16, 1e-4, 64),
     ],
 )
@@ -88,6 +93,14 @@ def test_one_device_or_eight_take_the_same_steps(
         assert config.optim.lr * plan.lr_factor == pytest.approx(rate)
     half = make_plan(settings(recipe, f"train.total_batch={batch // 2}", "train.batch_size=2"), pictures)
     assert half.lr_factor == plan.lr_factor / 2
+
+
+def test_segmentation_with_unireplknet_as_published(settings: Load) -> None:
+    config = settings("unireplknet_segmentation")
+    plan = make_plan(config, ADE20K)
+    assert config.schedule.warmup_epochs * (ADE20K // plan.batch) == pytest.approx(1500, rel=0.01)
+    for name, size in [("unireplknet_s", 512), ("unireplknet_b", 640), ("unireplknet_l", 640)]:
+        assert settings("unireplknet_segmentation", f"model={name}").data.size == size
 
 
 def test_every_pattern_of_a_recipe_names_a_model(repository: Path) -> None:
@@ -164,7 +177,7 @@ def test_a_classification_recipe_trains_on_a_folder(
     assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("recipe", ["litv2_segmentation", "van_segmentation"])
+@pytest.mark.parametrize("recipe", ["litv2_segmentation", "unireplknet_segmentation", "van_segmentation"])
 def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_path: Path, no_pictures: None) -> None:
     rng = np.random.default_rng(0)
     for index in range(8):
