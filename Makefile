@@ -4,6 +4,9 @@ VENV   ?= .venv
 PYTHON ?= python3
 JOBS   ?= 2
 ARGS   ?=
+# The benchmarks by name, the long one last. All of them know --threads and --rounds.
+BENCHES := $(patsubst benchmarks/bench_%.py,%,$(sort $(wildcard benchmarks/bench_*.py)))
+BENCH  ?= hilo depthwise_conv $(filter-out hilo depthwise_conv backbones,$(BENCHES)) backbones
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -50,8 +53,10 @@ format: $(STAMP)  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## time every operator against its peers on this machine
-	@set -e; for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS); done
+bench: $(STAMP)  ## time operators and models against their peers; BENCH=hilo ARGS="--threads 2"
+	@missed=; for name in $(BENCH); do \
+		echo "bench_$$name"; $(BIN)/python benchmarks/bench_$$name.py $(ARGS) || missed="$$missed $$name"; \
+	done; test -z "$$missed" || { echo "missed:$$missed" >&2; exit 1; }
 
 pictures: $(STAMP)  ## draw the pictures of docs/gallery.md again
 	$(BIN)/python -m mixerzoo.vision.visualize $(ARGS)
