@@ -208,16 +208,25 @@ def test_empty_batch(implementation: str) -> None:
 @pytest.mark.parametrize(
     ("x", "weight", "options", "message"),
     [
-        ((4, 5, 6), (4, 1, 3, 3), {}, r"\[batch, channels, height, width\]; got shape \(4, 5, 6\)"),
+        ((4, 5, 6), (4, 1, 3, 3), {}, r"\[batch, channels, height, width\].*; got shape \(4, 5, 6\)"),
         ((1, 4, 5, 6), (4, 1, 4, 3), {}, r"\[4, 1, rows, columns\] with odd sides.*got \(4, 1, 4, 3\)"),
         ((1, 4, 5, 6), (4, 4, 3, 3), {}, "one filter for each channel"),
         ((1, 4, 5, 6), (4, 1, 3, 3), {"bias": torch.zeros(3)}, r"bias must be \[4\]"),
         ((1, 4, 5, 6), (4, 1, 3, 3), {"dilation": 0}, "dilation must be at least 1; got"),
+        ((1, 4, 5, 6), (4, 1, 3, 3), {"dilation": (1, 1, 1)}, "needed an integer or"),
+        ((1, 4, 5, 6), (4, 1, 3, 3), {"bias": torch.zeros(4).double()}, "bias is torch.float64 and x torch.float32"),
+        ((1, 4, 5, 6), (4, 1, 3, 3), {"bias": torch.zeros(4, device="meta")}, "bias is on meta and x on cpu"),
     ],
 )
 def test_bad_input(x: tuple[int, ...], weight: tuple[int, ...], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(x), torch.zeros(weight), **options)
+
+
+def test_refuses_integers() -> None:
+    x, weight = torch.zeros(1, 4, 5, 6, dtype=torch.int64), torch.zeros(4, 1, 3, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="floating-point; got .* torch.int64"):
+        depthwise_conv2d(x, weight)
 
 
 def chain(
