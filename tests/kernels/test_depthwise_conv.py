@@ -225,7 +225,7 @@ def test_bad_input(x: tuple[int, ...], weight: tuple[int, ...], options: dict, m
 
 def test_refuses_integers() -> None:
     x, weight = torch.zeros(1, 4, 5, 6, dtype=torch.int64), torch.zeros(4, 1, 3, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="floating-point; got .* torch.int64"):
+    with pytest.raises(ValueError, match=r"floating-point; got .* torch\.int64"):
         depthwise_conv2d(x, weight)
 
 
