@@ -1,4 +1,4 @@
-"""The MLPs of VAN and LITv2: by parts as layer by layer, and layer by layer for whoever has put something in between."""
+"""The MLPs of VAN and LITv2: by parts as layer by layer, and layer by layer where something is put in between."""
 
 from collections.abc import Callable
 
