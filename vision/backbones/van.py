@@ -11,6 +11,8 @@ What is unusual:
   The initial layer scale of 1e-2 keeps that tame; see `LargeKernelAttention` for what half precision holds.
 * Batch norm inside blocks, layer norm after each stage, which the next stage sees too. The segmentation backbone has
   the same names, but `norm_eps=1e-5` in the layer norms instead of the classifier's 1e-6.
+* b6 is 384 wide in its third stage here and in the authors' code. mmpretrain's file is of another network, 480 wide;
+  the address given is mmsegmentation's, of the same authors' weights. Whether it has a classifier was not seen.
 * Maps are channels_last inside, whatever format the image has: every operation of a block is fastest so.
 """
 
@@ -269,7 +271,10 @@ default_cfgs = generate_default_cfgs(
         "van_b4.in1k": _converted("van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
         "van_b4.in22k": _converted("van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=21841),
         "van_b5.in22k": _converted("van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=21841),
-        "van_b6.in22k": _converted("van-b6_3rdparty_in21k_20220909-96c2cb3a.pth", num_classes=21841),
+        "van_b6.in22k": _cfg(
+            "https://download.openmmlab.com/mmsegmentation/v0.5/van_3rdparty/van-b6-in22k_3rdparty_20230522-5e5172a3.pth",
+            num_classes=21841,
+        ),
     }
 )
 
