@@ -41,6 +41,7 @@ import torch
 from _harness import describe_machine, describe_native, forget_peak, lka_chain, markdown_table, resident
 from mixerzoo.kernels import conv_mlp, depthwise_conv
 from mixerzoo.kernels.neighborhood_attention import _native as native_attention
+from mixerzoo.vision.backbones._conv_mlp import RowConv2d
 from mixerzoo.vision.backbones.van import RowGELU
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -108,12 +109,13 @@ def plain(layout: str) -> Iterator[None]:
         replace = mock.patch.object
         stack.enter_context(replace(native_attention, "is_available", lambda: False))
         stack.enter_context(replace(RowGELU, "forward", nn.GELU.forward))
+        stack.enter_context(replace(RowConv2d, "forward", nn.Conv2d.forward))
         for module, name in _modules_with(depthwise_conv.depthwise_conv2d):
             stack.enter_context(replace(module, name, conv2d_nchw if is_nchw else conv2d))
         for module, name in _modules_with(depthwise_conv.large_kernel_attention):
             stack.enter_context(replace(module, name, lka_chain))
         for module, name in _modules_with(conv_mlp.goes_by_parts):
-            stack.enter_context(replace(module, name, lambda x, hidden: False))
+            stack.enter_context(replace(module, name, lambda x: False))
         if is_nchw:
             stack.enter_context(replace(nn.Conv2d, "_conv_forward", convolve_nchw))
             stack.enter_context(replace(Tensor, "contiguous", contiguous_nchw))

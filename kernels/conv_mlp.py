@@ -36,7 +36,9 @@ def _by_parts(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2:
     batch, height, width, _ = x.shape
     hidden = w1.shape[0]
     images = max(1, PART // (height * width * hidden))
-    channels = max(1, PART // (images * height * width) // GRAIN) * GRAIN
+    most = max(1, PART // (images * height * width) // GRAIN) * GRAIN
+    parts = -(-hidden // most)
+    channels = -(-hidden // (parts * GRAIN)) * GRAIN  # alike, as far as the grain allows
     out = x.new_empty(batch, height, width, w2.shape[0])
     for first in range(0, batch, images):
         some, result = x[first : first + images], out[first : first + images].flatten(0, 2)
@@ -45,7 +47,7 @@ def _by_parts(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2:
             h = F.linear(some, w1[part], b1[part]).permute(0, 3, 1, 2)
             padding = w_dw.shape[2] // 2, w_dw.shape[3] // 2
             h = F.conv2d(h, w_dw[part], b_dw[part], padding=padding, groups=h.shape[1]).permute(0, 2, 3, 1)
-            h = F.gelu(h).flatten(0, 2)
+            h = torch.ops.aten.gelu_(h).flatten(0, 2)
             if start == 0:
                 torch.addmm(b2, h, w2[:, part].t(), out=result)
             else:
@@ -53,13 +55,13 @@ def _by_parts(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2:
     return out
 
 
-def goes_by_parts(x: Tensor, hidden: int) -> bool:
-    """Whether `conv_mlp` of `x` [B, H, W, C] with so many hidden channels avoids the hidden map."""
+def goes_by_parts(x: Tensor) -> bool:
+    """Whether `conv_mlp` of `x` [B, H, W, C] avoids the whole hidden map; a small one is a single part."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or wants_plain_ops():
         return False
-    return not torch.is_autocast_enabled("cpu") and x.shape[:-1].numel() * hidden > PART
+    return not torch.is_autocast_enabled("cpu") and x.numel() > 0
 
 
 def conv_mlp(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -85,6 +87,6 @@ def conv_mlp(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2: 
             "x must be [B, H, W, C], w1 [hidden, C], w_dw [hidden, 1, rows, columns] with odd sides and "
             f"w2 [C', hidden]; got {shapes}"
         )
-    if goes_by_parts(x, hidden):
+    if goes_by_parts(x):
         return _by_parts(x, w1, b1, w_dw, b_dw, w2, b2)
     return conv_mlp_reference(x, w1, b1, w_dw, b_dw, w2, b2)

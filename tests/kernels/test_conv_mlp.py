@@ -19,8 +19,7 @@ def make_inputs(batch: int, size: tuple[int, int], dim: int, hidden: int, out: i
 def test_parts_give_the_whole(shape: tuple, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PART", part)
     inputs = make_inputs(*shape)
-    if part == 1:
-        assert goes_by_parts(inputs[0], shape[3])
+    assert goes_by_parts(inputs[0])
     exact = conv_mlp_reference(*(tensor.double() for tensor in inputs))
     error = (conv_mlp(*inputs).double() - exact).abs().max()
     assert error <= 3e-6 * exact.abs().max()
@@ -46,17 +45,16 @@ def test_the_hidden_map_is_not_there_as_a_whole(monkeypatch: pytest.MonkeyPatch)
     assert largest <= 16 * 16 * 64 < 4 * 16 * 16 * 512
 
 
-def test_parts_only_where_nothing_else_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PART", 1)
+def test_parts_only_where_nothing_else_follows() -> None:
     x = torch.randn(1, 4, 4, 8)
-    assert not goes_by_parts(x, 32), "gradients need the hidden map"
+    assert not goes_by_parts(x), "gradients need the hidden map"
     with torch.no_grad():
-        assert goes_by_parts(x, 32)
-        assert not goes_by_parts(x.double(), 32) and not goes_by_parts(x.bfloat16(), 32)
+        assert goes_by_parts(x)
+        assert not goes_by_parts(x.double()) and not goes_by_parts(x.bfloat16())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not goes_by_parts(x, 32)
+            assert not goes_by_parts(x)
         seen = []
-        torch.func.vmap(lambda x: seen.append(goes_by_parts(x, 32)) or x)(x[None])
+        torch.func.vmap(lambda x: seen.append(goes_by_parts(x)) or x)(x[None])
         assert seen == [False]
     inputs = make_inputs(1, (4, 4), 8, 32, 8)
     program = torch.export.export(_Module(inputs[1:]), (inputs[0],))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ...mixers import DepthwiseConv2d, LargeKernelAttention
 from ._checkpoints import StateDict, refuse_mismatch, rename, unwrap
-from ._conv_mlp import evaluate_by_parts
+from ._conv_mlp import RowConv2d, evaluate_by_parts
 from ._hierarchical import HierarchicalBackbone, Stage
 
 
@@ -62,10 +62,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.proj_1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_1 = RowConv2d(dim, dim, 1, **dd)
         self.act = RowGELU()
         self.spatial_gating_unit = LargeKernelAttention(dim, **dd)
-        self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
+        self.proj_2 = RowConv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
@@ -78,10 +78,10 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, *, drop: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.fc1 = RowConv2d(dim, hidden_dim, 1, **dd)
         self.dwconv = DepthwiseConv2d(hidden_dim, 3, **dd)
         self.act = RowGELU()
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+        self.fc2 = RowConv2d(hidden_dim, dim, 1, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
