@@ -19,7 +19,9 @@ def is_exporting() -> bool:
     if torch.jit.is_scripting():
         return False
     else:
-        return bool(torch.compiler._is_exporting_flag) or torch.onnx.is_in_onnx_export()
+        # The exporter by tracing has no such flag; asking torch.onnx takes longer than a small operator.
+        by_tracing = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+        return bool(torch.compiler._is_exporting_flag) or by_tracing
 
 
 def is_differentiated_functionally() -> bool:

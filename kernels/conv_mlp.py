@@ -15,12 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._runtime import wants_plain_ops
+from .depthwise_conv import _native
 
 PART = 384 * 1024
 """Numbers of a part of the hidden map: 1.5 MiB, which the second-level caches of a few cores hold."""
 
 GRAIN = 32
 """Parts are multiples of so many channels."""
+
+SMALL_MAP = 400
+"""Positions."""
 
 
 def conv_mlp_reference(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -29,6 +33,14 @@ def conv_mlp_reference(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Te
     padding = w_dw.shape[2] // 2, w_dw.shape[3] // 2
     hidden = F.conv2d(hidden, w_dw, b_dw, padding=padding, groups=w_dw.shape[0])
     return F.linear(F.gelu(hidden.permute(0, 2, 3, 1)), w2, b2)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Of a channels_last map [B, C, H, W]; on small ones a call of oneDNN takes longer than the convolution."""
+    if x.shape[2] * x.shape[3] <= SMALL_MAP and _native.is_available():
+        return _native.forward(x, weight, bias, (1, 1), torch.channels_last)
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
 
 
 def _by_parts(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -44,10 +56,8 @@ def _by_parts(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2:
         some, result = x[first : first + images], out[first : first + images].flatten(0, 2)
         for start in range(0, hidden, channels):
             part = slice(start, start + channels)
-            h = F.linear(some, w1[part], b1[part]).permute(0, 3, 1, 2)
-            padding = w_dw.shape[2] // 2, w_dw.shape[3] // 2
-            h = F.conv2d(h, w_dw[part], b_dw[part], padding=padding, groups=h.shape[1]).permute(0, 2, 3, 1)
-            h = torch.ops.aten.gelu_(h).flatten(0, 2)
+            h = _depthwise(F.linear(some, w1[part], b1[part]).permute(0, 3, 1, 2), w_dw[part], b_dw[part])
+            h = torch.ops.aten.gelu_(h.permute(0, 2, 3, 1)).flatten(0, 2)
             if start == 0:
                 torch.addmm(b2, h, w2[:, part].t(), out=result)
             else:

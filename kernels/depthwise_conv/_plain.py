@@ -29,9 +29,9 @@ def direct(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Te
 
 def crop(weight: Tensor, size: Pair, dilation: Pair) -> Tensor:
     """`weight` without the taps that reach past the far border of a map of `size` from every position."""
-    reach = [(length - 1) // step for length, step in zip(size, dilation, strict=True)]
-    cut = [max(side // 2 - r, 0) for side, r in zip(weight.shape[2:], reach, strict=True)]
-    if not any(cut):
+    reach = (size[0] - 1) // dilation[0], (size[1] - 1) // dilation[1]
+    cut = max(weight.shape[2] // 2 - reach[0], 0), max(weight.shape[3] // 2 - reach[1], 0)
+    if cut == (0, 0):
         return weight
     return weight[:, :, cut[0] : weight.shape[2] - cut[0], cut[1] : weight.shape[3] - cut[1]]
 
