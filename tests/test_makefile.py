@@ -1,5 +1,6 @@
 """`make bench` with a Python that only notes what it is asked to run."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,8 +15,12 @@ def bench(repository: Path, folder: Path, *arguments: str) -> tuple[int, list[st
     python, log = folder / "python", folder / "log"
     python.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$1" in *hilo*) exit 1;; esac\n')
     python.chmod(0o755)
-    command = ["make", "-C", str(repository), "bench", f"BIN={folder}", f"STAMP={repository / 'Makefile'}", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    stamp = folder / "installed"
+    stamp.touch()  # newer than all that an install depends on
+    command = ["make", "-C", str(repository), "bench", f"BIN={folder}", f"STAMP={stamp}", *arguments]
+    outer = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "ARGS"}  # of the `make test` that may be running this
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     return result.returncode, log.read_text().splitlines(), result.stderr
 
 

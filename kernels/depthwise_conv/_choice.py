@@ -8,13 +8,14 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 _fastest: dict[Hashable, str] = {}
 
 
 def seconds(run: Callable[[], Tensor]) -> float:
     """Of one call, after warming up and with the device synchronised."""
+    from torch.utils.benchmark import Timer  # imports torch's build tools, for whose sake nobody should wait
+
     return Timer("run()", globals={"run": run}).timeit(20).median
 
 

@@ -11,10 +11,7 @@ from mixerzoo.vision.training.config import Config, keys
 from mixerzoo.vision.training.settings import ConfigError, find_checkpoint, load, to_yaml
 
 FAMILIES = ("litv2", "unireplknet", "van")
-PUBLISHED = (
-    *(f"{family}_{task}" for family in FAMILIES for task in ("finetune", "imagenet")),
-    *(f"{family}_segmentation" for family in ("litv2", "van")),
-)
+PUBLISHED = [f"{family}_{task}" for family in FAMILIES for task in ("finetune", "imagenet", "segmentation")]
 RECIPES = ("classification", *sorted(PUBLISHED), "segmentation")
 
 

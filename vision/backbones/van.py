@@ -25,6 +25,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...mixers import DepthwiseConv2d, LargeKernelAttention
 from ._checkpoints import StateDict, refuse_mismatch, rename, unwrap
@@ -38,7 +39,7 @@ class RowGELU(nn.GELU):
     tensor before it takes its faster kernel on the CPU."""
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.GELU
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.gelu(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class OverlapPatchEmbed(nn.Module):
