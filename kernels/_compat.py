@@ -35,6 +35,11 @@ def is_differentiated_functionally() -> bool:
         return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_watched() -> bool:
+    """Whether something sees each operator that is called: a tracer, a counter, a mode of fake tensors."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def trace_memo() -> dict[Any, Any] | None:
     """A dictionary that lives and dies with the graph that `torch.export` is tracing, None outside of a trace.
 

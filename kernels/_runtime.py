@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from ._compat import is_differentiated_functionally, is_exporting
+from ._compat import is_differentiated_functionally, is_exporting, is_watched
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -28,3 +28,14 @@ def runs_triton(tensor: Tensor) -> bool:
     if not HAS_TRITON or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False
     return tensor.device.type in ("cuda", "xpu") or (INTERPRET and tensor.device.type == "cpu")
+
+
+def needs_operator(*tensors: Tensor | None) -> bool:
+    """Whether a custom operator has to be called for these tensors and not just its implementation: for gradients, and
+    for all who watch operators. A call of one takes as long as a small convolution."""
+    if is_watched():
+        return True
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    return any(tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)

@@ -5,17 +5,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _runtime
-from . import _operator, _plain  # noqa: F401  (registers the operators)
+from . import _operator, _plain
 
 
-def _check(x: Tensor, named: dict[str, Tensor | None]) -> None:
+def _check(x: Tensor, **named: Tensor | None) -> None:
     """Raise unless `x` is a map of numbers, and what else takes part lies on its device in its data type."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(
             f"x must be [batch, channels, height, width], floating-point; got shape {tuple(x.shape)}, {x.dtype}"
         )
     for name, tensor in named.items():
-        if tensor is None:
+        if tensor is None or (tensor.dtype is x.dtype and tensor.device == x.device):
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one to the other's device")
@@ -32,6 +32,19 @@ def _check_filters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"bias must be [{channels}], one value for each channel of x; got {tuple(bias.shape)}")
+
+
+def _is_sound(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing is wrong, asked at once: one by one the checks cost as much as part of a small map."""
+    return (
+        x.ndim == weight.ndim == 4
+        and x.is_floating_point()
+        and weight.shape[0] == x.shape[1]
+        and weight.shape[1] == weight.shape[2] % 2 == weight.shape[3] % 2 == 1
+        and weight.dtype is x.dtype
+        and weight.device == x.device
+        and (bias is None or (bias.shape == x.shape[1:2] and bias.dtype is x.dtype and bias.device == x.device))
+    )
 
 
 def _dilation_pair(dilation: int | tuple[int, int]) -> _plain.Pair:
@@ -68,14 +81,18 @@ def depthwise_conv2d(
     Raises:
         ValueError: for shapes, devices or data types that do not belong together, even sides, or a dilation below 1.
     """
-    pair = _dilation_pair(dilation)
-    _check(x, {"weight": weight, "bias": bias})
-    _check_filters(x, weight, bias)
+    pair = (1, 1) if dilation == 1 else _dilation_pair(dilation)
+    if not _is_sound(x, weight, bias):
+        _check(x, weight=weight, bias=bias)
+        _check_filters(x, weight, bias)
     if _runtime.wants_plain_ops():
         return _plain.direct(x, weight, bias, pair)
     if pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9:  # nothing beats PyTorch's own there
         return _plain.direct(x, weight, bias, pair).contiguous(memory_format=_plain.memory_format(x))
-    return torch.ops.mixerzoo.depthwise_conv2d(_as_autocast_wants(x), weight, bias, list(pair))
+    x = _as_autocast_wants(x)
+    if _runtime.needs_operator(x, weight, bias):
+        return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, list(pair))
+    return _operator.convolve(x, weight, bias, pair)
 
 
 def large_kernel_attention(
@@ -99,7 +116,7 @@ def large_kernel_attention(
     Raises:
         ValueError: for shapes, devices or data types that do not belong together.
     """
-    _check(x, {"w5": w5, "w7d3": w7d3, "w1": w1, "b5": b5, "b7d3": b7d3, "b1": b1})
+    _check(x, w5=w5, w7d3=w7d3, w1=w1, b5=b5, b7d3=b7d3, b1=b1)
     for weight, bias, side in ((w5, b5, 5), (w7d3, b7d3, 7)):
         _check_filters(x, weight, bias)
         if weight.shape[2:] != (side, side):
@@ -111,4 +128,7 @@ def large_kernel_attention(
     if _runtime.wants_plain_ops():
         spatial = _plain.direct(_plain.direct(x, w5, b5, (1, 1)), w7d3, b7d3, (3, 3))
         return x * F.conv2d(spatial, w1, b1)
-    return torch.ops.mixerzoo.large_kernel_attention(_as_autocast_wants(x), w5, w7d3, w1, b5, b7d3, b1)[0]
+    x = _as_autocast_wants(x)
+    if _runtime.needs_operator(x, w5, w7d3, w1, b5, b7d3, b1):
+        return torch.ops.mixerzoo.large_kernel_attention(x, w5, w7d3, w1, b5, b7d3, b1)[0]
+    return _operator.attend(x, w5, w7d3, w1, b5, b7d3, b1)[0]

@@ -82,10 +82,17 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Ten
     return F.pad(result, (columns, columns, rows, rows)).to(weight.dtype).contiguous()
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
+    """What the operator `depthwise_conv2d` does."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _convolve(x, weight, bias, dilation)
+    with torch.autocast(x.device.type, enabled=False):
+        return _convolve(x, weight, bias, dilation)
+
+
 @torch.library.custom_op("mixerzoo::depthwise_conv2d", mutates_args=())
 def _depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        return _convolve(x, weight, bias, (dilation[0], dilation[1]))
+    return convolve(x, weight, bias, (dilation[0], dilation[1]))
 
 
 @_depthwise_conv2d.register_fake
@@ -166,14 +173,21 @@ def _gated(x: Tensor, spatial: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
     return _choice.run_fastest(_key("gate", x, w1, (1, 1)), methods, run).contiguous(memory_format=layout)
 
 
+def attend(
+    x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the operator `large_kernel_attention` does."""
+    with torch.autocast(x.device.type, enabled=False):
+        spatial = _spatial(x, w5, w7d3, b5, b7d3)
+        return _gated(x, spatial, w1.to(x.dtype), None if b1 is None else b1.to(x.dtype)), spatial
+
+
 @torch.library.custom_op("mixerzoo::large_kernel_attention", mutates_args=())
 def _large_kernel_attention(
     x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The result, and the map before the 1 x 1 convolution, for the backward."""
-    with torch.autocast(x.device.type, enabled=False):
-        spatial = _spatial(x, w5, w7d3, b5, b7d3)
-        return _gated(x, spatial, w1.to(x.dtype), None if b1 is None else b1.to(x.dtype)), spatial
+    return attend(x, w5, w7d3, w1, b5, b7d3, b1)
 
 
 @_large_kernel_attention.register_fake

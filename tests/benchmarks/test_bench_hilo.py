@@ -14,7 +14,7 @@ from torch import Tensor
 @pytest.fixture
 def bench(load_benchmark: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     module = load_benchmark("bench_hilo")
-    for name, value in {"WIDTHS": (24, 48), "REQUIRED_WIDTH": 48, "MERGINGS": ((4, 8),)}.items():
+    for name, value in {"WIDTHS": (24, 48), "REQUIRED_WIDTH": 48, "REQUIRED_BATCH": 1, "MERGINGS": ((4, 8),)}.items():
         monkeypatch.setattr(module, name, value)
     return module
 
