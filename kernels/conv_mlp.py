@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._runtime import wants_plain_ops
-from .depthwise_conv import _native
+from .depthwise_conv import _native, _plain
 
 PART = 384 * 1024
 """Numbers of a part of the hidden map: 1.5 MiB, which the second-level caches of a few cores hold."""
@@ -30,8 +30,7 @@ SMALL_MAP = 400
 def conv_mlp_reference(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """The definition; arguments as those of `conv_mlp`."""
     hidden = F.linear(x, w1, b1).permute(0, 3, 1, 2)
-    padding = w_dw.shape[2] // 2, w_dw.shape[3] // 2
-    hidden = F.conv2d(hidden, w_dw, b_dw, padding=padding, groups=w_dw.shape[0])
+    hidden = _plain.direct(hidden, w_dw, b_dw, (1, 1))
     return F.linear(F.gelu(hidden.permute(0, 2, 3, 1)), w2, b2)
 
 
@@ -39,8 +38,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Of a channels_last map [B, C, H, W]; on small ones a call of oneDNN takes longer than the convolution."""
     if x.shape[2] * x.shape[3] <= SMALL_MAP and _native.is_available():
         return _native.forward(x, weight, bias, (1, 1), torch.channels_last)
-    padding = weight.shape[2] // 2, weight.shape[3] // 2
-    return F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+    return _plain.direct(x, weight, bias, (1, 1))
 
 
 def _by_parts(x: Tensor, w1: Tensor, b1: Tensor, w_dw: Tensor, b_dw: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -34,19 +34,6 @@ def _check_filters(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be [{channels}], one value for each channel of x; got {tuple(bias.shape)}")
 
 
-def _is_sound(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether nothing is wrong, asked at once: one by one the checks cost as much as part of a small map."""
-    return (
-        x.ndim == weight.ndim == 4
-        and x.is_floating_point()
-        and weight.shape[0] == x.shape[1]
-        and weight.shape[1] == weight.shape[2] % 2 == weight.shape[3] % 2 == 1
-        and weight.dtype is x.dtype
-        and weight.device == x.device
-        and (bias is None or (bias.shape == x.shape[1:2] and bias.dtype is x.dtype and bias.device == x.device))
-    )
-
-
 def _dilation_pair(dilation: int | tuple[int, int]) -> _plain.Pair:
     steps = (dilation, dilation) if isinstance(dilation, int) else tuple(dilation)
     if len(steps) != 2 or not all(isinstance(step, int) and step >= 1 for step in steps):
@@ -82,9 +69,8 @@ def depthwise_conv2d(
         ValueError: for shapes, devices or data types that do not belong together, even sides, or a dilation below 1.
     """
     pair = (1, 1) if dilation == 1 else _dilation_pair(dilation)
-    if not _is_sound(x, weight, bias):
-        _check(x, weight=weight, bias=bias)
-        _check_filters(x, weight, bias)
+    _check(x, weight=weight, bias=bias)
+    _check_filters(x, weight, bias)
     if _runtime.wants_plain_ops():
         return _plain.direct(x, weight, bias, pair)
     if pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9:  # nothing beats PyTorch's own there

@@ -1,6 +1,7 @@
 """The private names of torch still mean what `kernels/_compat.py` takes them to mean."""
 
 import torch
+import torch.utils.flop_counter
 from mixerzoo.kernels import _compat
 
 
@@ -34,3 +35,21 @@ def test_functional_transforms_are_seen() -> None:
         probe(torch.autograd.forward_ad.make_dual(x, x))
     probe(x)
     assert seen == [False, True, True, True, False]
+
+
+def test_watchers_of_operators_are_seen() -> None:
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(_compat.is_watched())
+            return x + 1
+
+    x = torch.zeros(2)
+    Watched()(x)
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        Watched()(x)
+    torch.jit.trace(Watched(), x, check_trace=False)
+    torch.export.export(Watched(), (x,), strict=False)
+    Watched()(x)
+    assert seen[0] is False and seen[-1] is False and len(seen) >= 5 and all(seen[1:-1])

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ...kernels._runtime import wants_plain_ops
 from ...kernels.conv_mlp import conv_mlp, goes_by_parts
 from ...mixers import DepthwiseConv2d
+from ...mixers._compat import has_hooks
 
 
 @register_notrace_module
@@ -28,7 +29,7 @@ _ORDINARY = (nn.Linear, nn.Conv2d, RowConv2d, DepthwiseConv2d)
 
 def _is_ordinary(layer: nn.Module) -> bool:
     """Whether calling `layer` does what its weights say and nothing else: no adapter, no quantisation, no hook."""
-    return type(layer) in _ORDINARY and not (layer._forward_hooks or layer._forward_pre_hooks)
+    return type(layer) in _ORDINARY and not has_hooks(layer)
 
 
 def evaluate_by_parts(mlp: Any, x: Tensor) -> Tensor | None:
@@ -37,7 +38,7 @@ def evaluate_by_parts(mlp: Any, x: Tensor) -> Tensor | None:
     1 x 1 convolutions and linear layers are the same thing here.
     """
     layers = (mlp.fc1, mlp.dwconv, mlp.fc2)
-    if mlp.training or mlp.act._forward_hooks or not all(_is_ordinary(layer) for layer in layers):
+    if mlp.training or has_hooks(mlp.act) or not all(_is_ordinary(layer) for layer in layers):
         return None
     if not goes_by_parts(x):
         return None
