@@ -1,0 +1,221 @@
+"""The public functions of `mixerzoo.kernels.selective_scan`."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _runtime
+from ..cross_scan import CROSS, ScanPath, check_paths
+from . import _operator, _plain
+
+MAX_STATE = 64
+
+
+def _check_tensors(x: Tensor, name: str, **others: Tensor | None) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating-point; got {x.dtype}")
+    for other, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{other} is on {tensor.device} and {name} on {x.device}; move one to the other's device")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{other} must be floating-point; got {tensor.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must be [{meaning}] = {shape}; got {tuple(tensor.shape)}")
+
+
+def _check_state(A: Tensor) -> None:
+    if not 1 <= A.shape[-1] <= MAX_STATE:
+        raise ValueError(f"the state must have 1 to {MAX_STATE} numbers a channel; got A {tuple(A.shape)}")
+
+
+def _run(
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    size: tuple[int, int],
+    paths: tuple[ScanPath, ...],
+    *,
+    softplus: bool,
+    merge: bool,
+    save_states: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y and `states` of the operator; of the last step alone, [batch, scans, 1, state, dim], where plain operators run."""
+    tensors = (x, delta, projected, dt_weight, dt_bias, A, D)
+    if _runtime.wants_plain_ops() or x.dtype == torch.float64:
+        y, every = _plain.scan(*tensors, size, paths, softplus, merge)
+        return y, every[:, :, -1:].detach()
+    fields = _plain.to_integers(paths)
+    if _runtime.needs_operator(*tensors):
+        differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        save_states = save_states or differentiates
+        return torch.ops.mixerzoo.selective_scan(*tensors, list(size), fields, softplus, merge, save_states)
+    return _operator.scan(*tensors, list(size), fields, softplus, merge, save_states)
+
+
+def selective_scan_2d(
+    x: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor | None = None,
+    *,
+    paths: Sequence[ScanPath] = CROSS,
+) -> Tensor:
+    """Selective scans of a map along several paths, added: the core of VMamba's SS2D.
+
+    delta_t = softplus(dt_weight @ low_rank_t + dt_bias) for each scan and channel. No sequence is made in memory: the
+    paths are index arithmetic, and delta is expanded where it is used. Differentiable once. The state and all sums are
+    float32 (float64 for float64 input) whatever the data types.
+
+    Args:
+        x: [batch, height, width, dim], which all scans read, or [batch, height, width, scans, dim], one for each.
+        projected: [batch, height, width, scans, rank + 2 * state], along the last axis the low-rank delta, B and C of
+            each scan; or [batch, height, width, rank + 2 * state], which all scans read.
+        dt_weight: [scans, dim, rank].
+        dt_bias: [scans, dim].
+        A: [scans, dim, state], negative for states that decay; `state` is 1 to 64.
+        D: [scans, dim], weight of the input itself.
+        paths: one for each scan.
+
+    Returns:
+        [batch, height, width, dim] in the data type of x.
+
+    Raises:
+        ValueError: for shapes, devices or data types that do not belong together.
+    """
+    paths = tuple(paths)
+    check_paths(paths)
+    scans = len(paths)
+    _check_tensors(x, "x", projected=projected, dt_weight=dt_weight, dt_bias=dt_bias, A=A, D=D)
+    if x.ndim not in (4, 5) or 0 in x.shape[1:3] or (x.ndim == 5 and x.shape[3] != scans):
+        raise ValueError(
+            f"x must be [batch, height, width, dim] or [batch, height, width, {scans}, dim] for {scans} paths, with at "
+            f"least one pixel; got {tuple(x.shape)}"
+        )
+    batch, height, width, dim = x.shape[0], x.shape[1], x.shape[2], x.shape[-1]
+    if A.ndim != 3 or dt_weight.ndim != 3:
+        raise ValueError(
+            f"A must be [{scans}, {dim}, state] and dt_weight [{scans}, {dim}, rank]; got {tuple(A.shape)} and "
+            f"{tuple(dt_weight.shape)}"
+        )
+    rank, state = dt_weight.shape[2], A.shape[2]
+    _check_state(A)
+    _check_shape("A", A, (scans, dim, state), "scans, dim, state")
+    _check_shape("dt_weight", dt_weight, (scans, dim, rank), "scans, dim, rank")
+    _check_shape("dt_bias", dt_bias, (scans, dim), "scans, dim")
+    _check_shape("D", D, (scans, dim), "scans, dim")
+    slots = (scans,) if projected.ndim == 5 else ()
+    expected = (batch, height, width, *slots, rank + 2 * state)
+    _check_shape("projected", projected, expected, "batch, height, width, (scans,) rank + 2 * state")
+    x = x.flatten(1, 2) if x.ndim == 5 else x.flatten(1, 2).unsqueeze(2)
+    projected = projected.flatten(1, 2) if slots else projected.flatten(1, 2).unsqueeze(2)
+    size = height, width
+    y, _ = _run(x, None, projected, dt_weight, dt_bias, A, D, size, paths, softplus=True, merge=True)
+    return y.unflatten(1, (height, width))
+
+
+def _by_groups(B: Tensor, C: Tensor, batch: int, dim: int, length: int) -> tuple[Tensor, Tensor]:
+    """B and C in one form, [batch, groups, state, length]."""
+    found = []
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.ndim == 2 and tensor.shape[0] == dim:
+            tensor = tensor.expand(batch, *tensor.shape).unsqueeze(3).expand(-1, -1, -1, length)
+        elif tensor.ndim == 3:
+            tensor = tensor.unsqueeze(1)
+        if tensor.ndim != 4 or tensor.shape[0] != batch or tensor.shape[3] != length or dim % tensor.shape[1]:
+            raise ValueError(
+                f"{name} must be [batch, state, length], [batch, groups, state, length] with groups that divide dim, or "
+                f"[dim, state], for batch {batch}, dim {dim}, length {length}; got {tuple(tensor.shape)}"
+            )
+        found.append(tensor)
+    groups = max(tensor.shape[1] for tensor in found)
+    if any(groups % tensor.shape[1] for tensor in found):
+        raise ValueError(f"the groups of B and C do not divide each other: {[t.shape[1] for t in found]}")
+    B, C = (t.repeat_interleave(groups // t.shape[1], 1) if t.shape[1] != groups else t for t in found)
+    return B, C
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan of a sequence, in the layouts of Mamba's own function of this name.
+
+    Differentiable once. The state and all sums are float32 (float64 for float64 input) whatever the data types.
+
+    Args:
+        u: [batch, dim, length].
+        delta: [batch, dim, length], the step sizes; softplus(delta + delta_bias) if `delta_softplus`.
+        A: [dim, state], negative for states that decay; `state` is 1 to 64.
+        B: [batch, state, length], or [batch, groups, state, length] where dim / groups neighbouring channels share
+            one, or [dim, state], the same at all steps.
+        C: as B.
+        D: [dim], weight of the input itself.
+        z: [batch, dim, length], a gate: the result is multiplied by silu(z).
+        delta_bias: [dim].
+        return_last_state: also return [batch, dim, state], without gradient.
+
+    Returns:
+        [batch, dim, length] in the data type of u.
+
+    Raises:
+        ValueError: for shapes, devices or data types that do not belong together.
+    """
+    _check_tensors(u, "u", delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    if u.ndim != 3 or u.shape[2] == 0 or A.ndim != 2:
+        raise ValueError(
+            "u must be [batch, dim, length] with at least one step and A [dim, state]; got "
+            f"{tuple(u.shape)} and {tuple(A.shape)}"
+        )
+    batch, dim, length = u.shape
+    _check_state(A)
+    _check_shape("A", A, (dim, A.shape[1]), "dim, state")
+    for name, tensor in (("delta", delta), ("z", z)):
+        _check_shape(name, tensor, (batch, dim, length), "batch, dim, length")
+    for name, tensor in (("D", D), ("delta_bias", delta_bias)):
+        _check_shape(name, tensor, (dim,), "dim")
+    B, C = _by_groups(B, C, batch, dim, length)
+    groups = B.shape[1]
+    _check_shape("B", B, (batch, groups, A.shape[1], length), "batch, groups, state, length")
+    _check_shape("C", C, (batch, groups, A.shape[1], length), "batch, groups, state, length")
+    by_group = (groups, dim // groups)
+    y, states = _run(
+        u.unflatten(1, by_group).permute(0, 3, 1, 2),
+        delta.unflatten(1, by_group).permute(0, 3, 1, 2),
+        torch.cat([B, C], 2).permute(0, 3, 1, 2),
+        None,
+        None if delta_bias is None else delta_bias.unflatten(0, by_group),
+        A.unflatten(0, by_group),
+        None if D is None else D.unflatten(0, by_group),
+        (1, length),
+        (ScanPath(),) * groups,
+        softplus=delta_softplus,
+        merge=False,
+        save_states=return_last_state,
+    )
+    y = y.flatten(1, 2)
+    if z is not None:
+        y = (y * torch.nn.functional.silu(z.to(torch.promote_types(z.dtype, torch.float32)))).to(u.dtype)
+    if not return_last_state:
+        return y
+    return y, states[:, :, -1].transpose(2, 3).flatten(1, 2)

@@ -1,0 +1,120 @@
+"""The custom operator `mixerzoo::selective_scan`, its backward, and which implementation they take.
+
+One operator serves the scan over a sequence and the scans over a map; `_plain.py` says what its arguments are. It keeps
+its inputs and one state for each chunk of steps for the backward, nothing that has the size of a sequence of states.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _runtime
+from . import _plain
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    if _runtime.runs_triton(x):
+        from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+
+        return _triton
+    return _plain
+
+
+def scan(
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    size: list[int],
+    paths: list[int],
+    softplus: bool,
+    merge: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the operator does."""
+    with torch.autocast(x.device.type, enabled=False):
+        tensors = (x, delta, projected, dt_weight, dt_bias, A, D)
+        return _implementation(x).forward(*tensors, (size[0], size[1]), paths, softplus, merge, save_states)
+
+
+@torch.library.custom_op("mixerzoo::selective_scan", mutates_args=())
+def _selective_scan(
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    size: list[int],
+    paths: list[int],
+    softplus: bool,
+    merge: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and the saved states."""
+    return scan(x, delta, projected, dt_weight, dt_bias, A, D, size, paths, softplus, merge, save_states)
+
+
+@_selective_scan.register_fake
+def _(x, delta, projected, dt_weight, dt_bias, A, D, size, paths, softplus, merge, save_states):
+    batch, pixels, _, dim = x.shape
+    scans, _, state = A.shape
+    y = x.new_empty((batch, pixels, dim) if merge else (batch, scans, dim, pixels))
+    if not save_states:
+        return y, x.new_empty(0, dtype=torch.float32)
+    rows, columns = _plain.to_paths(paths)[0].grid(size[0], size[1])
+    chunks = (rows * columns + _plain.CHUNK - 1) // _plain.CHUNK
+    return y, x.new_empty((batch, scans, chunks + 1, state, dim), dtype=torch.float32)
+
+
+@torch.library.custom_op("mixerzoo::selective_scan_backward", mutates_args=())
+def _selective_scan_backward(
+    grad: Tensor,
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    states: Tensor,
+    size: list[int],
+    paths: list[int],
+    softplus: bool,
+    merge: bool,
+) -> list[Tensor]:
+    """Gradients of those tensors before `states` that are given, in their order."""
+    given = (x, delta, projected, dt_weight, dt_bias, A, D)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = _implementation(x).backward(grad, *given, states, (size[0], size[1]), paths, softplus, merge)
+    return [g.to(t.dtype).contiguous() for g, t in zip(grads, given, strict=True) if t is not None]
+
+
+@_selective_scan_backward.register_fake
+def _(grad, x, delta, projected, dt_weight, dt_bias, A, D, states, size, paths, softplus, merge):
+    return [t.new_empty(t.shape) for t in (x, delta, projected, dt_weight, dt_bias, A, D) if t is not None]
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, size, paths, softplus, merge, save_states = inputs
+    if not save_states:
+        raise RuntimeError("mixerzoo::selective_scan needs save_states=True where gradients are wanted")
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.size, ctx.paths, ctx.softplus, ctx.merge = size, paths, softplus, merge
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, _):
+    *given, states = ctx.saved_tensors
+    grads = iter(
+        torch.ops.mixerzoo.selective_scan_backward(grad, *given, states, ctx.size, ctx.paths, ctx.softplus, ctx.merge)
+    )
+    return *(None if tensor is None else next(grads) for tensor in given), None, None, None, None, None
+
+
+_selective_scan.register_autograd(_differentiate, setup_context=_save)
