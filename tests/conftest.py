@@ -183,9 +183,54 @@ class OperatorCase:
         return deviation(got, want)
 
 
+_SCAN_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "normal": lambda x: x,
+    "half": lambda x: 0.5 * x,
+    "posdelta": lambda x: 0.1 + 0.4 * abs(x),
+    "negexp": lambda x: -np.exp(0.5 * x),
+    "around1": lambda x: 1 + 0.1 * x,
+    "dtbias": lambda x: 0.5 * x - 0.5,
+    "big": lambda x: 8 * x + 4,
+    "alog": lambda x: 0.3 * x,
+    "fan": lambda x: x / math.sqrt(x.shape[-1]),
+    "loggate": lambda x: -np.logaddexp(0, -x) / 16,
+    "loggate_strong": lambda x: -np.logaddexp(0, 1 - 2 * x),
+}
+
+
+class ScanCase(OperatorCase):
+    """A record of scan_ops.json: float64 results of the official scans, gated attentions and wavelets."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("scan_ops", name)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """By name, float64 (of values that float32 holds)."""
+        return {name: self._draw(name, **how) for name, how in self.record["inputs"].items()}
+
+    def grad(self) -> Tensor:
+        """The gradient that is fed to "out"."""
+        return self._draw("dout", **self.record["dout"])
+
+    def _draw(self, name: str, shape: list[int], rule: str) -> Tensor:
+        stream = np.random.Generator(np.random.Philox(zlib.crc32(f"scan_ops/{self.name}/{name}".encode())))
+        return torch.from_numpy(_SCAN_RULES[rule](stream.standard_normal(shape)).astype(np.float32)).double()
+
+    def output_error(self, output: str, got: Tensor) -> float:
+        return deviation(got, self.record["outputs"][output])
+
+    def grad_error(self, name: str, got: Tensor) -> float:
+        return deviation(got, self.record["grads"][name])
+
+
 @functools.cache
 def _operator_records(file: str) -> dict[str, Any]:
     return json.loads((RECORDS / f"{file}.json").read_text())["cases"]
+
+
+@pytest.fixture(scope="session")
+def scan_case() -> Callable[[str], ScanCase]:
+    return ScanCase
 
 
 @pytest.fixture(scope="session")
