@@ -9,8 +9,11 @@ from .hilo import HiLo
 from .inception_dwconv import InceptionDWConv
 from .large_kernel_attention import LargeKernelAttention
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
+from .ss2d import SS2D, AtrousSS2D, SelectiveScan2d
 
 __all__ = [
+    "SS2D",
+    "AtrousSS2D",
     "DepthwiseConv2d",
     "DilatedReparamBlock",
     "HiLo",
@@ -19,4 +22,5 @@ __all__ = [
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "SelectiveScan2d",
 ]

@@ -67,6 +67,7 @@ class SelectiveScan2d(nn.Module):
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.dim, self.state_dim, self.dt_rank = dim, state_dim, dt_rank
         self.paths = tuple(paths)
+        self.path_fields = [int(field) for path in paths for field in path]  # as TorchScript can keep them
         self.step = _partition_step(paths)
         # Sub-grids in reading order of their first pixels, as the pixels of a step x step square lie in memory.
         self.order = sorted(range(len(paths)), key=lambda i: (paths[i].row, paths[i].column))
@@ -96,7 +97,31 @@ class SelectiveScan2d(nn.Module):
             raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
         projected = self._project(x) if self.step == 1 else self._project_sub_grids(x)
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
-        return selective_scan_2d(x, projected, self.dt_weight, self.dt_bias, -A_log.exp(), self.D, paths=self.paths)
+        A = -A_log.exp()
+        if torch.jit.is_scripting():
+            return self._scripted_scan(x, projected, A)
+        else:
+            return selective_scan_2d(x, projected, self.dt_weight, self.dt_bias, A, self.D, paths=self.paths)
+
+    def _scripted_scan(self, x: Tensor, projected: Tensor, A: Tensor) -> Tensor:
+        """The operator itself, which TorchScript can call: on flat maps, the slots of `projected` always an axis."""
+        size = [x.shape[1], x.shape[2]]
+        projected = projected.flatten(1, 2) if self.step == 1 else projected.flatten(1, 2).unsqueeze(2)
+        y = torch.ops.mixerzoo.selective_scan(
+            x.flatten(1, 2).unsqueeze(2),
+            None,
+            projected,
+            self.dt_weight,
+            self.dt_bias,
+            A,
+            self.D,
+            size,
+            self.path_fields,
+            True,
+            True,
+            torch.is_grad_enabled(),
+        )[0]
+        return y.unflatten(1, size)
 
     def _project(self, x: Tensor) -> Tensor:
         """Every pixel for every scan, [B, H, W, scans, dt_rank + 2 * state_dim], in one product."""

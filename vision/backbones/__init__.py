@@ -1,6 +1,6 @@
 """One file a paper; importing this package registers all of them with timm."""
 
-from . import dinat_s, litv2, nat, nat_isotropic, unireplknet, van
+from . import dinat_s, litv2, nat, nat_isotropic, unireplknet, van, vmamba
 from ._hierarchical import HierarchicalBackbone, Stage
 from ._isotropic import IsotropicBackbone
 
@@ -14,4 +14,5 @@ __all__ = [
     "nat_isotropic",
     "unireplknet",
     "van",
+    "vmamba",
 ]

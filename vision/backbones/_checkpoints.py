@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 StateDict = dict[str, Tensor]
 
-_ENVELOPES = ("state_dict", "model", "model_state")
+_ENVELOPES = ("state_dict", "model", "model_ema", "model_state")
 _PREFIXES = ("module.", "backbone.")
 
 
@@ -28,8 +28,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
     for prefix in _PREFIXES:
-        inside = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        if inside:
+        # Wrappers around wrappers: module.module. is an average's model within distributed training's.
+        while inside := {n[len(prefix) :]: tensor for n, tensor in state_dict.items() if n.startswith(prefix)}:
             state_dict = {
                 **inside,
                 **{name: tensor for name, tensor in state_dict.items() if name.startswith("head.fc.")},
