@@ -1,6 +1,6 @@
 """One file a paper; importing this package registers all of them with timm."""
 
-from . import dinat_s, litv2, nat, nat_isotropic, unireplknet, van, vmamba
+from . import dinat_s, efficientvmamba, litv2, nat, nat_isotropic, unireplknet, van, vmamba
 from ._hierarchical import HierarchicalBackbone, Stage
 from ._isotropic import IsotropicBackbone
 
@@ -9,6 +9,7 @@ __all__ = [
     "IsotropicBackbone",
     "Stage",
     "dinat_s",
+    "efficientvmamba",
     "litv2",
     "nat",
     "nat_isotropic",

@@ -1,0 +1,250 @@
+"""EfficientVMamba: atrous scans beside a convolution in the first two stages, inverted residuals in the others.
+
+Paper: Pei, Huang and Xu, "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba" (AAAI 2025, arXiv
+2403.09977). Weights: huggingface.co/TerryPei, for the code github.com/TerryPei/EfficientVMamba.
+
+What is unusual:
+* The repository's readme names the Apache 2.0 licence, but no licence is there, and the weights have none. This file
+  was written from the paper and from the names and shapes of the published weights. The names of the files at
+  huggingface.co are inferred from the authors' configurations, not seen.
+* Scans stand where the map is large, in the first two stages, and convolutions where it is small: most hybrids have it
+  the other way round.
+* Each scan sees a quarter of the pixels, all four together see each once: see `ScanPath` and `AtrousSS2D`.
+* One gate with one set of weights weighs the channels of both branches, each by its own average.
+* The published small model is 64 wide, although its file of settings says 96.
+* Any image size: the map is padded to whole patches and to whole squares before it is merged.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from ...mixers import AtrousSS2D, DepthwiseConv2d
+from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, unwrap
+from ._compat import InvertedResidual, SqueezeExcite
+from ._conv_mlp import RowConv2d
+from ._hierarchical import HierarchicalBackbone, Stage
+from .vmamba import SS2D_RULES, PatchEmbed, PatchMerging, parameters_of_scans, reshape_weights
+
+
+class ChannelGate(nn.Module):
+    """Each channel times a number from 0 to 1 that is a function of the average of the normalised map; [B, H, W, C]."""
+
+    def __init__(self, dim: int, *, reduction: int = 8, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.reduce = nn.Linear(dim, max(dim // reduction, 1), **dd)
+        self.act = nn.GELU()
+        self.expand = nn.Linear(max(dim // reduction, 1), dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        average = self.norm(x).mean((1, 2), keepdim=True)
+        return x * self.expand(self.act(self.reduce(average))).sigmoid()
+
+
+class EVSSBlock(nn.Module):
+    """Atrous scans and a convolution of the same normalised map, gated by one gate, added; [B, H, W, C]."""
+
+    def __init__(
+        self, dim: int, *, expand: float, state_dim: int, drop_path: float, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, **dd)
+        self.mixer = AtrousSS2D(dim, expand=expand, state_dim=state_dim, **dd)
+        self.conv_branch = nn.Sequential(
+            DepthwiseConv2d(dim, 3, **dd), nn.BatchNorm2d(dim, **dd), nn.GELU(), RowConv2d(dim, dim, 1, **dd)
+        )
+        self.gate = ChannelGate(dim, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        local = self.conv_branch(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path1(self.gate(self.mixer(y)) + self.gate(local))
+
+
+class MBConvBlock(nn.Module):
+    """MobileNet's inverted residual with squeeze and excitation, [B, H, W, C]."""
+
+    def __init__(self, dim: int, *, drop_path: float, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.conv = InvertedResidual(
+            dim,
+            dim,
+            exp_ratio=4.0,
+            act_layer=nn.ReLU,
+            se_layer=partial(SqueezeExcite, rd_ratio=0.125),
+            drop_path_rate=drop_path,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class EfficientVMamba(HierarchicalBackbone):
+    """EfficientVMamba.
+
+    Args:
+        embed_dim: channels of the first stage; each later one has twice as many.
+        expand: channels of the scans per channel of the map.
+        state_dim: numbers a channel that the scans remember.
+        out_norms: normalise the maps that `features_only` returns, as the published detection backbones do.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        *,
+        depths: Sequence[int] = (2, 2, 4, 2),
+        embed_dim: int = 48,
+        expand: float = 2.0,
+        state_dim: int = 16,
+        out_norms: bool = False,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        dims = [embed_dim * 2**i for i in range(len(depths))]
+
+        def block(stage: int, drop_path: float) -> nn.Module:
+            if stage < 2:
+                return EVSSBlock(dims[stage], expand=expand, state_dim=state_dim, drop_path=drop_path, **dd)
+            return MBConvBlock(dims[stage], drop_path=drop_path, **dd)
+
+        stages = [
+            Stage(
+                [block(i, drop_path) for drop_path in drop_paths[i]],
+                dim=dim,
+                reduction=4 * 2**i,
+                downsample=PatchMerging(dims[i - 1], **dd) if i else None,
+                out_norm=nn.LayerNorm(dim, **dd) if out_norms else None,
+            )
+            for i, dim in enumerate(dims)
+        ]
+        super().__init__(
+            PatchEmbed(in_chans, dims[0], **dd),
+            stages,
+            ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
+            norm=nn.LayerNorm(dims[-1], **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            output_fmt="NHWC",
+        )
+
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def no_weight_decay(self) -> set[str]:
+        """As in `VMamba`."""
+        return parameters_of_scans(self)
+
+
+_MBCONV_RULES = [
+    (r"(.+\.conv\.)conv_pw\.0\.", r"\1conv_pw."),
+    (r"(.+\.conv\.)conv_pw\.1\.", r"\1bn1."),
+    (r"(.+\.conv\.)conv_dw\.0\.", r"\1conv_dw."),
+    (r"(.+\.conv\.)conv_dw\.1\.", r"\1bn2."),
+    (r"(.+\.conv\.)conv_pw2\.0\.", r"\1conv_pwl."),
+    (r"(.+\.conv\.)conv_pw2\.1\.", r"\1bn3."),
+]
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
+    """Published names to ours; also of the detection backbones (`outnorm0` to `outnorm3`, no head).
+
+    In the stages of convolutions one list holds all: a change of layout, blocks, another change, the downsampling.
+    """
+    rules = [
+        (r"layers\.(\d+\.blocks\.\d+)\.norm\.", r"stages.\1.norm1."),
+        (r"layers\.(\d+\.blocks\.\d+)\.op\.", r"stages.\1.mixer."),
+        (r"layers\.(\d+\.blocks\.\d+)\.se\.norm\.", r"stages.\1.gate.norm."),
+        (r"layers\.(\d+\.blocks\.\d+)\.se\.global_reduce\.", r"stages.\1.gate.reduce."),
+        (r"layers\.(\d+\.blocks\.\d+)\.se\.channel_select\.", r"stages.\1.gate.expand."),
+        (r"layers\.(\d+\.blocks)\.", r"stages.\1."),
+        (r"patch_embed\.0\.", "stem.proj."),
+        (r"patch_embed\.2\.", "stem.norm."),
+        (r"outnorm(\d)\.", r"stages.\1.out_norm."),
+        (r"(?:classifier\.)?norm\.", "norm."),
+        (r"(?:classifier\.)?head\.(weight|bias)", r"head.fc.\1"),
+    ]
+    for i, stage in enumerate(model.stages):
+        depth = len(stage.blocks)  # pyright: ignore[reportArgumentType]
+        rules += [(rf"layers\.{i}\.(?:downsample|{depth + 2})\.", f"stages.{i + 1}.downsample.")]
+        rules += [(rf"layers\.{i}\.{j + 1}\.", f"stages.{i}.blocks.{j}.conv.") for j in range(depth)]
+    state_dict = rename(rename(unwrap(checkpoint), rules), [*SS2D_RULES, *_MBCONV_RULES])
+    state_dict = keep_fresh_norms(reshape_weights(state_dict, model), model)
+    refuse_mismatch(state_dict, model)
+    return state_dict
+
+
+def _create_efficientvmamba(name: str, pretrained: bool, **kwargs: Any) -> EfficientVMamba:
+    return build_model_with_cfg(
+        EfficientVMamba,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(size: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "hf_hub_id": f"TerryPei/EfficientVMamba-{size}",
+        "hf_hub_filename": f"efficient_vmamba_{size.lower()}.ckpt",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.proj",
+        "classifier": "head.fc",
+        "license": "unclear",
+        "origin_url": "https://github.com/TerryPei/EfficientVMamba",
+        "paper_name": "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba",
+        "paper_ids": "arXiv:2403.09977",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "efficientvmamba_tiny.in1k": _cfg("Tiny"),
+        "efficientvmamba_small.in1k": _cfg("Small"),
+        "efficientvmamba_base.in1k": _cfg("Base"),
+    }
+)
+
+
+@register_model
+def efficientvmamba_tiny(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    model_args = {"depths": (2, 2, 4, 2), "embed_dim": 48, "drop_path_rate": 0.2}
+    return _create_efficientvmamba("efficientvmamba_tiny", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def efficientvmamba_small(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    model_args = {"depths": (2, 2, 4, 2), "embed_dim": 64, "drop_path_rate": 0.2}
+    return _create_efficientvmamba("efficientvmamba_small", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def efficientvmamba_base(pretrained: bool = False, **kwargs: Any) -> EfficientVMamba:
+    model_args = {"depths": (2, 2, 9, 2), "embed_dim": 96, "drop_path_rate": 0.2}
+    return _create_efficientvmamba("efficientvmamba_base", pretrained, **{**model_args, **kwargs})
