@@ -50,24 +50,25 @@ class ScanPath(NamedTuple):
         """A map [batch, height, width, ...] as [batch, steps, ...], zeros where the path leaves the map."""
         height, width = x.shape[1], x.shape[2]
         if self.step > 1:
-            rows, columns = self.grid(height, width)
-            x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, columns * self.step - width, 0, rows * self.step - height])
-            x = x[:, self.row :: self.step, self.column :: self.step]
+            rows, columns = (torch.arange(n, device=x.device) * self.step for n in self.grid(height, width))
+            x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, self.step, 0, self.step])
+            # Not by slices: exporting, they would tie the sizes to being odd or even.
+            x = x.index_select(1, rows + self.row).index_select(2, columns + self.column)
         if self.flips:
             x = x.flip(self.flips)
         return (x.transpose(1, 2) if self.by_columns else x).flatten(1, 2)
 
     def place(self, y: Tensor, height: int, width: int) -> Tensor:
-        """The inverse of `sequence`: [batch, steps, ...] as [batch, height, width, ...], zeros where the path is not."""
+        """The inverse: [batch, steps, ...] as [batch, height, width, ...], zeros where the path does not come."""
         rows, columns = self.grid(height, width)
         y = y.unflatten(1, (columns, rows)).transpose(1, 2) if self.by_columns else y.unflatten(1, (rows, columns))
         if self.flips:
             y = y.flip(self.flips)
         if self.step > 1:
-            rest = [0, 0] * (y.ndim - 3)
-            y = F.pad(y.unsqueeze(3).unsqueeze(2), [*rest, self.column, self.step - 1 - self.column, 0, 0,
-                                                    self.row, self.step - 1 - self.row])  # fmt: skip
-            y = y.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+            down, right = torch.arange(height, device=y.device), torch.arange(width, device=y.device)
+            y = y.index_select(1, down // self.step).index_select(2, right // self.step)
+            visited = (down % self.step == self.row).unsqueeze(1) & (right % self.step == self.column)
+            y = torch.where(visited.view(height, width, *[1] * (y.ndim - 3)), y, 0)
         return y
 
     @property

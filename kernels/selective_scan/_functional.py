@@ -49,7 +49,7 @@ def _run(
     merge: bool,
     save_states: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y and `states` of the operator; of the last step alone, [batch, scans, 1, state, dim], where plain operators run."""
+    """y and `states` of the operator; where plain operators run, the last step's alone."""
     tensors = (x, delta, projected, dt_weight, dt_bias, A, D)
     if _runtime.wants_plain_ops() or x.dtype == torch.float64:
         y, every = _plain.scan(*tensors, size, paths, softplus, merge)
@@ -135,8 +135,8 @@ def _by_groups(B: Tensor, C: Tensor, batch: int, dim: int, length: int) -> tuple
             tensor = tensor.unsqueeze(1)
         if tensor.ndim != 4 or tensor.shape[0] != batch or tensor.shape[3] != length or dim % tensor.shape[1]:
             raise ValueError(
-                f"{name} must be [batch, state, length], [batch, groups, state, length] with groups that divide dim, or "
-                f"[dim, state], for batch {batch}, dim {dim}, length {length}; got {tuple(tensor.shape)}"
+                f"{name} must be [batch, state, length], [batch, groups, state, length] with groups that divide dim, "
+                f"or [dim, state], for batch {batch}, dim {dim}, length {length}; got {tuple(tensor.shape)}"
             )
         found.append(tensor)
     groups = max(tensor.shape[1] for tensor in found)

@@ -74,7 +74,8 @@ def recurrence(decay: Tensor, value: Tensor, levels: int = 4) -> Tensor:
     steps = value.shape[2]
     is_known = isinstance(steps, int)
     few = is_exporting() or not is_known
-    chunks = (steps + CHUNK - 1) // CHUNK
+    # Two more than full chunks where the number is not known: the exporter would take a single one for a constant.
+    chunks = (steps + CHUNK - 1) // CHUNK if is_known else steps // CHUNK + 2
     pad = [0, 0] * (value.ndim - 3) + [0, chunks * CHUNK - steps]
     length = steps if is_known and chunks == 1 else CHUNK
     if length == CHUNK:
