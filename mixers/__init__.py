@@ -1,8 +1,10 @@
 """Token mixers as modules, the same shape in and out. Norm, residual and drop path belong to the block.
 
-Attention takes [B, *spatial, C], convolutions [B, C, H, W] in any memory format.
+Attention and scans of maps take [B, *spatial, C], scans of sequences [B, N, C], convolutions [B, C, H, W] in any memory
+format.
 """
 
+from .bidirectional_mamba import BidirectionalMamba
 from .depthwise_conv import DepthwiseConv2d
 from .dilated_reparam import DilatedReparamBlock
 from .hilo import HiLo
@@ -14,6 +16,7 @@ from .ss2d import SS2D, AtrousSS2D, SelectiveScan2d
 __all__ = [
     "SS2D",
     "AtrousSS2D",
+    "BidirectionalMamba",
     "DepthwiseConv2d",
     "DilatedReparamBlock",
     "HiLo",

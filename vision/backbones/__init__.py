@@ -1,6 +1,6 @@
 """One file a paper; importing this package registers all of them with timm."""
 
-from . import dinat_s, efficientvmamba, litv2, nat, nat_isotropic, unireplknet, van, vmamba
+from . import dinat_s, efficientvmamba, litv2, nat, nat_isotropic, unireplknet, van, vim, vmamba
 from ._hierarchical import HierarchicalBackbone, Stage
 from ._isotropic import IsotropicBackbone
 
@@ -15,5 +15,6 @@ __all__ = [
     "nat_isotropic",
     "unireplknet",
     "van",
+    "vim",
     "vmamba",
 ]
