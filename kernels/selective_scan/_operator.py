@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _runtime
-from . import _plain
+from . import _native, _plain
 
 
 def _implementation(x: Tensor) -> ModuleType:
@@ -18,7 +18,11 @@ def _implementation(x: Tensor) -> ModuleType:
         from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
 
         return _triton
-    return _plain
+    return _native if x.device.type == "cpu" and x.dtype != torch.float64 and _native.is_available() else _plain
+
+
+def _single(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def scan(
@@ -37,8 +41,11 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """What the operator does."""
     with torch.autocast(x.device.type, enabled=False):
-        tensors = (x, delta, projected, dt_weight, dt_bias, A, D)
-        return _implementation(x).forward(*tensors, (size[0], size[1]), paths, softplus, merge, save_states)
+        implementation, tensors = _implementation(x), (x, delta, projected, dt_weight, dt_bias, A, D)
+        if implementation is _native:
+            tensors = tuple(map(_single, tensors))
+        y, states = implementation.forward(*tensors, (size[0], size[1]), paths, softplus, merge, save_states)
+        return y.to(x.dtype), states
 
 
 @torch.library.custom_op("mixerzoo::selective_scan", mutates_args=())
@@ -91,7 +98,12 @@ def _selective_scan_backward(
     """Gradients of those tensors before `states` that are given, in their order."""
     given = (x, delta, projected, dt_weight, dt_bias, A, D)
     with torch.autocast(x.device.type, enabled=False):
-        grads = _implementation(x).backward(grad, *given, states, (size[0], size[1]), paths, softplus, merge)
+        implementation, tensors = _implementation(x), (grad, *given)
+        if implementation is _native:
+            tensors = tuple(map(_single, tensors))
+        if not hasattr(implementation, "backward"):
+            implementation = _plain
+        grads = implementation.backward(*tensors, states, (size[0], size[1]), paths, softplus, merge)
     return [g.to(t.dtype).contiguous() for g, t in zip(grads, given, strict=True) if t is not None]
 
 
