@@ -377,6 +377,20 @@ def test_multiply_adds_count_the_convolution_operators() -> None:
     assert summarize(Net(), (8, 6, 10)).macs == 8 * 60 * 49 + 8 * 60 * (25 + 49 + 8)
 
 
+def test_multiply_adds_count_the_scan_operator() -> None:
+    """Four sub-grids of 3 x 2 positions over an odd map; a state of 5 and delta of 3 factors in each of 8 channels."""
+    from mixerzoo.kernels.cross_scan import ATROUS
+    from mixerzoo.kernels.selective_scan import selective_scan_2d
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            projected = torch.randn(*x.shape[:3], 3 + 2 * 5)
+            weight, bias, A = torch.randn(4, 8, 3), torch.randn(4, 8), -torch.rand(4, 8, 5)
+            return selective_scan_2d(x, projected, weight, bias, A, paths=ATROUS)
+
+    assert summarize(Net(), (5, 3, 8)).macs == 4 * 6 * 8 * (3 + 4 * 5)
+
+
 @pytest.mark.parametrize(("count", "named"), [(5, "1 2 3 4 ignored"), (150, "0 3 149 ignored")])
 def test_a_legend_of_many_classes_names_those_that_are_seen(
     count: int, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

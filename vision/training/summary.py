@@ -96,8 +96,21 @@ def _large_kernel_attention_flops(x: Any, w5: Any, w7d3: Any, w1: Any, *_: Any, 
     return 2 * math.prod(x) * (math.prod(w5[2:]) + math.prod(w7d3[2:]) + w1[1])
 
 
+def _selective_scan_flops(
+    x: Any, delta: Any, projected: Any, dt_weight: Any, dt_bias: Any, A: Any, D: Any, size: Any, paths: Any, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    """Of each scan, step and channel: a multiply-add for each factor of delta and four for each state."""
+    scans, dim, state = A
+    rank = 0 if dt_weight is None else dt_weight[2]
+    step = paths[-1]
+    steps = -(-size[0] // step) * -(-size[1] // step)
+    return 2 * x[0] * scans * steps * dim * (rank + 4 * state)
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "neighborhood_attention": _neighborhood_attention_flops,
     "depthwise_conv2d": _depthwise_conv2d_flops,
     "large_kernel_attention": _large_kernel_attention_flops,
+    "selective_scan": _selective_scan_flops,
 }
