@@ -1,0 +1,231 @@
+"""Gated linear attention by PyTorch operators, chunk by chunk: forward, and its backward.
+
+Between chunks of `CHUNK` tokens a state [head_dim, value_dim] is handed on; within one, queries meet keys in matrix
+products. Token s reaches token t weakened by the product of the gates between them. To have such products in a matrix
+product, they must fall apart into a factor of t and one of s, and the usual way, exp(sum up to t) * exp(-sum up to s),
+overflows where gates are strong. Here the factors meet at a token between s and t, so that neither ever exceeds 1:
+
+    In a pair of neighbouring blocks, each query is weakened from the border to its token ("near"), each key from its
+    token to the border ("far"): one product of two blocks. Blocks of 1, 2, 4, ... tokens pair up, until the chunk is
+    one block and its own near and far connect it with the states.
+
+No logarithm of a product and no difference of sums is ever taken: gates of 0 (-inf as logarithm) are as exact as any.
+
+The two directions differ in which half of a pair asks: the later one (`LATER`) where states come from the first token,
+the earlier one (`EARLIER`) where they come from the last. Their scores fill the two triangles of one matrix.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _runtime
+
+CHUNK = 32
+
+EARLIER, LATER = 0, 1
+_SIZES = (1, 2, 4, 8, 16)
+
+Gates = Sequence[tuple[Tensor, int]]
+"""For each direction its log gates [batch, tokens, heads, head_dim] and the half of a pair that asks."""
+
+
+def _to_chunks(x: Tensor) -> Tensor:
+    """[batch, tokens, heads, dim] to [batch, heads, chunks, CHUNK, dim], zeros for the tokens that lack."""
+    x = F.pad(x, [0, 0, 0, 0, 0, -x.shape[1] % CHUNK])
+    return x.unflatten(1, [-1, CHUNK]).permute(0, 3, 1, 2, 4)
+
+
+def _from_chunks(x: Tensor, like: Tensor) -> Tensor:
+    """The tokens, heads and data type that `like` has."""
+    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : like.shape[1]].to(like.dtype)
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """[..., CHUNK, dim] to the earlier and the later block of every pair of such blocks, [..., pairs, size, dim]."""
+    left, right = x.unflatten(-2, [-1, 2, size]).unbind(-3)
+    return left, right
+
+
+class _Reach:
+    """How much of a key survives on its way through a block of `size` tokens, all [..., CHUNK, head_dim]: from the
+    block's border to each token with that token's gate (`near`), from each token without its gate to the border
+    (`far`)."""
+
+    def __init__(self, log_gate: Tensor, asks: int, *, in_place: bool) -> None:
+        self.asks, self.in_place, self.size = asks, in_place, 1
+        self.near = log_gate.exp().contiguous()
+        self.far = torch.ones_like(self.near)
+
+    def of_pairs(self) -> tuple[Tensor, Tensor]:
+        """The near of the blocks that ask, the far of those that are asked."""
+        return _halves(self.near, self.size)[self.asks], _halves(self.far, self.size)[1 - self.asks]
+
+    def through(self, blocks: Tensor) -> Tensor:
+        """What survives the whole way through each of the `blocks` of near, [..., 1, head_dim]."""
+        return blocks[..., -1:, :] if self.asks == LATER else blocks[..., :1, :]
+
+    def widen(self) -> None:
+        """To blocks of twice the size."""
+        near, far, asks = list(_halves(self.near, self.size)), list(_halves(self.far, self.size)), self.asks
+        through = [self.through(blocks) for blocks in near]
+        if self.in_place:
+            far[1 - asks].mul_(through[asks])
+            near[asks].mul_(through[1 - asks])
+        else:
+            far[1 - asks] = far[1 - asks] * through[asks]
+            near[asks] = near[asks] * through[1 - asks]
+            self.near, self.far = (torch.stack(halves, -3).flatten(-4, -2) for halves in (near, far))
+        self.size *= 2
+
+
+def _corner(scores: Tensor, size: int, asks: int) -> Tensor:
+    """Of [..., CHUNK, CHUNK], what the asking halves of pairs of blocks have to do with the others; a view."""
+    pairs = scores.unflatten(-1, [-1, 2, size]).unflatten(-4, [-1, 2, size])
+    between = pairs.select(-5, asks).select(-2, 1 - asks)
+    return between.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _widen_scores(scores: Tensor, corners: dict[int, Tensor]) -> Tensor:
+    """Scores within blocks and between the halves of their pairs to those within pairs, [..., blocks, size, size]."""
+    left, right = scores.unflatten(-3, [-1, 2]).unbind(-3)
+    none = torch.zeros_like(left)
+    above, below = corners.get(EARLIER, none), corners.get(LATER, none)
+    return torch.cat([torch.cat([left, above], -1), torch.cat([below, right], -1)], -2)
+
+
+def _between(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T of every two blocks. So small products as the first are faster as sums."""
+    return (x * y).sum(-1, keepdim=True) if x.shape[-2] == 1 else x @ y.mT
+
+
+def _scores(query: Tensor, key: Tensor, reaches: list[_Reach]) -> Tensor:
+    """[..., CHUNK, CHUNK] of both directions, each counting a token's own key; leaves whole chunks in `reaches`."""
+    own = (query * key).sum(-1) * len(reaches)
+    in_place = reaches[0].in_place
+    scores = own.diag_embed() if in_place else own[..., None, None]
+    for size in _SIZES:
+        queries, keys = _halves(query, size), _halves(key, size)
+        corners = {}
+        for reach in reaches:
+            near, far = reach.of_pairs()
+            corners[reach.asks] = _between(queries[reach.asks] * near, keys[1 - reach.asks] * far)
+            reach.widen()
+        if in_place:
+            for asks, corner in corners.items():
+                _corner(scores, size, asks).copy_(corner)
+        else:
+            scores = _widen_scores(scores, corners)
+    return scores if in_place else scores.squeeze(-3)
+
+
+def _carry_one_by_one(log_decay: Tensor, added: Tensor) -> Tensor:
+    decay = log_decay.exp().unsqueeze(-1)
+    states = [torch.zeros_like(added[:, :, 0])]
+    for i in range(added.shape[2] - 1):
+        states.append(torch.addcmul(added[:, :, i], decay[:, :, i], states[-1]))
+    return torch.stack(states, 2)
+
+
+def _carry_all_at_once(log_decay: Tensor, added: Tensor) -> Tensor:
+    """Any number of chunks, which need not be known, in as many operators; quadratic in it, but small: one number for
+    two chunks and a channel."""
+    chunk = torch.arange(added.shape[2], device=added.device)
+    steps = torch.where(
+        (chunk[:, None] > chunk)[..., None], log_decay.unsqueeze(3), 0.0
+    )  # [..., chunk, from, head_dim]
+    survives = torch.where((chunk[:, None] >= chunk)[..., None], steps.cumsum(2).exp(), 0.0)
+    after = survives.permute(0, 1, 4, 2, 3) @ added.transpose(2, 3)
+    return F.pad(after.transpose(2, 3), [0, 0, 0, 0, 1, -1])
+
+
+def _carry(log_gate: Tensor, added: Tensor, *, from_last: bool) -> Tensor:
+    """The states [batch, heads, chunks, head_dim, value_dim] before each chunk in the direction of walking, if each
+    chunk weakens what it gets by all its gates, and adds its own."""
+    log_decay = _to_chunks(log_gate.to(added.dtype)).sum(-2)
+    if from_last:
+        log_decay, added = log_decay.flip(2), added.flip(2)
+    states = (_carry_all_at_once if _runtime.is_exporting() else _carry_one_by_one)(log_decay, added)
+    return states.flip(2) if from_last else states
+
+
+def _float_chunks(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    wide = torch.promote_types(dtype, torch.float32)
+    return [_to_chunks(tensor.to(wide)).contiguous() for tensor in tensors]
+
+
+def _reaches(gates: Gates, dtype: torch.dtype, *, in_place: bool) -> list[_Reach]:
+    return [_Reach(_to_chunks(log_gate.to(dtype)), asks, in_place=in_place) for log_gate, asks in gates]
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float, *, in_place: bool = True) -> Tensor:
+    """The sum over the directions; query, key, value [batch, tokens, heads, dim].
+
+    Differentiable by autograd, and for exporters, unless `in_place`, which is faster.
+    """
+    q, k, v = _float_chunks(query.dtype, query, key, value)
+    reaches = _reaches(gates, q.dtype, in_place=in_place)
+    out = _scores(q, k, reaches) @ v
+    for (log_gate, asks), reach in zip(gates, reaches, strict=True):
+        states = _carry(log_gate, (k * reach.far).mT @ v, from_last=asks == EARLIER)
+        out = out + (q * reach.near) @ states
+    return _from_chunks(out * scale, value)
+
+
+def _grad_of_log_gate(query_side: Tensor, key_side: Tensor, carried: Tensor, asks: int) -> Tensor:
+    """A gate weakens all that passes it: what later queries get of earlier keys. That is the sum over the tokens from
+    it on (in the direction of walking) of q dq, less that of k dk; of the tokens after the chunk, `carried`."""
+    passed = query_side - key_side
+    if asks == LATER:
+        return passed.flip(-2).cumsum(-2).flip(-2) + carried
+    return passed.cumsum(-2) + carried
+
+
+def _backward_within(
+    grad_scores: Tensor, query: Tensor, key: Tensor, reaches: list[_Reach]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """`_scores` again, and the gradients of query and key through it without a token's own key, for each direction."""
+    scores = ((query * key).sum(-1) * len(reaches)).diag_embed()
+    grads = [(torch.zeros_like(query), torch.zeros_like(key)) for _ in reaches]
+    for size in _SIZES:
+        queries, keys = _halves(query, size), _halves(key, size)
+        for reach, (grad_query, grad_key) in zip(reaches, grads, strict=True):
+            asks, asked = reach.asks, 1 - reach.asks
+            near, far = reach.of_pairs()
+            weak_query, weak_key = queries[asks] * near, keys[asked] * far
+            _corner(scores, size, asks).copy_(_between(weak_query, weak_key))
+            corner = _corner(grad_scores, size, asks)
+            _halves(grad_query, size)[asks].addcmul_(corner @ weak_key, near)
+            _halves(grad_key, size)[asked].addcmul_(corner.mT @ weak_query, far)
+            reach.widen()
+    return scores, [grad_query for grad_query, _ in grads], [grad_key for _, grad_key in grads]
+
+
+def backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value and the log gates; needs nothing but the inputs of `forward`."""
+    q, k, v, d = _float_chunks(query.dtype, query, key, value, grad)
+    d = d * scale
+    reaches = _reaches(gates, q.dtype, in_place=True)
+    grad_scores = d @ v.mT
+    scores, grads_q, grads_k = _backward_within(grad_scores, q, k, reaches)
+    grad_v = scores.mT @ d
+    grad_gates = []
+    for (log_gate, asks), reach, grad_q, grad_k in zip(gates, reaches, grads_q, grads_k, strict=True):
+        weak_k = k * reach.far
+        added = weak_k.mT @ v
+        states = _carry(log_gate, added, from_last=asks == EARLIER)
+        grad_states = _carry(log_gate, (q * reach.near).mT @ d, from_last=asks == LATER)
+        grad_q.addcmul_(d @ states.mT, reach.near)
+        grad_k.addcmul_(v @ grad_states.mT, reach.far)
+        grad_v += weak_k @ grad_states
+        after = torch.addcmul(added, states, reach.through(reach.near).mT)
+        carried = (after * grad_states).sum(-1).unsqueeze(-2)
+        grad_gate = _grad_of_log_gate(q * grad_q, k * grad_k, carried, asks)
+        grad_gates.append(_from_chunks(grad_gate, log_gate))
+    own = grad_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * len(gates)
+    grad_q, grad_k = sum(grads_q, own * k), sum(grads_k, own * q)
+    return _from_chunks(grad_q, query), _from_chunks(grad_k, key), _from_chunks(grad_v, value), grad_gates
