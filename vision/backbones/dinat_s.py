@@ -39,10 +39,9 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        overlap = 4 - self.stride
-        before = overlap // 2
-        below, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
-        x = F.pad(x, [before, right + overlap - before, before, below + overlap - before])
+        before = (4 - self.stride) // 2
+        after = 3 - before  # as many as any size needs: the convolution leaves out what is no whole patch
+        x = F.pad(x, [before, after, before, after])
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -55,9 +54,10 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2])
-        x = x.unflatten(2, [-1, 2]).unflatten(1, [-1, 2])  # [B, H / 2, 2, W / 2, 2, C]
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        # One row and column more than an even map needs, and no remainder of a size: exporting slows down a hundredfold
+        # where maps of maps of remainders have to be proven even.
+        x = F.pad(x, [0, 0, 0, 1, 0, 1]).unfold(1, 2, 2).unfold(2, 2, 2)  # [B, H / 2, W / 2, C, 2, 2]
+        return self.reduction(self.norm(x.permute(0, 1, 2, 5, 4, 3).flatten(3)))
 
 
 class DiNATsBlock(nn.Module):
