@@ -1,0 +1,190 @@
+# pyright: basic, reportCallIssue=false, reportArgumentType=false
+# pyright knows neither launches nor that Triton makes constants of plain numbers.
+"""The selective scan in Triton: what is launched. The kernels are in `_triton_walk.py` and `_triton_chunks.py`.
+
+One scan follows the other. Where several visit the same pixels each adds to what the ones before it left, in a float32
+map if y is of half precision, and the last writes y: no slab for each scan, no atomics, and the same bits each time.
+`_plain.py` says what the arguments are.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ._plain import CHUNK, backward, to_paths  # noqa: F401
+from ._triton_walk import Walk, _scan_walk_kernel, walk
+
+MAX_RANK = 16
+"""A low rank up to this is expanded in registers; a higher one by a product of matrices, one scan at a time."""
+
+# State numbers up to -> channels of a program and steps of a group, by what the compiler reports (no spilled register,
+# fewest instructions a step; tests/kernels/aot_compile.py), not by the clock. One warp: nothing crosses it.
+TILES = {1: (64, 4), 16: (64, 2), 32: (32, 2), 64: (32, 1)}
+
+
+class _Scan(NamedTuple):
+    """What one scan reads; the maps are [batch, pixels, channels] with neighbouring channels in memory."""
+
+    x: Tensor
+    delta: Tensor | None
+    projected: Tensor  # float32: low rank if delta is None, B, C
+    weight: Tensor | None  # [dim, rank] if delta is None
+    bias: Tensor | None
+    A: Tensor
+    D: Tensor | None
+    walk: Walk
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.weight is None else self.weight.shape[1]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with its last axis contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _select(x: Tensor, scan: int) -> Tensor:
+    """The part [batch, pixels, channels] of [batch, pixels, 1 or scans, channels] that is for a scan."""
+    return x[:, :, scan if x.shape[2] > 1 else 0]
+
+
+class _Scans:
+    """The arguments of an operator call, as what each scan reads."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        projected: Tensor,
+        dt_weight: Tensor | None,
+        dt_bias: Tensor | None,
+        A: Tensor,
+        D: Tensor | None,
+        size: tuple[int, int],
+        paths: list[int],
+    ) -> None:
+        self.x, self.delta, self.projected = _rows(x), None if delta is None else _rows(delta), _rows(projected.float())
+        self.weight, self.bias, self.A, self.D = (
+            None if tensor is None else tensor.contiguous() for tensor in (dt_weight, dt_bias, A, D)
+        )
+        self.paths = to_paths(paths)
+        self.walks = [walk(path, *size) for path in self.paths]
+
+    def __getitem__(self, scan: int) -> _Scan:
+        delta, projected, weight = self.delta, _select(self.projected, scan), None
+        if delta is not None:
+            delta = _select(delta, scan)
+        elif self.weight.shape[2] <= MAX_RANK:
+            weight = self.weight[scan]
+        else:
+            rank = self.weight.shape[2]
+            delta, projected = projected[..., :rank] @ self.weight[scan].float().t(), projected[..., rank:]
+        bias, D = (None if tensor is None else tensor[scan] for tensor in (self.bias, self.D))
+        return _Scan(_select(self.x, scan), delta, projected, weight, bias, self.A[scan], D, self.walks[scan])
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """The sub-grid of each scan: two have the same or no common pixel."""
+        return [(path.row, path.column) for path in self.paths]
+
+    @property
+    def covers_map(self) -> bool:
+        return len(set(self.places)) == self.paths[0].step ** 2
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def segments_of(programs: int, chunks: int, multiprocessors: int) -> int:
+    """Segments into which each path is cut, of which there are `programs` by batch and channel blocks.
+
+    One warp walks a segment; eight of them keep a multiprocessor busy. Cutting nearly doubles the work, so it is done
+    from three segments on. A segment begins by going over all before it, so it is not shorter than they are many.
+    """
+    segments = min(8 * multiprocessors // max(programs, 1), chunks, int((chunks * CHUNK) ** 0.5))
+    return segments if segments >= 3 else 1
+
+
+def _walk(
+    scan: _Scan,
+    value: Tensor,
+    states: Tensor | None,
+    *,
+    softplus: bool,
+    y: Tensor | None = None,
+    before: Tensor | None = None,
+    adjoint: bool = False,
+) -> None:
+    """One scan over `value`, which is x or, for the adjoint, the gradient of y; y += before."""
+    batch, _, dim = value.shape
+    state = scan.A.shape[1]
+    channels, group = next(tile for most, tile in TILES.items() if state <= most)
+    chunks, blocks = triton.cdiv(scan.walk.steps, CHUNK), triton.cdiv(dim, channels)
+    segments = segments_of(batch * blocks, chunks, _multiprocessors(value.device))
+    segment_chunks = triton.cdiv(chunks, segments)
+    segments = triton.cdiv(chunks, segment_chunks)
+    path = scan.walk.reversed() if adjoint else scan.walk
+    ends = times = value
+    if segments > 1:
+        ends = torch.empty(batch, segments, state, dim, device=value.device)
+        times = torch.empty(batch, segments, dim, device=value.device)
+    delta, target = value if scan.delta is None else scan.delta, value if y is None else y
+    saved = value if states is None else states
+    tensors = (
+        value, delta, scan.projected, *(value if t is None else t for t in (scan.weight, scan.bias)), scan.A,
+        value if scan.D is None else scan.D, value if before is None else before, target, saved, ends, times,
+    )  # fmt: skip
+    strides = (stride for tensor in (value, delta, scan.projected, target) for stride in tensor.stride()[:2])
+    is_wide = max(t.stride(1) * (t.shape[1] + 1) for t in (value, delta, scan.projected, target)) >= 2**31
+    arguments = (*tensors, *strides, saved.stride(0), dim, segments, segment_chunks, *path, 1)
+    constants = {
+        "STATE": state, "PADDED": triton.next_power_of_2(state), "RANK": scan.rank, "SOFTPLUS": softplus,
+        "HAS_BIAS": scan.bias is not None, "LEAVES": path.leaves_map, "ADJOINT": adjoint, "WIDE": is_wide,
+        "GROUP": group, "CHUNK": CHUNK, "BC": channels, "num_warps": 1,
+    }  # fmt: skip
+    grid = (blocks * segments * batch,)
+    if segments > 1:
+        _scan_walk_kernel[grid](*arguments, HAS_D=False, ADD=False, CARRY=True, SAVE=False, **constants)
+    has_d, adds = scan.D is not None and not adjoint, before is not None
+    _scan_walk_kernel[grid](*arguments, HAS_D=has_d, ADD=adds, CARRY=False, SAVE=states is not None, **constants)
+
+
+def forward(
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    size: tuple[int, int],
+    paths: list[int],
+    softplus: bool,
+    merge: bool,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and `states`, which is empty unless `save_states`."""
+    scans = _Scans(x, delta, projected, dt_weight, dt_bias, A, D, size, paths)
+    batch, pixels, _, dim = x.shape
+    count, state = A.shape[0], A.shape[2]
+    chunks = triton.cdiv(scans.walks[0].steps, CHUNK)
+    states = torch.empty((batch, count, chunks + 1, state, dim) if save_states else 0, device=x.device)
+    empty = torch.empty if (scans.covers_map if merge else scans.paths[0].step == 1) else torch.zeros
+    y = empty((batch, pixels, dim) if merge else (batch, count, pixels, dim), dtype=x.dtype, device=x.device)
+    places, total = scans.places, None
+    for i in range(count if y.numel() else 0):
+        is_first, is_last = places[i] not in places[:i], places[i] not in places[i + 1 :]
+        if not merge:
+            target, before = y[:, i], None
+        else:
+            if total is None and not is_last:
+                total = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+            target, before = y if is_last else total, None if is_first else total
+        kept = states[:, i] if save_states else None
+        scan = scans[i]
+        _walk(scan, scan.x, kept, softplus=softplus, y=target, before=before)
+    return y if merge else y.transpose(2, 3).contiguous(), states
