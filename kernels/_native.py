@@ -31,6 +31,7 @@ _FUNCTIONS = {
     "mixerzoo_depthwise_forward": [_pointer] * 5,
     "mixerzoo_depthwise_weight_grad": [_pointer] * 4,
     "mixerzoo_scan_forward": [_pointer] * 4,
+    "mixerzoo_scan_backward": [_pointer] * 4,
 }
 
 BAD_GEOMETRY, NO_MEMORY = 1, 2

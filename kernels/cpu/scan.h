@@ -56,61 +56,108 @@ struct Chunk {
   }
 };
 
-// Eight channels (rows of `pitch` floats) of eight neighbouring pixels, transposed, from the last pixel on if `direction` is -1.
-inline void load_transposed(const float* from, int64_t pitch, int direction, Vec (&tile)[8]) {
-  Vec columns[8];
-  for (int i = 0; i < 8; ++i) columns[i] = load(from + i * pitch);
-  transpose_tile(columns);
-  for (int i = 0; i < 8; ++i) tile[i] = columns[direction > 0 ? i : 7 - i];
+// Eight channels (rows of `pitch` floats) of eight pixels, transposed, the last pixel first if `direction` is -1.
+inline void transpose_pixels(const float* from, int64_t pitch, int direction, float* to, int64_t to_pitch) {
+  Vec tile[8];
+  for (int i = 0; i < 8; ++i) {
+    tile[i] = load(from + i * pitch);
+    __builtin_prefetch(from + i * pitch + direction * kSteps);  // the next chunk; too many streams for the hardware
+  }
+  transpose_tile(tile);
+  for (int i = 0; i < 8; ++i) store(to + (direction > 0 ? i : 7 - i) * to_pitch, tile[i]);
 }
 
-// Up to eight channels of a chunk, from `from` on, to rows of `pitch` floats; zeros where there is no channel or no pixel.
-void load_group(const View& view, const float* from, const Chunk& chunk, int64_t channels, float* to, int64_t pitch) {
-  for (int64_t t = 0; t < chunk.count;) {
-    const int direction = channels == kLanes && view.pixel == 1 && view.channel != 1 ? chunk.run(t) : 0;
-    if (direction) {
-      Vec tile[8];
-      load_transposed(from + std::min(chunk.pixels[t], chunk.pixels[t + 7]), view.channel, direction, tile);
-      for (int i = 0; i < 8; ++i) store(to + (t + i) * pitch, tile[i]);
-      t += kLanes;
-      continue;
-    }
-    Vec values = {};
-    const float* pixel = from + chunk.pixels[t] * view.pixel;
-    if (chunk.pixels[t] >= 0 && channels == kLanes && view.channel == 1) values = load(pixel);
-    else if (chunk.pixels[t] >= 0)
-      for (int64_t c = 0; c < channels; ++c) values[c] = pixel[c * view.channel];
-    store(to + t * pitch, values);
-    ++t;
+// How the entries of a view are brought to tiles and back; `kAdds` adds to what is there.
+//
+// V groups of eight adjacent channels.
+template <int V>
+inline void load_rows(const View& view, const float* from, const Chunk& chunk, float* to, int64_t pitch) {
+  static const float zeros[V * kLanes] = {};
+  for (int64_t t = 0; t < chunk.count; ++t) {
+    const float* pixel = chunk.pixels[t] < 0 ? zeros : from + chunk.pixels[t] * view.pixel;
+    for (int v = 0; v < V; ++v) store(to + t * pitch + v * kLanes, load(pixel + v * kLanes));
+    __builtin_prefetch(pixel + V * kLanes);  // the next tile
   }
 }
 
-// The other way, for the pixels that exist: stored, or added to what is there.
-void store_group(const View& view, float* to, const Chunk& chunk, int64_t channels, bool adds, const float* from,
-                 int64_t pitch) {
+template <int V, bool kAdds>
+inline void store_rows(const View& view, float* to, const Chunk& chunk, const float* from, int64_t pitch) {
+  for (int64_t t = 0; t < chunk.count; ++t) {
+    if (chunk.pixels[t] < 0) continue;
+    float* pixel = to + chunk.pixels[t] * view.pixel;
+    for (int v = 0; v < V; ++v) {
+      const Vec values = load(from + t * pitch + v * kLanes);
+      store(pixel + v * kLanes, kAdds ? load(pixel + v * kLanes) + values : values);
+    }
+    __builtin_prefetch(pixel + V * kLanes, 1);
+  }
+}
+
+// One step, any strides, up to eight channels; zeros in the other lanes.
+inline void load_step(const View& view, const float* from, int32_t pixel, int64_t channels, float* to) {
+  for (int64_t c = 0; c < kLanes; ++c)
+    to[c] = pixel >= 0 && c < channels ? from[pixel * view.pixel + c * view.channel] : 0.f;
+}
+
+inline void store_step(const View& view, float* to, int32_t pixel, int64_t channels, bool adds, const float* from) {
+  for (int64_t c = 0; pixel >= 0 && c < channels; ++c) {
+    float* entry = to + pixel * view.pixel + c * view.channel;
+    *entry = adds ? *entry + from[c] : from[c];
+  }
+}
+
+// Up to eight channels of a chunk, from `from` on, to rows of `pitch` floats; zeros where there is no channel or pixel.
+void load_group(const View& view, const float* from, const Chunk& chunk, int64_t channels, float* to, int64_t pitch) {
+  if (channels == kLanes && view.channel == 1) return load_rows<1>(view, from, chunk, to, pitch);
+  const bool transposes = channels == kLanes && view.pixel == 1;
   for (int64_t t = 0; t < chunk.count;) {
-    const int direction = channels == kLanes && view.pixel == 1 && view.channel != 1 ? chunk.run(t) : 0;
+    const int direction = transposes ? chunk.run(t) : 0;
+    if (direction) {
+      const float* first = from + std::min(chunk.pixels[t], chunk.pixels[t + kLanes - 1]);
+      transpose_pixels(first, view.channel, direction, to + t * pitch, pitch);
+      t += kLanes;
+    } else {
+      load_step(view, from, chunk.pixels[t], channels, to + t * pitch);
+      ++t;
+    }
+  }
+}
+
+// The other way, for the pixels that exist.
+template <bool kAdds>
+void store_group(const View& view, float* to, const Chunk& chunk, int64_t channels, const float* from, int64_t pitch) {
+  if (channels == kLanes && view.channel == 1) return store_rows<1, kAdds>(view, to, chunk, from, pitch);
+  const bool transposes = channels == kLanes && view.pixel == 1;
+  for (int64_t t = 0; t < chunk.count;) {
+    const int direction = transposes ? chunk.run(t) : 0;
     if (direction) {
       Vec tile[8];
       for (int i = 0; i < 8; ++i) tile[i] = load(from + (t + (direction > 0 ? i : 7 - i)) * pitch);
       transpose_tile(tile);
-      float* first = to + std::min(chunk.pixels[t], chunk.pixels[t + 7]);
-      for (int i = 0; i < 8; ++i) {
-        float* row = first + i * view.channel;
-        store(row, adds ? load(row) + tile[i] : tile[i]);
+      float* first = to + std::min(chunk.pixels[t], chunk.pixels[t + kLanes - 1]);
+      for (int i = 0; i < 8; ++i, first += view.channel) {
+        store(first, kAdds ? load(first) + tile[i] : tile[i]);
+        __builtin_prefetch(first + direction * kSteps, 1);
       }
       t += kLanes;
-      continue;
+    } else {
+      store_step(view, to, chunk.pixels[t], channels, kAdds, from + t * pitch);
+      ++t;
     }
-    float* pixel = to + chunk.pixels[t] * view.pixel;
-    const float* values = from + t * pitch;
-    if (chunk.pixels[t] >= 0 && channels == kLanes && view.channel == 1)
-      store(pixel, adds ? load(pixel) + load(values) : load(values));
-    else if (chunk.pixels[t] >= 0)
-      for (int64_t c = 0; c < channels; ++c)
-        pixel[c * view.channel] = adds ? pixel[c * view.channel] + values[c] : values[c];
-    ++t;
   }
+}
+
+void load_tile(const View& view, const float* from, const Chunk& chunk, int64_t channels, Tile to) {
+  if (channels == kTile && view.channel == 1) return load_rows<2>(view, from, chunk, to[0], kTile);
+  for (int64_t c = 0; c < kTile; c += kLanes)
+    load_group(view, from + c * view.channel, chunk, std::clamp<int64_t>(channels - c, 0, kLanes), to[0] + c, kTile);
+}
+
+template <bool kAdds>
+void store_tile(const View& view, float* to, const Chunk& chunk, int64_t channels, const Tile from) {
+  if (channels == kTile && view.channel == 1) return store_rows<2, kAdds>(view, to, chunk, from[0], kTile);
+  for (int64_t c = 0; c < channels; c += kLanes)
+    store_group<kAdds>(view, to + c * view.channel, chunk, std::min(kLanes, channels - c), from[0] + c, kTile);
 }
 
 }  // namespace

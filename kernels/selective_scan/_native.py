@@ -1,4 +1,4 @@
-"""The selective scan by the compiled kernel of kernels/cpu/selective_scan.cpp; `_plain.py` says what the arguments are."""
+"""The selective scan by the compiled kernel of kernels/cpu/selective_scan*.cpp; `_plain.py` explains the arguments."""
 
 import torch
 from torch import Tensor
@@ -10,47 +10,53 @@ __all__ = ["backward", "forward", "is_available"]
 
 
 def _view(tensor: Tensor | None) -> list[int]:
-    """The `View` of the C++ file of [batch, pixels, scans, channels]; all scans read the same where there is one."""
+    """The `View` of the C++ files of [batch, pixels, scans, channels]; where there is one scan's, all take that."""
     if tensor is None:
         return [0] * 5
     batch, pixel, scan, channel = tensor.stride()
     return [tensor.data_ptr(), batch, pixel, scan if tensor.shape[2] > 1 else 0, channel]
 
 
+def _by_pixels(y: Tensor, merge: bool) -> Tensor:
+    """y or its gradient as [batch, pixels, scans, dim]."""
+    return y.unsqueeze(2) if merge else y.permute(0, 3, 1, 2)
+
+
+def _leaves_gaps(paths: list[int]) -> bool:
+    """Whether some path does not visit every pixel: what is written then starts as zeros and is added to."""
+    return any(step > 1 for step in paths[FIELDS - 1 :: FIELDS])
+
+
+def _empty_like(tensor: Tensor, paths: list[int]) -> Tensor:
+    return torch.zeros_like(tensor) if _leaves_gaps(paths) else torch.empty_like(tensor)
+
+
 def _call(
     name: str,
-    x: Tensor,
-    projected: Tensor,
-    parameters: tuple[Tensor | None, ...],
+    A: Tensor,
+    views: list[Tensor | None],
+    states: Tensor | None,
+    parameters: list[Tensor | None],
     size: tuple[int, int],
     paths: list[int],
     softplus: bool,
-    tensors: list[int],
 ) -> None:
-    """Run the function of that name; `parameters` are dt_weight, dt_bias, A and D."""
-    given = [None if p is None else p.contiguous() for p in parameters]
-    A = parameters[2]
-    assert A is not None
+    """Run the function of that name. `views` begin with x, delta and projected; all `parameters` are contiguous."""
+    x, _, projected = views[:3]
+    assert x is not None and projected is not None
     scans, dim, state = A.shape
     rank = projected.shape[3] - 2 * state
-    geometry = [x.shape[0], scans, dim, rank, state, *size, softplus, _leaves_gaps(paths)]
+    threads = torch.get_num_threads()
     status = getattr(library(), name)(
-        as_words([torch.get_num_threads(), *geometry]),
+        as_words([threads, x.shape[0], scans, dim, rank, state, *size, softplus, _leaves_gaps(paths)]),
         as_words(paths),
-        as_words(tensors),
-        as_words([0 if p is None else p.data_ptr() for p in given]),
+        as_words([*(word for view in views for word in _view(view)), 0 if states is None else states.data_ptr()]),
+        as_words([0 if p is None else p.data_ptr() for p in parameters]),
     )
     if status == NO_MEMORY:
         raise MemoryError(f"the native selective scan found no memory for x {tuple(x.shape)}")
     if status:
-        raise ValueError(
-            f"needed a map, a state and paths with positive steps; got {size}, A {tuple(A.shape)}, {paths}"
-        )
-
-
-def _leaves_gaps(paths: list[int]) -> bool:
-    """Whether some path does not visit every pixel: outputs then start as zeros and are added to."""
-    return any(step > 1 for step in paths[FIELDS - 1 :: FIELDS])
+        raise ValueError(f"needed a map, a state and paths of positive steps; got {size}, A {tuple(A.shape)}, {paths}")
 
 
 def forward(
@@ -76,7 +82,37 @@ def forward(
     chunks = (rows * columns + CHUNK - 1) // CHUNK
     states = torch.empty((batch, scans, chunks + 1, state, dim) if save_states else 0)
     if x.numel():
-        views = [x, delta, projected, y.unsqueeze(2) if merge else y.permute(0, 3, 1, 2)]
-        tensors = [*(word for view in views for word in _view(view)), states.data_ptr() if save_states else 0]
-        _call("mixerzoo_scan_forward", x, projected, (dt_weight, dt_bias, A, D), size, paths, softplus, tensors)
+        views = [x, delta, projected, _by_pixels(y, merge)]
+        parameters = [None if p is None else p.contiguous() for p in (dt_weight, dt_bias, A, D)]
+        saved = states if save_states else None
+        _call("mixerzoo_scan_forward", A, views, saved, parameters, size, paths, softplus)
     return y, states
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    states: Tensor,
+    size: tuple[int, int],
+    paths: list[int],
+    softplus: bool,
+    merge: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for those that are None."""
+    given = [x, delta, projected]
+    parameters = [None if p is None else p.contiguous() for p in (dt_weight, dt_bias, A, D)]
+    grads = [None if t is None else _empty_like(t, paths) for t in given]
+    sums = [None if p is None else torch.zeros_like(p) for p in parameters]
+    if x.numel():
+        views = [*given, _by_pixels(grad, merge), *grads]
+        _call("mixerzoo_scan_backward", A, views, states.contiguous(), parameters + sums, size, paths, softplus)
+    grad_x, grad_delta, grad_projected = grads
+    grad_weight, grad_bias, grad_A, grad_D = sums
+    assert grad_x is not None and grad_projected is not None and grad_A is not None
+    return grad_x, grad_delta, grad_projected, grad_weight, grad_bias, grad_A, grad_D
