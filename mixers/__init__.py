@@ -7,11 +7,13 @@ format.
 from .bidirectional_mamba import BidirectionalMamba
 from .depthwise_conv import DepthwiseConv2d
 from .dilated_reparam import DilatedReparamBlock
+from .gated_linear_attention import GatedLinearAttention2d
 from .hilo import HiLo
 from .inception_dwconv import InceptionDWConv
 from .large_kernel_attention import LargeKernelAttention
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .ss2d import SS2D, AtrousSS2D, SelectiveScan2d
+from .wavelet_ss2d import WaveletSS2D
 
 __all__ = [
     "SS2D",
@@ -19,6 +21,7 @@ __all__ = [
     "BidirectionalMamba",
     "DepthwiseConv2d",
     "DilatedReparamBlock",
+    "GatedLinearAttention2d",
     "HiLo",
     "InceptionDWConv",
     "LargeKernelAttention",
@@ -26,4 +29,5 @@ __all__ = [
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
     "SelectiveScan2d",
+    "WaveletSS2D",
 ]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _runtime
-from . import _operator, _plain
+from . import _operator, _traceable
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, **log_gates: Tensor) -> None:
@@ -46,7 +46,7 @@ def _attend(
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     inputs = query, key, value, log_gate, log_gate_backward
     if _runtime.wants_plain_ops():
-        return _plain.forward(*inputs[:3], _operator.gates(log_gate, log_gate_backward), scale, in_place=False)
+        return _traceable.forward(query, key, value, _operator.gates(log_gate, log_gate_backward), scale)
     if _runtime.needs_operator(*inputs):
         return torch.ops.mixerzoo.gated_linear_attention(*inputs, scale)
     return _operator.attend(*inputs, scale)

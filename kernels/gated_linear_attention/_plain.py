@@ -16,12 +16,11 @@ the earlier one (`EARLIER`) where they come from the last. Their scores fill the
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from .. import _runtime
 
 CHUNK = 32
 
@@ -54,8 +53,8 @@ class _Reach:
     block's border to each token with that token's gate (`near`), from each token without its gate to the border
     (`far`)."""
 
-    def __init__(self, log_gate: Tensor, asks: int, *, in_place: bool) -> None:
-        self.asks, self.in_place, self.size = asks, in_place, 1
+    def __init__(self, log_gate: Tensor, asks: int) -> None:
+        self.asks, self.size = asks, 1
         self.near = log_gate.exp().contiguous()
         self.far = torch.ones_like(self.near)
 
@@ -69,15 +68,9 @@ class _Reach:
 
     def widen(self) -> None:
         """To blocks of twice the size."""
-        near, far, asks = list(_halves(self.near, self.size)), list(_halves(self.far, self.size)), self.asks
-        through = [self.through(blocks) for blocks in near]
-        if self.in_place:
-            far[1 - asks].mul_(through[asks])
-            near[asks].mul_(through[1 - asks])
-        else:
-            far[1 - asks] = far[1 - asks] * through[asks]
-            near[asks] = near[asks] * through[1 - asks]
-            self.near, self.far = (torch.stack(halves, -3).flatten(-4, -2) for halves in (near, far))
+        near, far = _halves(self.near, self.size), _halves(self.far, self.size)
+        far[1 - self.asks].mul_(self.through(near[self.asks]))
+        near[self.asks].mul_(self.through(near[1 - self.asks]))
         self.size *= 2
 
 
@@ -88,67 +81,32 @@ def _corner(scores: Tensor, size: int, asks: int) -> Tensor:
     return between.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def _widen_scores(scores: Tensor, corners: dict[int, Tensor]) -> Tensor:
-    """Scores within blocks and between the halves of their pairs to those within pairs, [..., blocks, size, size]."""
-    left, right = scores.unflatten(-3, [-1, 2]).unbind(-3)
-    none = torch.zeros_like(left)
-    above, below = corners.get(EARLIER, none), corners.get(LATER, none)
-    return torch.cat([torch.cat([left, above], -1), torch.cat([below, right], -1)], -2)
-
-
 def _between(x: Tensor, y: Tensor) -> Tensor:
     """x y^T of every two blocks. So small products as the first are faster as sums."""
     return (x * y).sum(-1, keepdim=True) if x.shape[-2] == 1 else x @ y.mT
 
 
 def _scores(query: Tensor, key: Tensor, reaches: list[_Reach]) -> Tensor:
-    """[..., CHUNK, CHUNK] of both directions, each counting a token's own key; leaves whole chunks in `reaches`."""
-    own = (query * key).sum(-1) * len(reaches)
-    in_place = reaches[0].in_place
-    scores = own.diag_embed() if in_place else own[..., None, None]
+    """[..., CHUNK, CHUNK] of all directions, each counting a token's own key; leaves whole chunks in `reaches`."""
+    scores = ((query * key).sum(-1) * len(reaches)).diag_embed()
     for size in _SIZES:
         queries, keys = _halves(query, size), _halves(key, size)
-        corners = {}
         for reach in reaches:
             near, far = reach.of_pairs()
-            corners[reach.asks] = _between(queries[reach.asks] * near, keys[1 - reach.asks] * far)
+            _corner(scores, size, reach.asks).copy_(_between(queries[reach.asks] * near, keys[1 - reach.asks] * far))
             reach.widen()
-        if in_place:
-            for asks, corner in corners.items():
-                _corner(scores, size, asks).copy_(corner)
-        else:
-            scores = _widen_scores(scores, corners)
-    return scores if in_place else scores.squeeze(-3)
-
-
-def _carry_one_by_one(log_decay: Tensor, added: Tensor) -> Tensor:
-    decay = log_decay.exp().unsqueeze(-1)
-    states = [torch.zeros_like(added[:, :, 0])]
-    for i in range(added.shape[2] - 1):
-        states.append(torch.addcmul(added[:, :, i], decay[:, :, i], states[-1]))
-    return torch.stack(states, 2)
-
-
-def _carry_all_at_once(log_decay: Tensor, added: Tensor) -> Tensor:
-    """Any number of chunks, which need not be known, in as many operators; quadratic in it, but small: one number for
-    two chunks and a channel."""
-    chunk = torch.arange(added.shape[2], device=added.device)
-    steps = torch.where(
-        (chunk[:, None] > chunk)[..., None], log_decay.unsqueeze(3), 0.0
-    )  # [..., chunk, from, head_dim]
-    survives = torch.where((chunk[:, None] >= chunk)[..., None], steps.cumsum(2).exp(), 0.0)
-    after = survives.permute(0, 1, 4, 2, 3) @ added.transpose(2, 3)
-    return F.pad(after.transpose(2, 3), [0, 0, 0, 0, 1, -1])
+    return scores
 
 
 def _carry(log_gate: Tensor, added: Tensor, *, from_last: bool) -> Tensor:
     """The states [batch, heads, chunks, head_dim, value_dim] before each chunk in the direction of walking, if each
     chunk weakens what it gets by all its gates, and adds its own."""
-    log_decay = _to_chunks(log_gate.to(added.dtype)).sum(-2)
-    if from_last:
-        log_decay, added = log_decay.flip(2), added.flip(2)
-    states = (_carry_all_at_once if _runtime.is_exporting() else _carry_one_by_one)(log_decay, added)
-    return states.flip(2) if from_last else states
+    decay = _to_chunks(log_gate.to(added.dtype)).sum(-2).exp().unsqueeze(-1)
+    states, order = torch.empty_like(added), range(added.shape[2])[:: -1 if from_last else 1]
+    states[:, :, order[0]] = 0
+    for before, chunk in pairwise(order):
+        torch.addcmul(added[:, :, before], decay[:, :, before], states[:, :, before], out=states[:, :, chunk])
+    return states
 
 
 def _float_chunks(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -156,17 +114,14 @@ def _float_chunks(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     return [_to_chunks(tensor.to(wide)).contiguous() for tensor in tensors]
 
 
-def _reaches(gates: Gates, dtype: torch.dtype, *, in_place: bool) -> list[_Reach]:
-    return [_Reach(_to_chunks(log_gate.to(dtype)), asks, in_place=in_place) for log_gate, asks in gates]
+def _reaches(gates: Gates, dtype: torch.dtype) -> list[_Reach]:
+    return [_Reach(_to_chunks(log_gate.to(dtype)), asks) for log_gate, asks in gates]
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float, *, in_place: bool = True) -> Tensor:
-    """The sum over the directions; query, key, value [batch, tokens, heads, dim].
-
-    Differentiable by autograd, and for exporters, unless `in_place`, which is faster.
-    """
+def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float) -> Tensor:
+    """The sum over the directions; query, key, value [batch, tokens, heads, dim]."""
     q, k, v = _float_chunks(query.dtype, query, key, value)
-    reaches = _reaches(gates, q.dtype, in_place=in_place)
+    reaches = _reaches(gates, q.dtype)
     out = _scores(q, k, reaches) @ v
     for (log_gate, asks), reach in zip(gates, reaches, strict=True):
         states = _carry(log_gate, (k * reach.far).mT @ v, from_last=asks == EARLIER)
@@ -209,7 +164,7 @@ def backward(
     """Gradients of query, key, value and the log gates; needs nothing but the inputs of `forward`."""
     q, k, v, d = _float_chunks(query.dtype, query, key, value, grad)
     d = d * scale
-    reaches = _reaches(gates, q.dtype, in_place=True)
+    reaches = _reaches(gates, q.dtype)
     grad_scores = d @ v.mT
     scores, grads_q, grads_k = _backward_within(grad_scores, q, k, reaches)
     grad_v = scores.mT @ d

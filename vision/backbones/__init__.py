@@ -1,6 +1,19 @@
 """One file a paper; importing this package registers all of them with timm."""
 
-from . import dinat_s, efficientvmamba, litv2, nat, nat_isotropic, unireplknet, van, vim, vmamba
+from . import (
+    dinat_s,
+    efficientvmamba,
+    litv2,
+    mobilemamba,
+    nat,
+    nat_isotropic,
+    unireplknet,
+    van,
+    vig,
+    vig_h,
+    vim,
+    vmamba,
+)
 from ._hierarchical import HierarchicalBackbone, Stage
 from ._isotropic import IsotropicBackbone
 
@@ -11,10 +24,13 @@ __all__ = [
     "dinat_s",
     "efficientvmamba",
     "litv2",
+    "mobilemamba",
     "nat",
     "nat_isotropic",
     "unireplknet",
     "van",
+    "vig",
+    "vig_h",
     "vim",
     "vmamba",
 ]

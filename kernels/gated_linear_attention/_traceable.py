@@ -1,0 +1,56 @@
+"""Gated linear attention as few standard operators: for exporters, for functional transforms, for autograd.
+
+What survives from one token to a later one is written out for all pairs of a chunk, and from one chunk to a later one
+for all pairs of chunks: exp of a sum of just the gates between, so that no gate, -inf included, is too strong. That
+takes more memory than `_plain`, and grows, slowly, with the square of the tokens; but no loop and no number of chunks
+stands in the program, so that it holds for any number of tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._plain import CHUNK, EARLIER, Gates
+
+
+def _survival(log_gates: Tensor) -> Tensor:
+    """[..., steps, dim] to [..., to, from, dim]: the product of the gates after `from` up to `to`; 0 backwards."""
+    step = torch.arange(log_gates.shape[-2], device=log_gates.device)
+    after = (step[:, None] > step)[..., None]
+    sums = torch.where(after, log_gates.unsqueeze(-2), 0.0).cumsum(-3)
+    return torch.where((step[:, None] >= step)[..., None], sums.exp(), 0.0)
+
+
+def _walk(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor) -> Tensor:
+    """One direction, [batch, tokens, heads, dim], a whole number of chunks."""
+    q, k, v, g = (x.unflatten(1, [-1, CHUNK]).permute(0, 3, 1, 2, 4) for x in (query, key, value, log_gate))
+    survival = _survival(g)  # [batch, heads, chunks, to, from, head_dim]
+    scores = (survival * q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1)
+    added = (k * survival[..., -1, :, :]).mT @ v
+    between = _survival(g.sum(-2)).permute(0, 1, 4, 2, 3)  # [batch, heads, head_dim, chunk, chunk]
+    after = (between @ added.transpose(2, 3)).transpose(2, 3)
+    before = F.pad(after, [0, 0, 0, 0, 1, -1])
+    out = scores @ v + (q * g.cumsum(-2).exp()) @ before
+    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float) -> Tensor:
+    """The sum over the directions; query, key, value [batch, tokens, heads, dim]."""
+    wide, tokens = torch.promote_types(query.dtype, torch.float32), query.shape[1]
+    missing = (
+        (tokens + CHUNK - 1) // CHUNK + 1
+    ) * CHUNK - tokens  # one chunk too many, since exporters take 1 as fixed
+
+    def stack(of_direction: Sequence[Tensor]) -> Tensor:
+        """All directions as one batch of walks from the first token."""
+        walks = [x.flip(1) if asks == EARLIER else x for x, (_, asks) in zip(of_direction, gates, strict=True)]
+        return F.pad(torch.cat(walks).to(wide), [0, 0, 0, 0, 0, missing])
+
+    inputs = [[x] * len(gates) for x in (query, key, value)]
+    walked = _walk(*(stack(x) for x in (*inputs, [log_gate for log_gate, _ in gates])))[:, :tokens] * scale
+    outs = [
+        out.flip(1) if asks == EARLIER else out for out, (_, asks) in zip(walked.chunk(len(gates)), gates, strict=True)
+    ]
+    return sum(outs[1:], outs[0]).to(value.dtype)
