@@ -1,28 +1,13 @@
-"""Layers of MLPs with a depth-wise convolution inside, and how such an MLP is handed to `kernels.conv_mlp`."""
+"""How an MLP with a depth-wise convolution inside is handed to `kernels.conv_mlp`."""
 
 from typing import Any
 
-import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ...kernels._runtime import wants_plain_ops
 from ...kernels.conv_mlp import conv_mlp, goes_by_parts
 from ...mixers import DepthwiseConv2d
 from ...mixers._compat import has_hooks
-
-
-@register_notrace_module
-class RowConv2d(nn.Conv2d):
-    """A 1 x 1 convolution; on the CPU a product with the rows of a channels_last map, which is the faster there."""
-
-    def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.Conv2d
-        if torch.jit.is_scripting() or input.device.type != "cpu" or wants_plain_ops():
-            return F.conv2d(input, self.weight, self.bias)
-        else:
-            return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
+from ...mixers.row_conv import RowConv2d
 
 _ORDINARY = (nn.Linear, nn.Conv2d, RowConv2d, DepthwiseConv2d)
 

@@ -21,12 +21,12 @@ What is unusual:
   only what has one axis, so they decay `A_log`.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
@@ -51,10 +51,10 @@ from ._isotropic import IsotropicBackbone
 def _beyond(length: int, patch_size: int, stride: int) -> int:
     """What an axis lacks to whole patches; never a branch, since the length may be a symbol while exporting."""
     if torch.jit.is_scripting():
-        covered = max(length, patch_size)
+        return max(length, patch_size) + (patch_size - max(length, patch_size)) % stride - length
     else:
-        covered = torch.sym_max(length, patch_size)  # pyright: ignore[reportAssignmentType]
-    return covered + (patch_size - covered) % stride - length
+        covered = torch.sym_max(length, patch_size)
+        return covered + (patch_size - covered) % stride - length  # pyright: ignore[reportReturnType]
 
 
 @register_notrace_module
@@ -92,9 +92,28 @@ class OverlappingPatchEmbed(PatchEmbed):
         return self.proj(F.pad(x, [0, right, 0, below])).permute(0, 2, 3, 1)
 
 
+@torch.fx.wrap  # timm's own marking is seen only once a module of this file has been entered
+def _positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A position embedding [1, rows * columns, C] of `grid` for a grid of `size`."""
+    if is_exporting() or size[0] != grid[0] or size[1] != grid[1]:
+        raster = table.unflatten(1, [grid[0], grid[1]]).permute(0, 3, 1, 2).float()
+        raster = F.interpolate(raster, [size[0], size[1]], mode="bicubic", antialias=True)
+        return raster.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+    return table
+
+
+@torch.fx.wrap
+def _wide(x: Tensor) -> Tensor:
+    """Tokens as the stream has them: float32, or float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 @register_notrace_module
 class StreamNorm(RmsNorm):
     """RMS norm of the float32 stream, computed in float32 and given out in the type of the weight."""
+
+    def __init__(self, dim: int, **dd: Any) -> None:
+        super().__init__(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -106,7 +125,7 @@ class VimBlock(nn.Module):
 
     def __init__(self, dim: int, *, drop_path: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.norm = StreamNorm(dim, eps=1e-5, device=device, dtype=dtype)
+        self.norm = StreamNorm(dim, device=device, dtype=dtype)
         self.mixer = BidirectionalMamba(dim, device=device, dtype=dtype)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -146,8 +165,8 @@ class Vim(IsotropicBackbone):
     ) -> None:
         if global_pool not in ("", "avg", "avgmax", "max", "token"):
             raise ValueError(f"global_pool must be 'token', 'avg', 'max', 'avgmax' or ''; got {global_pool!r}")
-        overlap = stride is not None and stride != patch_size
-        if stride is not None and not 1 <= stride <= patch_size:
+        stride = patch_size if stride is None else stride
+        if not 1 <= stride <= patch_size:
             raise ValueError(f"stride must lie between 1 and patch_size, {patch_size}; got {stride}")
         super().__init__(
             img_size=img_size,
@@ -165,8 +184,8 @@ class Vim(IsotropicBackbone):
             pos_drop_rate=pos_drop_rate,
             drop_path_rate=drop_path_rate,
             weight_init="reset",
-            embed_layer=partial(OverlappingPatchEmbed, stride=stride) if overlap else PatchEmbed,
-            norm_layer=partial(StreamNorm, eps=1e-5),
+            embed_layer=partial(OverlappingPatchEmbed, stride=stride) if stride < patch_size else PatchEmbed,
+            norm_layer=StreamNorm,
             block_fn=_make_block,  # type: ignore[arg-type]
             device=device,
             dtype=dtype,
@@ -194,17 +213,11 @@ class Vim(IsotropicBackbone):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, rows, columns, C] to the stream [B, rows * columns + 1, C], the class token in its middle."""
-        rows, columns = x.shape[1], x.shape[2]
-        grid, positions = self.patch_embed.grid_size, self.pos_embed[:, 1:]
-        if is_exporting() or rows != grid[0] or columns != grid[1]:
-            raster = positions.unflatten(1, [grid[0], grid[1]]).permute(0, 3, 1, 2).float()
-            raster = F.interpolate(raster, [rows, columns], mode="bicubic", antialias=True)
-            positions = raster.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+        positions = _positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
         patches = x.flatten(1, 2) + positions
         token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         middle = patches.shape[1] // 2
-        x = self.pos_drop(torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1))
-        return x if x.dtype == torch.float64 else x.float()
+        return _wide(self.pos_drop(torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)))
 
     def dense_tokens(self, x: Tensor, state: tuple[int, int]) -> tuple[Tensor, Tensor]:
         middle = (x.shape[1] - 1) // 2
