@@ -101,8 +101,6 @@ def _selective_scan_backward(
         implementation, tensors = _implementation(x), (grad, *given)
         if implementation is _native:
             tensors = tuple(map(_single, tensors))
-        if not hasattr(implementation, "backward"):
-            implementation = _plain
         grads = implementation.backward(*tensors, states, (size[0], size[1]), paths, softplus, merge)
     return [g.to(t.dtype).contiguous() for g, t in zip(grads, given, strict=True) if t is not None]
 

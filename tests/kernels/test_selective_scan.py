@@ -167,8 +167,13 @@ DEFINED = {
 }
 
 
-@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [(path, name) for path in ("native", "plain") for name in DEFINED] + [("triton", "turned")],
+    indirect=["implementation"],
+)
 def test_maps_equal_the_definition(name: str, implementation: str, poisoned_memory: None) -> None:
+    """Triton's kernels, slow to interpret, have tests of their own."""
     paths, inputs = DEFINED[name]
     expected = run(lambda **t: define_map(t, paths), inputs, torch.float64)
     assert_close(run(selective_scan_2d, inputs, torch.float32, paths=paths), expected, 5e-6)
@@ -195,7 +200,7 @@ def test_the_plain_form_and_its_written_out_gradients_are_exact(name: str, monke
 
 
 def test_states_are_saved_before_each_chunk_and_after_the_last(implementation: str) -> None:
-    for length in (31, 32, 33, 64, 70):
+    for length in (31, 32, 65):
         u, delta = torch.randn(2, 5, length), torch.rand(2, 5, length)
         A, B, C = -torch.rand(5, 3), torch.randn(2, 3, length), torch.randn(2, 3, length)
         tensors = u.permute(0, 2, 1)[:, :, None], delta.permute(0, 2, 1)[:, :, None]
@@ -227,7 +232,7 @@ def test_groups_share_coefficients_and_kinds_mix() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sums_in_float32(dtype: torch.dtype, implementation: str) -> None:
-    paths, inputs = CROSS, draw_map(CROSS, (6, 9), state=2, dim=8)
+    paths, inputs = CROSS, draw_map(CROSS, (3, 4), state=2, dim=8)
     halved = {name: value.to(dtype) if name in ("x", "projected") else value for name, value in inputs.items()}
     rounded = {name: value.double() for name, value in halved.items()}
     expected = run(lambda **t: define_map(t, paths), rounded, torch.float64)
@@ -242,7 +247,7 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype, implementation: str)
 
 def test_strong_decay_and_long_memory_stay_finite(implementation: str) -> None:
     """What breaks scans that divide by products of decays or add up their logarithms."""
-    length = 200
+    length = 70
     for scale in (50.0, 1e-6):
         t = {
             "u": torch.randn(1, 4, length),
@@ -268,7 +273,7 @@ def test_nan_reaches_the_steps_after_it_and_no_other_channel(implementation: str
 
 
 def test_any_strides(implementation: str) -> None:
-    t = {name: value.float() for name, value in draw_map(CROSS, (5, 6), dim=4).items()}
+    t = {name: value.float() for name, value in draw_map(CROSS, (2, 3), dim=4).items()}
     expected = run(selective_scan_2d, t, torch.float32)
     strided = {name: value.transpose(0, -1).contiguous().transpose(0, -1) for name, value in t.items()}
     strided["x"] = torch.cat([t["x"], t["x"]], 3)[..., 4:]
@@ -408,15 +413,15 @@ def test_float64_is_differentiable_twice() -> None:
 
 
 def test_operators_pass_opcheck(implementation: str) -> None:
-    t = {name: value.float().requires_grad_() for name, value in draw_map(CROSS, (3, 4), dim=4).items()}
+    t = {k: value.float().requires_grad_() for k, value in draw_map(BIDIRECTIONAL, (2, 2), dim=3, batch=1).items()}
     x, projected = t["x"].flatten(1, 2).unsqueeze(2), t["projected"].flatten(1, 2)
     tensors = (x, None, projected, t["dt_weight"], t["dt_bias"], t["A"], t["D"])
-    options = ([3, 4], _plain.to_integers(CROSS), True, True)
+    options = ([2, 2], _plain.to_integers(BIDIRECTIONAL), True, True)
     arguments = tuple(None if v is None else v.detach().requires_grad_() for v in tensors)
     torch.library.opcheck(torch.ops.mixerzoo.selective_scan.default, (*arguments, *options, True))
-    u = torch.randn(2, 1, 4, 12).permute(0, 3, 1, 2)
-    given = (u.detach().requires_grad_(), torch.rand(2, 12, 1, 4), torch.randn(2, 12, 1, 6))
-    sequence = (*given, None, None, -torch.rand(1, 4, 3), None, [1, 12], [0, 0, 0, 0, 0, 1], False, False)
+    u = torch.randn(1, 1, 3, 5).permute(0, 3, 1, 2)
+    given = (u.detach().requires_grad_(), torch.rand(1, 5, 1, 3), torch.randn(1, 5, 1, 4))
+    sequence = (*given, None, None, -torch.rand(1, 3, 2), None, [1, 5], [0, 0, 0, 0, 0, 1], False, False)
     torch.library.opcheck(torch.ops.mixerzoo.selective_scan.default, (*sequence, True))
     with torch.no_grad():
         y, states = torch.ops.mixerzoo.selective_scan(*arguments, *options, True)
@@ -426,7 +431,7 @@ def test_operators_pass_opcheck(implementation: str) -> None:
 
 
 def test_autocast_changes_nothing_inside(implementation: str) -> None:
-    t = {name: value.float() for name, value in draw_map(CROSS, (4, 5)).items()}
+    t = {name: value.float() for name, value in draw_map(CROSS, (2, 2)).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = selective_scan_2d(**t)
     assert torch.equal(out, selective_scan_2d(**t)) and out.dtype == torch.float32
