@@ -16,6 +16,8 @@ What is unusual:
 * Filters other than Haar's can be set, for weights that were made with others (`use_filters`); no published ones are.
 """
 
+from typing import Any
+
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
@@ -136,9 +138,10 @@ class WaveletSS2D(nn.Module):
         """Both scales into the layers before them, in place; the batch norms of the projections fuse by themselves."""
         if self.base_scale is None or self.wavelet_scale is None:
             return
-        norm: nn.BatchNorm2d = self.ss2d.out_proj.norm  # pyright: ignore[reportAssignmentType]
-        norm.weight *= self.base_scale
-        norm.bias *= self.base_scale
+        last: nn.Module = self.ss2d.out_proj
+        layer: Any = last.norm if isinstance(last, LinearNorm) else last  # the latter where it is fused already
+        layer.weight *= self.base_scale.view(-1, *[1] * (layer.weight.dim() - 1))
+        layer.bias *= self.base_scale
         self.conv.weight *= self.wavelet_scale.view(-1, 1, 1, 1)
         self.base_scale, self.wavelet_scale = None, None
 
