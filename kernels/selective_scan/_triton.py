@@ -13,15 +13,23 @@ import torch
 import triton
 from torch import Tensor
 
-from ._plain import CHUNK, backward, to_paths  # noqa: F401
+from .. import _runtime
+from ._plain import CHUNK, to_paths
+from ._triton_chunks import _scan_bwd_kernel
 from ._triton_walk import Walk, _scan_walk_kernel, walk
 
 MAX_RANK = 16
 """A low rank up to this is expanded in registers; a higher one by a product of matrices, one scan at a time."""
 
-# State numbers up to -> channels of a program and steps of a group, by what the compiler reports (no spilled register,
-# fewest instructions a step; tests/kernels/aot_compile.py), not by the clock. One warp: nothing crosses it.
-TILES = {1: (64, 4), 16: (64, 2), 32: (32, 2), 64: (32, 1)}
+# State numbers up to -> channels of a program, steps of a group and warps, by what the compiler reports (no spilled
+# register, fewest instructions a step; tests/kernels/aot_compile.py), not by the clock. State 64 is in two warps.
+TILES = {1: (64, 4, 1), 4: (64, 4, 1), 16: (32, 4, 1), 32: (32, 2, 1), 64: (32, 1, 2)}
+
+HALF = CHUNK // 2
+"""Steps between two saved adjoints."""
+
+CHANNELS = 32
+"""Channels of a program of the backward."""
 
 
 class _Scan(NamedTuple):
@@ -77,11 +85,10 @@ class _Scans:
         delta, projected, weight = self.delta, _select(self.projected, scan), None
         if delta is not None:
             delta = _select(delta, scan)
-        elif self.weight.shape[2] <= MAX_RANK:
-            weight = self.weight[scan]
-        else:
-            rank = self.weight.shape[2]
-            delta, projected = projected[..., :rank] @ self.weight[scan].float().t(), projected[..., rank:]
+        elif self.weight is not None:
+            weight, rank = self.weight[scan], self.weight.shape[2]
+            if rank > MAX_RANK:
+                delta, projected, weight = projected[..., :rank] @ weight.float().t(), projected[..., rank:], None
         bias, D = (None if tensor is None else tensor[scan] for tensor in (self.bias, self.D))
         return _Scan(_select(self.x, scan), delta, projected, weight, bias, self.A[scan], D, self.walks[scan])
 
@@ -118,12 +125,13 @@ def _walk(
     y: Tensor | None = None,
     before: Tensor | None = None,
     adjoint: bool = False,
+    chunk: int = CHUNK,
 ) -> None:
     """One scan over `value`, which is x or, for the adjoint, the gradient of y; y += before."""
     batch, _, dim = value.shape
     state = scan.A.shape[1]
-    channels, group = next(tile for most, tile in TILES.items() if state <= most)
-    chunks, blocks = triton.cdiv(scan.walk.steps, CHUNK), triton.cdiv(dim, channels)
+    channels, group, warps = next(tile for most, tile in TILES.items() if state <= most)
+    chunks, blocks = triton.cdiv(scan.walk.steps, chunk), triton.cdiv(dim, channels)
     segments = segments_of(batch * blocks, chunks, _multiprocessors(value.device))
     segment_chunks = triton.cdiv(chunks, segments)
     segments = triton.cdiv(chunks, segment_chunks)
@@ -144,7 +152,7 @@ def _walk(
     constants = {
         "STATE": state, "PADDED": triton.next_power_of_2(state), "RANK": scan.rank, "SOFTPLUS": softplus,
         "HAS_BIAS": scan.bias is not None, "LEAVES": path.leaves_map, "ADJOINT": adjoint, "WIDE": is_wide,
-        "GROUP": group, "CHUNK": CHUNK, "BC": channels, "num_warps": 1,
+        "GROUP": group, "CHUNK": chunk, "BC": channels, "num_warps": warps,
     }  # fmt: skip
     grid = (blocks * segments * batch,)
     if segments > 1:
@@ -188,3 +196,102 @@ def forward(
         scan = scans[i]
         _walk(scan, scan.x, kept, softplus=softplus, y=target, before=before)
     return y if merge else y.transpose(2, 3).contiguous(), states
+
+
+def _warps(threads: int) -> int:
+    """Warps that make up that many threads, in the sense of the device: AMD's have 64."""
+    if _runtime.INTERPRET:
+        return 1
+    target = triton.runtime.driver.active.get_current_target()  # type: ignore[union-attr]
+    return max(1, threads // target.warp_size)
+
+
+class _Partials(NamedTuple):
+    """What the programs of the backward of one scan leave to be added: float32."""
+
+    BC: Tensor  # [blocks, batch, pixels, 2 * state]
+    A: Tensor  # [batch * chunks, state, dim]
+    D: Tensor  # [batch * chunks, dim]
+    bias: Tensor
+
+
+def _differentiate(
+    scan: _Scan, grad: Tensor, states: Tensor, grad_x: Tensor, grad_delta: Tensor, *, softplus: bool, adds: bool
+) -> _Partials:
+    """Write (or add) grad_x, write grad_delta: that of the argument of softplus; and return the rest."""
+    batch, pixels, dim = scan.x.shape
+    state, device = scan.A.shape[1], scan.x.device
+    chunks, blocks = triton.cdiv(scan.walk.steps, CHUNK), triton.cdiv(dim, CHANNELS)
+    adjoint = torch.empty(batch, triton.cdiv(scan.walk.steps, HALF), state, dim, device=device)
+    _walk(scan, grad, adjoint, softplus=softplus, adjoint=True, chunk=HALF)
+    visits_all = scan.walk.steps == pixels and not scan.walk.leaves_map
+    empty = torch.empty if visits_all else torch.zeros
+    partials = _Partials(
+        empty(blocks, batch, pixels, 2 * state, device=device),
+        torch.empty(batch * chunks, state, dim, device=device),
+        torch.empty(batch * chunks, dim, device=device),
+        torch.empty(batch * chunks, dim, device=device),
+    )
+    delta = scan.x if scan.delta is None else scan.delta
+    maps = (grad, scan.x, delta, scan.projected, grad_x, grad_delta)
+    strides = [stride for tensor in maps for stride in tensor.stride()[:2]]
+    saved = (states.stride(0), adjoint.stride(0))
+    is_wide = max(t.stride(1) * (t.shape[1] + 1) for t in (*maps, partials.BC[0])) >= 2**31
+    _scan_bwd_kernel[(blocks * chunks * batch,)](
+        *maps[:4], *(scan.x if t is None else t for t in (scan.weight, scan.bias)), scan.A,
+        scan.x if scan.D is None else scan.D, states, adjoint, grad_x, grad_delta, *partials,
+        *strides[:8], *saved, *strides[8:], partials.BC.stride(1), partials.BC.stride(0), dim, chunks, *scan.walk, 1,
+        state, scan.rank, softplus, scan.bias is not None, scan.D is not None, adds, scan.walk.leaves_map, is_wide,
+        HALF, CHANNELS, num_warps=_warps(2 * CHANNELS),
+    )  # fmt: skip
+    return partials
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    states: Tensor,
+    size: tuple[int, int],
+    paths: list[int],
+    softplus: bool,
+    merge: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """Gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for those that are None."""
+    scans = _Scans(x, delta, projected, dt_weight, dt_bias, A, D, size, paths)
+    grad = _rows(grad).unsqueeze(1) if merge else grad.transpose(2, 3).contiguous()
+    places, rank = scans.places, 0 if dt_weight is None else dt_weight.shape[2]
+    is_shared, is_sparse = x.shape[2] == 1, scans.paths[0].step > 1
+    sums_x = is_shared and len(set(places)) < len(places)
+    single = {"device": x.device, "dtype": torch.float32}
+    empty = torch.zeros if is_sparse else torch.empty
+    grad_x = empty(x.shape, device=x.device, dtype=torch.float32 if sums_x else x.dtype)
+    grad_delta = None if delta is None else empty(delta.shape, device=x.device, dtype=delta.dtype)
+    grad_projected = torch.zeros(projected.shape, **single)
+    grad_A = torch.zeros(A.shape, **single)
+    grad_weight, grad_bias, grad_D = (
+        None if t is None else torch.zeros(t.shape, **single) for t in (dt_weight, dt_bias, D)
+    )
+    for i in range(len(places) if x.numel() else 0):
+        scan, slot = scans[i], i if projected.shape[2] > 1 else 0
+        raw = empty(x.shape[0], x.shape[1], x.shape[3], **single) if grad_delta is None else grad_delta[:, :, i]
+        partials = _differentiate(
+            scan, grad[:, 0 if merge else i], states[:, i], _select(grad_x, i), raw,
+            softplus=softplus, adds=is_shared and places[i] in places[:i],
+        )  # fmt: skip
+        grad_projected[:, :, slot, rank:] += partials.BC.sum(0)
+        grad_A[i] = partials.A.sum(0).t()
+        if grad_D is not None:
+            grad_D[i] = partials.D.sum(0)
+        if grad_bias is not None:
+            grad_bias[i] = partials.bias.sum(0)
+        if grad_weight is not None and scans.weight is not None:
+            low_rank = scans.projected[:, :, slot, :rank].flatten(0, 1)
+            grad_projected[:, :, slot, :rank] += raw @ scans.weight[i].float()
+            grad_weight[i] = raw.flatten(0, 1).t() @ low_rank
+    return grad_x, grad_delta, grad_projected, grad_weight, grad_bias, grad_A, grad_D

@@ -1,5 +1,6 @@
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportOptionalMemberAccess=false
-# pyright knows neither launches nor that Triton makes constants of plain numbers.
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright knows neither launches, nor what Triton makes of plain numbers and of tuples.
 """The walk along a path, in Triton: the scan itself, the ends of its segments, and the adjoint of the state.
 
 A program owns a block of channels, one lane each (or two), of one image and one segment of the path, and takes one step
@@ -27,7 +28,6 @@ import triton
 import triton.language as tl
 
 from ..cross_scan import ScanPath
-from ._plain import CHUNK
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -148,10 +148,7 @@ def _steps(
         b_delta = softplus(raw[j]) if SOFTPLUS else raw[j]
         b_time += b_delta
         b_decay = tl.exp2(b_delta * b_A)
-        if ADJOINT:
-            b_h = b_decay * (b_h + x[j] * feed[j])
-        else:
-            b_h = b_decay * b_h + b_delta * x[j] * feed[j]
+        b_h = b_decay * (b_h + x[j] * feed[j]) if ADJOINT else b_decay * b_h + b_delta * x[j] * feed[j]
         if WRITES:
             b_y = b_h * read[j]
             if STATE > 1:
@@ -246,7 +243,6 @@ def _scan_walk_kernel(
     if CARRY:
         tl.store(p_times + (row + i_s) * dim + o_c, b_time, mask=m_c)
         tl.store(p_ends + (row + i_s) * (STATE * dim) + o_h, b_h, mask=m_h)
-    elif SAVE:
+    elif SAVE and not ADJOINT:  # noqa: SIM102 (a condition for the compiler and one for the program)
         if end == chunks:
-            if not ADJOINT:
-                tl.store(p_states + chunks.to(tl.int64) * (STATE * dim) + o_h, b_h, mask=m_h)
+            tl.store(p_states + chunks.to(tl.int64) * (STATE * dim) + o_h, b_h, mask=m_h)
