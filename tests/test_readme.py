@@ -70,8 +70,14 @@ def test_first_python_block_is_short() -> None:
     assert len([line for line in first.splitlines() if line]) <= 8
 
 
+def test_families_name_every_model() -> None:
+    patterns = re.findall(r"`(\w+_\*)`", (ROOT / "README.md").read_text())
+    assert all(models.names(pattern) for pattern in patterns)
+    assert {name for pattern in patterns for name in models.names(pattern)} == set(models.names())
+
+
 def _table() -> list[str]:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/models.md").read_text()
     (table,) = re.findall(r"<!-- models: .*? -->\n(.*?)\n<!-- /models -->", text, flags=re.DOTALL)
     return table.splitlines()
 

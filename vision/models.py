@@ -121,7 +121,7 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mixerzoo.vision.models", description="List our models.")
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of names, such as 'dinat_*'")
-    parser.add_argument("--markdown", action="store_true", help="as in README.md")
+    parser.add_argument("--markdown", action="store_true", help="as in docs/models.md")
     return parser
 
 
