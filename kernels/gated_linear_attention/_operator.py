@@ -6,13 +6,17 @@ Nothing is kept for the backward but the inputs: the states are computed again, 
 import torch
 from torch import Tensor
 
+from .. import _runtime
 from . import _plain
 
 
 def gates(log_gate: Tensor, log_gate_backward: Tensor | None) -> _plain.Gates:
     """One direction or two, as `_plain` takes them."""
-    forward = (log_gate, _plain.LATER)
-    return [forward] if log_gate_backward is None else [forward, (log_gate_backward, _plain.EARLIER)]
+    return list(zip(_given(log_gate, log_gate_backward), (_plain.LATER, _plain.EARLIER), strict=False))
+
+
+def _given(log_gate: Tensor, log_gate_backward: Tensor | None) -> tuple[Tensor, ...]:
+    return (log_gate,) if log_gate_backward is None else (log_gate, log_gate_backward)
 
 
 def attend(
@@ -22,6 +26,11 @@ def attend(
     if value.numel() == 0 or query.numel() == 0:
         return value.new_zeros(value.shape)
     with torch.autocast(query.device.type, enabled=False):
+        if _runtime.runs_triton(query):
+            from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+
+            if _triton.supports(query, value):
+                return _triton.forward(query, key, value, _given(log_gate, log_gate_backward), scale)
         return _plain.forward(query, key, value, gates(log_gate, log_gate_backward), scale).contiguous()
 
 
@@ -48,9 +57,14 @@ def _gated_linear_attention_backward(
     scale: float,
 ) -> list[Tensor]:
     """Gradients of query, key, value, and one or two log gates."""
-    inputs = [query, key, value, log_gate, *([] if log_gate_backward is None else [log_gate_backward])]
+    given = _given(log_gate, log_gate_backward)
     if value.numel() == 0 or query.numel() == 0:
-        return [x.new_zeros(x.shape) for x in inputs]
+        return [x.new_zeros(x.shape) for x in (query, key, value, *given)]
+    if _runtime.runs_triton(query):
+        from . import _triton
+
+        if _triton.supports(query, value):
+            return _triton.backward(grad, query, key, value, given, scale)
     directions = gates(log_gate, log_gate_backward)
     *grads, grad_gates = _plain.backward(grad, query, key, value, directions, scale)
     return [x.contiguous() for x in (*grads, *grad_gates)]
@@ -58,8 +72,7 @@ def _gated_linear_attention_backward(
 
 @_gated_linear_attention_backward.register_fake
 def _(grad, query, key, value, log_gate, log_gate_backward, scale):
-    inputs = [query, key, value, log_gate, *([] if log_gate_backward is None else [log_gate_backward])]
-    return [x.new_empty(x.shape) for x in inputs]
+    return [x.new_empty(x.shape) for x in (query, key, value, *_given(log_gate, log_gate_backward))]
 
 
 def _save(ctx, inputs, output) -> None:
