@@ -285,12 +285,13 @@ def _take_filters(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Without the wavelet filters where they are Haar's; where not, the mixer gets them and keeps them."""
     state_dict = dict(state_dict)
     for name, mixer in model.named_modules():
-        if not isinstance(mixer, WaveletSS2D) or f"{name}.wt_filter" not in state_dict:
+        names = [f"{name}.wt_filter", f"{name}.iwt_filter"]
+        if not isinstance(mixer, WaveletSS2D) or any(
+            filters not in state_dict or state_dict[filters].shape != (4 * mixer.dim, 1, 2, 2) for filters in names
+        ):
             continue
-        filters = []
-        for direction in ("wt_filter", "iwt_filter"):
-            by_channel = state_dict.pop(f"{name}.{direction}").view(mixer.dim, 4, 2, 2)
-            filters.append(by_channel.permute(1, 2, 3, 0).contiguous())
+        by_channel = [state_dict.pop(filters).view(mixer.dim, 4, 2, 2) for filters in names]
+        filters = [bank.permute(1, 2, 3, 0).contiguous() for bank in by_channel]
         if not all(torch.allclose(bank, _HAAR[..., None].to(bank), atol=1e-4) for bank in filters):
             mixer.use_filters(*filters)
             state_dict[f"{name}.analysis"], state_dict[f"{name}.synthesis"] = filters
