@@ -28,7 +28,6 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels._runtime import is_exporting
 from ..kernels.cross_scan import ATROUS, CROSS, ScanPath
 from ..kernels.selective_scan import selective_scan_2d
 from .depthwise_conv import DepthwiseConv2d
@@ -130,16 +129,13 @@ class SelectiveScan2d(nn.Module):
     def _project_sub_grids(self, x: Tensor) -> Tensor:
         """Every pixel for the one scan that meets it, [B, H, W, dt_rank + 2 * state_dim]."""
         height, width, step = x.shape[1], x.shape[2], self.step
-        rows, columns = (height + step - 1) // step, (width + step - 1) // step
-        below, right = rows * step - height, columns * step - width
-        padded = is_exporting() or below > 0 or right > 0
-        if padded:
-            x = F.pad(x, [0, 0, 0, right, 0, below])
-        grids = x.unflatten(2, [columns, step]).unflatten(1, [rows, step]).permute(2, 4, 0, 1, 3, 5)
+        # Rows and columns for any size, and no remainder of one: those of symbolic sizes would slow down an export.
+        grids = F.pad(x, [0, 0, 0, step - 1, 0, step - 1]).unfold(1, step, step).unfold(2, step, step)
+        rows, columns = grids.shape[1], grids.shape[2]
         weight = torch.stack([self.x_proj_weight[i] for i in self.order]).transpose(1, 2)
-        projected = (grids.flatten(2, 4).flatten(0, 1) @ weight).unflatten(1, [x.shape[0], rows, columns])
-        projected = projected.unflatten(0, [step, step]).permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
-        return F.pad(projected, [0, 0, 0, -right, 0, -below]) if padded else projected
+        projected = grids.permute(4, 5, 0, 1, 2, 3).flatten(2, 4).flatten(0, 1) @ weight
+        projected = projected.unflatten(1, [x.shape[0], rows, columns]).unflatten(0, [step, step])
+        return projected.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
     def extra_repr(self) -> str:
         return f"{self.dim}, state_dim={self.state_dim}, dt_rank={self.dt_rank}, scans={len(self.paths)}"

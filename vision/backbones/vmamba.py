@@ -69,7 +69,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, -x.shape[3] % 4, 0, -x.shape[2] % 4])
+        x = F.pad(x, [0, 3, 0, 3])  # as many as any size needs: the convolution leaves out what is no whole patch
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -82,9 +82,9 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2])
-        x = x.unflatten(2, [-1, 2]).unflatten(1, [-1, 2])  # [B, H / 2, 2, W / 2, 2, C]
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        # One row and column more than an even map needs: remainders of symbolic sizes would slow down an export.
+        x = F.pad(x, [0, 0, 0, 1, 0, 1]).unfold(1, 2, 2).unfold(2, 2, 2)  # [B, H / 2, W / 2, C, 2, 2]
+        return self.reduction(self.norm(x.permute(0, 1, 2, 5, 4, 3).flatten(3)))
 
 
 class VSSBlock(nn.Module):
