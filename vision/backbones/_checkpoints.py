@@ -72,8 +72,9 @@ def keep_fresh_norms(state_dict: StateDict, model: nn.Module) -> StateDict:
     A classifier's file knows no `Stage.out_norm`, a segmentation or detection backbone's no final norm, or
     no norm in the head.
     """
-    downstream = any(".out_norm." in name for name in state_dict)
-    fresh = re.compile(r"(?:head\.)?norm\." if downstream else r"stages\.\d+\.out_norm\.")
+    taps = re.compile(r"stages\.\d+\.out_norm\.")
+    downstream = any(taps.match(name) for name in state_dict)
+    fresh = re.compile(r"(?:head\.)?norm\.") if downstream else taps
     return {**{name: tensor for name, tensor in model.state_dict().items() if fresh.match(name)}, **state_dict}
 
 
