@@ -10,8 +10,8 @@
 
 namespace {
 
-constexpr int64_t kSteps = 32;           // of a chunk; the states between chunks are what the backward pass keeps
-constexpr int64_t kTile = 2 * kLanes;    // channels: a line of the cache
+constexpr int64_t kSteps = 32;         // of a chunk; the states between chunks are what the backward pass keeps
+constexpr int64_t kTile = 2 * kLanes;  // channels: a line of the cache
 typedef float Tile[kSteps][kTile];
 
 // One order in which a map is walked, as kernels/cross_scan.py defines it.
@@ -31,6 +31,7 @@ struct View {
 struct Chunk {
   int64_t count;
   int32_t pixels[kSteps];
+  int runs[kSteps / kLanes];  // +1 or -1 where eight pixels are neighbours in that order, else 0
 
   Chunk(const Path& path, int64_t height, int64_t width, int64_t first) {
     const int64_t rows = ceil_div(height, path.step), columns = ceil_div(width, path.step);
@@ -44,25 +45,23 @@ struct Chunk {
       pixels[t] = y < height && x < width ? static_cast<int32_t>(y * width + x) : -1;
       if (++fast == inner) fast = 0, ++slow;
     }
+    for (int64_t t = 0; t < count; t += kLanes) runs[t / kLanes] = find_run(t);
   }
 
-  // +1 or -1 where the eight pixels from step `t` are neighbours in that order, else 0.
-  int run(int64_t t) const {
-    if (t + kLanes > count || pixels[t] < 0) return 0;
+ private:
+  int find_run(int64_t t) const {
+    if (t + kLanes > count) return 0;
     const int direction = pixels[t + 1] == pixels[t] + 1 ? 1 : -1;
-    for (int64_t i = 1; i < kLanes; ++i)
-      if (pixels[t + i] != pixels[t] + i * direction) return 0;
-    return pixels[t + kLanes - 1] < 0 ? 0 : direction;
+    for (int64_t i = 0; i < kLanes; ++i)
+      if (pixels[t + i] < 0 || pixels[t + i] != pixels[t] + i * direction) return 0;
+    return direction;
   }
 };
 
 // Eight channels (rows of `pitch` floats) of eight pixels, transposed, the last pixel first if `direction` is -1.
 inline void transpose_pixels(const float* from, int64_t pitch, int direction, float* to, int64_t to_pitch) {
   Vec tile[8];
-  for (int i = 0; i < 8; ++i) {
-    tile[i] = load(from + i * pitch);
-    __builtin_prefetch(from + i * pitch + direction * kSteps);  // the next chunk; too many streams for the hardware
-  }
+  for (int i = 0; i < 8; ++i) tile[i] = load(from + i * pitch);
   transpose_tile(tile);
   for (int i = 0; i < 8; ++i) store(to + (direction > 0 ? i : 7 - i) * to_pitch, tile[i]);
 }
@@ -76,7 +75,6 @@ inline void load_rows(const View& view, const float* from, const Chunk& chunk, f
   for (int64_t t = 0; t < chunk.count; ++t) {
     const float* pixel = chunk.pixels[t] < 0 ? zeros : from + chunk.pixels[t] * view.pixel;
     for (int v = 0; v < V; ++v) store(to + t * pitch + v * kLanes, load(pixel + v * kLanes));
-    __builtin_prefetch(pixel + V * kLanes);  // the next tile
   }
 }
 
@@ -89,7 +87,6 @@ inline void store_rows(const View& view, float* to, const Chunk& chunk, const fl
       const Vec values = load(from + t * pitch + v * kLanes);
       store(pixel + v * kLanes, kAdds ? load(pixel + v * kLanes) + values : values);
     }
-    __builtin_prefetch(pixel + V * kLanes, 1);
   }
 }
 
@@ -106,12 +103,20 @@ inline void store_step(const View& view, float* to, int32_t pixel, int64_t chann
   }
 }
 
+// What the next chunk takes of eight channels that lie in rows of pixels: more streams than the hardware follows.
+inline void prefetch_next(const View& view, const float* first, const Chunk& chunk) {
+  for (int64_t t = 0; t < chunk.count; t += kTile)  // a line
+    for (int64_t c = 0; c < kLanes; ++c)
+      __builtin_prefetch(first + c * view.channel + chunk.pixels[t] + chunk.runs[t / kLanes] * kSteps);
+}
+
 // Up to eight channels of a chunk, from `from` on, to rows of `pitch` floats; zeros where there is no channel or pixel.
 void load_group(const View& view, const float* from, const Chunk& chunk, int64_t channels, float* to, int64_t pitch) {
   if (channels == kLanes && view.channel == 1) return load_rows<1>(view, from, chunk, to, pitch);
   const bool transposes = channels == kLanes && view.pixel == 1;
+  if (transposes) prefetch_next(view, from, chunk);
   for (int64_t t = 0; t < chunk.count;) {
-    const int direction = transposes ? chunk.run(t) : 0;
+    const int direction = transposes && t % kLanes == 0 ? chunk.runs[t / kLanes] : 0;
     if (direction) {
       const float* first = from + std::min(chunk.pixels[t], chunk.pixels[t + kLanes - 1]);
       transpose_pixels(first, view.channel, direction, to + t * pitch, pitch);
@@ -128,17 +133,15 @@ template <bool kAdds>
 void store_group(const View& view, float* to, const Chunk& chunk, int64_t channels, const float* from, int64_t pitch) {
   if (channels == kLanes && view.channel == 1) return store_rows<1, kAdds>(view, to, chunk, from, pitch);
   const bool transposes = channels == kLanes && view.pixel == 1;
+  if (transposes) prefetch_next(view, to, chunk);
   for (int64_t t = 0; t < chunk.count;) {
-    const int direction = transposes ? chunk.run(t) : 0;
+    const int direction = transposes && t % kLanes == 0 ? chunk.runs[t / kLanes] : 0;
     if (direction) {
       Vec tile[8];
       for (int i = 0; i < 8; ++i) tile[i] = load(from + (t + (direction > 0 ? i : 7 - i)) * pitch);
       transpose_tile(tile);
       float* first = to + std::min(chunk.pixels[t], chunk.pixels[t + kLanes - 1]);
-      for (int i = 0; i < 8; ++i, first += view.channel) {
-        store(first, kAdds ? load(first) + tile[i] : tile[i]);
-        __builtin_prefetch(first + direction * kSteps, 1);
-      }
+      for (int i = 0; i < 8; ++i, first += view.channel) store(first, kAdds ? load(first) + tile[i] : tile[i]);
       t += kLanes;
     } else {
       store_step(view, to, chunk.pixels[t], channels, kAdds, from + t * pitch);

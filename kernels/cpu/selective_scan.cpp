@@ -1,9 +1,9 @@
-// The selective scan on the CPU, h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t . h_t + D x_t, over maps that
-// are walked along given paths, float32. Called through ctypes. The backward pass is in selective_scan_backward.cpp.
+// The selective scan on the CPU, h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t . h_t + D x_t, over maps
+// that are walked along given paths, float32. Called through ctypes. The gradients: selective_scan_backward.cpp.
 //
 // What is unusual:
-// - Lanes are channels and time is walked step by step, so there is no prefix sum, no shuffle and no sum over lanes. The
-//   states of a chunk of 32 steps stay in registers, a few at a time; everything else is in small tiles in the
+// - Lanes are channels and time is walked step by step, so there is no prefix sum, no shuffle and no sum over lanes.
+//   The states of a chunk of 32 steps stay in registers, a few at a time; everything else is in small tiles in the
 //   first-level cache, into which maps are copied (and transposed, where time is what is adjacent) chunk by chunk.
 // - No sequence is ever made: a scan reads and writes the map where its path leads. Where the scans are added up, one
 //   task makes all the scans of its channels, one after the other; delta is expanded from its few factors on the way.
@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kMaxTiles = 8;  // of a task: their states should stay in the first-level cache
+constexpr int64_t kMaxTiles = 16;  // of a task: what the next chunk takes of them should stay in the second-level cache
 
 struct ForwardTensors {
   View x, delta, projected, y;  // no data in delta where it is expanded
@@ -110,7 +110,7 @@ void scan_tiles(const Geometry& g, const Path& path, const ForwardTensors& m, fl
 void forward(const Geometry& g, const Path* paths, const ForwardTensors& m, const Parameters& parameters) {
   const Floats packed = pack_parameters(g, parameters);
   const int64_t together = m.y.scan == 0 ? g.scans : 1, groups = g.scans / together;
-  const int64_t wanted = ceil_div(kTasksPerThread * g.threads, g.batch * groups);
+  const int64_t wanted = ceil_div(g.threads > 1 ? kTasksPerThread * g.threads : 1, g.batch * groups);
   const int64_t part = std::min(kMaxTiles, ceil_div(g.tiles, wanted)), parts = ceil_div(g.tiles, part);
   const int64_t row_floats = kSteps * g.pitch, room = row_floats + part * g.state * kTile;
   const Floats memory = allocate(room * g.threads);

@@ -3,10 +3,10 @@
 // What is unusual:
 // - Chunks are walked from the last to the first. Of the forward pass there is one state before each chunk; the others
 //   are computed again, a few states of eight channels at a time, into a buffer in the first-level cache.
-// - The gradients of B, C and the factors of delta are sums over channels. They are added up with channels in lanes, for
-//   all channels of a task, and their lanes once for each chunk, eight columns at a time.
-// - The work is divided by its shape alone, never by the number of threads, and what the parts add up is added up in one
-//   order.
+// - The gradients of B, C and the factors of delta are sums over channels. They are added up with channels in lanes,
+//   for all channels of a task, and their lanes once for each chunk, eight columns at a time.
+// - The work is divided by its shape alone, never by the number of threads; what the parts add up to is added up in
+//   one order.
 
 #include "selective_scan.h"
 
@@ -22,15 +22,15 @@ struct BackwardTensors {
 
 // What a task works on: a chunk of one tile of channels, and sums over all its tiles.
 struct Buffers {
-  Tile x, delta, input, slope, grad;      // input: delta x; slope: of delta with its bias as argument
+  Tile x, delta, input, slope, grad;  // input: delta x; slope: of softplus
   Tile grad_delta, grad_input;
   Vec decays[kSteps][kStates], states[kSteps + 1][kStates];
-  float* rows;           // the chunk's rows of `projected`
-  float* grad_rows;      // and their gradients
-  float* lane_sums;      // the same before the lanes are added up, [step][column][lane]
-  float* before;         // states before the chunk, [state][channel]
-  float* state_grads;    // [tile][state][channel]
-  Tile* raw_grads;       // of the chunk's delta before bias and softplus, for each tile
+  float* rows;         // the chunk's rows of `projected`
+  float* grad_rows;    // and their gradients
+  float* lane_sums;    // the same before the lanes are added up, [step][column][lane]
+  float* before;       // states before the chunk, [state][channel]
+  float* state_grads;  // [tile][state][channel]
+  Tile* raw_grads;     // of the chunk's delta before bias and softplus, for each tile
 };
 
 // From delta without its bias: delta, its slope, its product with x, and x's gradient past the scan.
