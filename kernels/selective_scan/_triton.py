@@ -1,4 +1,4 @@
-# pyright: basic, reportCallIssue=false, reportArgumentType=false
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright knows neither launches nor that Triton makes constants of plain numbers.
 """The selective scan in Triton: what is launched. The kernels are in `_triton_walk.py` and `_triton_chunks.py`.
 
@@ -25,8 +25,8 @@ MAX_RANK = 16
 # register, fewest instructions a step; tests/kernels/aot_compile.py), not by the clock. State 64 is in two warps.
 TILES = {1: (64, 4, 1), 4: (64, 4, 1), 16: (32, 4, 1), 32: (32, 2, 1), 64: (32, 1, 2)}
 
-HALF = CHUNK // 2
-"""Steps between two saved adjoints."""
+PARTS = 4
+"""Parts of a chunk in the backward: their adjoints are saved, and a lane has CHUNK // PARTS steps in registers."""
 
 CHANNELS = 32
 """Channels of a program of the backward."""
@@ -75,8 +75,9 @@ class _Scans:
         paths: list[int],
     ) -> None:
         self.x, self.delta, self.projected = _rows(x), None if delta is None else _rows(delta), _rows(projected.float())
-        self.weight, self.bias, self.A, self.D = (
-            None if tensor is None else tensor.contiguous() for tensor in (dt_weight, dt_bias, A, D)
+        self.A = A.contiguous()
+        self.weight, self.bias, self.D = (
+            None if tensor is None else tensor.contiguous() for tensor in (dt_weight, dt_bias, D)
         )
         self.paths = to_paths(paths)
         self.walks = [walk(path, *size) for path in self.paths]
@@ -202,7 +203,7 @@ def _warps(threads: int) -> int:
     """Warps that make up that many threads, in the sense of the device: AMD's have 64."""
     if _runtime.INTERPRET:
         return 1
-    target = triton.runtime.driver.active.get_current_target()  # type: ignore[union-attr]
+    target = triton.runtime.driver.active.get_current_target()
     return max(1, threads // target.warp_size)
 
 
@@ -222,8 +223,8 @@ def _differentiate(
     batch, pixels, dim = scan.x.shape
     state, device = scan.A.shape[1], scan.x.device
     chunks, blocks = triton.cdiv(scan.walk.steps, CHUNK), triton.cdiv(dim, CHANNELS)
-    adjoint = torch.empty(batch, triton.cdiv(scan.walk.steps, HALF), state, dim, device=device)
-    _walk(scan, grad, adjoint, softplus=softplus, adjoint=True, chunk=HALF)
+    adjoint = torch.empty(batch, triton.cdiv(scan.walk.steps, CHUNK // PARTS), state, dim, device=device)
+    _walk(scan, grad, adjoint, softplus=softplus, adjoint=True, chunk=CHUNK // PARTS)
     visits_all = scan.walk.steps == pixels and not scan.walk.leaves_map
     empty = torch.empty if visits_all else torch.zeros
     partials = _Partials(
@@ -242,7 +243,7 @@ def _differentiate(
         scan.x if scan.D is None else scan.D, states, adjoint, grad_x, grad_delta, *partials,
         *strides[:8], *saved, *strides[8:], partials.BC.stride(1), partials.BC.stride(0), dim, chunks, *scan.walk, 1,
         state, scan.rank, softplus, scan.bias is not None, scan.D is not None, adds, scan.walk.leaves_map, is_wide,
-        HALF, CHANNELS, num_warps=_warps(2 * CHANNELS),
+        CHUNK // PARTS, PARTS, CHANNELS, num_warps=_warps(PARTS * CHANNELS),
     )  # fmt: skip
     return partials
 

@@ -2,7 +2,7 @@
 # pyright knows neither launches nor that Triton makes constants of plain numbers.
 """The gradients of a selective scan, in Triton: a program for each chunk of steps and block of channels.
 
-Before it, the walk has left the state at the start of each chunk and the adjoint at the end of each half chunk: the
+Before it, the walk has left the state at the start of each chunk and the adjoint at the end of each PART of one: the
 recurrences inside are all that is left. They are scanned for one number of the state after the other. With q the
 gradient that flows back from the step after, and G that of h_t,
 
@@ -13,12 +13,12 @@ gradient that flows back from the step after, and G that of h_t,
     grad_A = sum G_t delta_t decay_t h_{t-1}                                            over steps
 
 What is unusual:
-* A tile is [steps, halves, channels], with channels in lanes, the two halves of the chunk in two warps (or in one of
-  twice the lanes) and the steps of a half in the registers of a lane: a scan crosses no lane, and takes one or two
+* A tile is [steps, parts, channels], with channels in lanes, each part of the chunk in a warp of its own (or two in one
+  of twice the lanes) and the steps of a part in the registers of a lane: a scan crosses no lane, and takes one or two
   instructions an element. Triton arranges a tile so if it does not know that neighbouring channels are neighbours in
   memory; `one`, a stride that it must not specialise, keeps that from it.
 * What starts a scan is added to its first element where that is known: the products of the decays are then not needed,
-  and the compiler drops them. The state at the middle is not known, and comes from the other half.
+  and the compiler drops them. The states before the later parts are not known, and a scan over the parts gives them.
 * grad_B and grad_C are sums over channels, and cost as much as all the rest: five additions across lanes a value.
   Every block of channels writes its own, to be added outside.
 """
@@ -36,6 +36,13 @@ def _then(decay, value, next_decay, next_value):
 
 
 @triton.jit
+def _start(decay, value, factor, start, next_decay, next_value, next_factor, next_start):
+    """As `_then`, and with the state at the start of the last part, which is start + factor h."""
+    decay_both, value_both = _then(decay, value, next_decay, next_value)
+    return decay_both, value_both, next_factor * decay, next_start + next_factor * value
+
+
+@triton.jit
 def _before(decay, factor, value, earlier_decay, earlier_factor, earlier_value):
     """G = value + factor q, q <- decay G of some steps, and those of the steps before, which come after them here."""
     carried = earlier_factor * decay
@@ -46,14 +53,19 @@ def _before(decay, factor, value, earlier_decay, earlier_factor, earlier_value):
 def _pixels(
     start, end, inner_steps, first, inner, outer, low_i, high_i, low_o, high_o,
     LEAVES: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Of the 2 T steps from `start`, [T, 2]: the pixels, and masks of the steps that are and of those on the map."""
-    o_t = tl.arange(0, T)[:, None] + tl.arange(0, 2)[None, :] * T
+    """Of the T PARTS steps from `start`, [T, PARTS]: the pixels, and masks of the steps that are and of those on the map.
+
+    Other steps have pixel 0, so that they can be read without a mask for each: their gradient of y and their delta, or
+    their x, are made 0, and then nothing else that is read there matters.
+    """
+    o_t = tl.arange(0, T)[:, None] + tl.arange(0, PARTS)[None, :] * T
     m_t = start + o_t < end
     o_t += start % inner_steps
     # The lines begun since the first: division takes long, and is done by a product where lines are short.
     lines = tl.where(o_t >= inner_steps, 1, 0)
-    if inner_steps < 2 * T:
+    if inner_steps < T * PARTS:
         lines = (o_t * (65536 // inner_steps + 1)) >> 16
     i, o = o_t - lines * inner_steps, lines + start // inner_steps
     m_here = m_t
@@ -66,25 +78,35 @@ def _pixels(
 @triton.jit
 def _read(
     p_x, p_delta, p_projected, o_pixel, m_t, m_here, o_c, m_c, b_bias, p_weight, s_xp, s_dp, s_pp, one,
-    RANK: tl.constexpr, SOFTPLUS: tl.constexpr,
+    RANK: tl.constexpr, SOFTPLUS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """x, delta and the derivative of delta by its argument, [T, 2, channels]; delta is 0 at steps that are not."""
-    m = m_here[:, :, None] & m_c[None, None, :]
+    """x and delta, [T, PARTS, channels]; delta is 0 at steps that are not."""
+    m = m_c[None, None, :]
     o_x = o_pixel[:, :, None] * s_xp + o_c[None, None, :] * one
     b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
+    if LEAVES:
+        b_x = tl.where(m_here[:, :, None], b_x, 0.0)
     b_raw = tl.zeros_like(b_x) + b_bias[None, None, :]
     for r in tl.static_range(RANK):
-        b_z = tl.load(p_projected + o_pixel * s_pp + r, mask=m_here, other=0.0).to(tl.float32)
+        b_z = tl.load(p_projected + o_pixel * s_pp + r)
+        if LEAVES:
+            b_z = tl.where(m_here, b_z, 0.0)
         b_weight = tl.load(p_weight + o_c * RANK + r, mask=m_c, other=0.0).to(tl.float32)
         b_raw += b_z[:, :, None] * b_weight[None, None, :]
     if RANK == 0:
         o_delta = o_pixel[:, :, None] * s_dp + o_c[None, None, :] * one
         b_raw += tl.load(p_delta + o_delta, mask=m, other=0.0).to(tl.float32)
-    b_delta, b_slope = b_raw, tl.full(b_raw.shape, 1.0, tl.float32)
-    if SOFTPLUS:
-        e = tl.exp2(tl.abs(b_raw) * -LOG2E)
-        b_delta, b_slope = softplus(b_raw), tl.where(b_raw > 0, 1.0, e) / (1.0 + e)
-    return b_x, tl.where(m_t[:, :, None], b_delta, 0.0), tl.where(m_t[:, :, None], b_slope, 0.0)
+    return b_x, tl.where(m_t[:, :, None], softplus(b_raw) if SOFTPLUS else b_raw, 0.0)
+
+
+@triton.jit
+def _softplus_slope(delta):
+    """The derivative of softplus by what softplus gave, 1 - exp(-delta), in full relative precision."""
+    p = -0.0414906541 + delta * 0.007513606213
+    p = 0.1666510821 + delta * p
+    p = -0.4999995148 + delta * p
+    p = 0.9999999976 + delta * p
+    return tl.where(delta < 0.25, delta * p, 1.0 - tl.exp2(delta * -LOG2E))
 
 
 @triton.jit(
@@ -99,14 +121,15 @@ def _scan_bwd_kernel(
     s_gb, s_gp, s_xb, s_xp, s_db, s_dp, s_pb, s_pp, s_sb, s_qb, s_rb, s_rp, s_eb, s_ep, s_bb, s_block, dim, chunks,
     inner_steps, first, inner, outer, low_i, high_i, low_o, high_o, steps, one,
     STATE: tl.constexpr, RANK: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    ADD: tl.constexpr, LEAVES: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, BC: tl.constexpr,
+    ADD: tl.constexpr, LEAVES: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
-    """states [batch, chunks + 1, state, dim], adjoint [batch, half chunks + 1, state, dim], grad_BC [blocks, batch,
+    """states [batch, chunks + 1, state, dim], adjoint [batch, parts, state, dim], grad_BC [blocks, batch,
     pixels, 2 state], grad_A [batch chunks, state, dim], grad_D and grad_bias [batch chunks, dim]."""
     blocks = tl.cdiv(dim, BC)
     i_c, i_row = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     i_t, i_b = (i_row % chunks).to(tl.int32), i_row // chunks
-    o_c, o_half = i_c * BC + tl.arange(0, BC), tl.arange(0, 2)[:, None]
+    o_c, o_part = i_c * BC + tl.arange(0, BC), i_t * PARTS + tl.arange(0, PARTS)[:, None]
     m_c = o_c < dim
     b_bias = tl.zeros([BC], tl.float32)
     if HAS_BIAS:
@@ -115,37 +138,40 @@ def _scan_bwd_kernel(
     p_projected, p_grad_x, p_grad_delta = p_projected + i_b * s_pb, p_grad_x + i_b * s_rb, p_grad_delta + i_b * s_eb
     p_grad_BC += i_b * s_bb + i_c.to(tl.int64) * s_block
     p_states += i_b * s_sb + i_t.to(tl.int64) * (STATE * dim) + o_c
-    p_adjoint += i_b * s_qb + (i_t * 2 + o_half).to(tl.int64) * (STATE * dim) + o_c[None, :] * one
-    m_q = (i_t * 2 + o_half) * T < steps
+    p_adjoint += i_b * s_qb + o_part.to(tl.int64) * (STATE * dim) + o_c[None, :] * one
+    m_q = o_part * T < steps
 
     o_pixel, m_t, m_here = _pixels(
-        i_t * 2 * T, steps, inner_steps, first, inner, outer, low_i, high_i, low_o, high_o, LEAVES, WIDE, T
-    )
-    b_x, b_delta, b_slope = _read(
+        i_t * (T * PARTS), steps, inner_steps, first, inner, outer, low_i, high_i, low_o, high_o, LEAVES, WIDE, T,
+        PARTS,
+    )  # fmt: skip
+    b_x, b_delta = _read(
         p_x, p_delta, p_projected, o_pixel, m_t, m_here, o_c, m_c, b_bias, p_weight, s_xp, s_dp, s_pp, one,
-        RANK, SOFTPLUS,
+        RANK, SOFTPLUS, LEAVES,
     )  # fmt: skip
     m = m_here[:, :, None] & m_c[None, None, :]
     o_grad = o_pixel[:, :, None] * s_gp + o_c[None, None, :] * one
-    b_grad = tl.load(p_grad + o_grad, mask=m, other=0.0).to(tl.float32)
+    b_grad = tl.load(p_grad + o_grad, mask=m_c[None, None, :], other=0.0).to(tl.float32)
+    b_grad = tl.where(m_here[:, :, None], b_grad, 0.0)
     b_input = b_delta * b_x
     is_last = (tl.arange(0, T) == T - 1)[:, None, None]
-    b_GB, b_forgotten = tl.zeros([T, 2, BC], tl.float32), tl.zeros([T, 2, BC], tl.float32)
+    b_GB, b_forgotten = tl.zeros([T, PARTS, BC], tl.float32), tl.zeros([T, PARTS, BC], tl.float32)
     for n in range(STATE):
         b_A = tl.load(p_A + o_c * STATE + n, mask=m_c, other=0.0).to(tl.float32)
-        b_B = tl.load(p_projected + o_pixel * s_pp + (RANK + n), mask=m_here, other=0.0).to(tl.float32)[:, :, None]
-        b_C = tl.load(p_projected + o_pixel * s_pp + (RANK + STATE + n), mask=m_here, other=0.0).to(tl.float32)
+        b_B = tl.load(p_projected + o_pixel * s_pp + (RANK + n))[:, :, None]
+        b_C = tl.load(p_projected + o_pixel * s_pp + (RANK + STATE + n))
         b_decay = tl.exp2(b_delta * (b_A * LOG2E)[None, None, :])
         b_new = b_input * b_B
         b_factor, b_state = tl.associative_scan((b_decay, b_new), 0, _then)
         b_end = tl.sum(tl.where(is_last, b_state, 0.0), 0)
         b_decayed = tl.sum(tl.where(is_last, b_factor, 0.0), 0)
-        b_h = tl.load(p_states + n * dim, mask=m_c, other=0.0)[None, :]
-        b_middle = tl.sum(tl.where(o_half == 0, b_decayed * b_h + b_end, 0.0), 0)
-        b_state += b_factor * tl.where(o_half == 0, b_h, b_middle[None, :])[None, :, :]
+        b_one, b_none = tl.full([PARTS, BC], 1.0, tl.float32), tl.zeros([PARTS, BC], tl.float32)
+        _, _, b_lasts, b_start = tl.associative_scan((b_decayed, b_end, b_one, b_none), 0, _start)
+        b_start += b_lasts * tl.load(p_states + n * dim, mask=m_c, other=0.0)[None, :]
+        b_state += b_factor * b_start[None, :, :]
         b_q = tl.load(p_adjoint + n * dim, mask=m_q & m_c[None, :], other=0.0)
         b_value = b_grad * b_C[:, :, None] + tl.where(is_last, b_q[None, :, :], 0.0)
-        b_one = tl.full([T, 2, BC], 1.0, tl.float32)
+        b_one = tl.full([T, PARTS, BC], 1.0, tl.float32)
         _, _, b_G = tl.associative_scan((b_decay, b_one, b_value), 0, _before, reverse=True)
         b_GB += b_G * b_B
         b_lasting = b_G * (b_state - b_new)
@@ -155,7 +181,8 @@ def _scan_bwd_kernel(
         tl.store(p_grad_BC + o_BC + STATE, tl.sum(b_grad * b_state, 2), mask=m_here)
         tl.store(p_grad_A + (i_row * STATE + n) * dim + o_c, tl.sum(tl.sum(b_lasting * b_delta, 0), 0), mask=m_c)
 
-    b_raw = (b_GB * b_x + b_forgotten) * b_slope
+    b_raw = b_GB * b_x + b_forgotten
+    b_raw = b_raw * _softplus_slope(b_delta) if SOFTPLUS else tl.where(m_t[:, :, None], b_raw, 0.0)
     o_grad = o_pixel[:, :, None] * s_ep + o_c[None, None, :] * one
     tl.store(p_grad_delta + o_grad, b_raw.to(p_grad_delta.dtype.element_ty), mask=m)
     if HAS_BIAS:
