@@ -22,8 +22,9 @@ from .training.summary import summarize
 
 # ImageNet-1k top-1 at the size of the table, as stated beside the default weights: NAT.md and DiNAT.md of
 # github.com/SHI-Labs/Neighborhood-Attention-Transformer; the READMEs of github.com/ziplab/LITv2,
-# github.com/AILab-CVC/UniRepLKNet and github.com/Visual-Attention-Network/VAN-Classification; van_b4, whose weights the
-# authors do not host, from mmpretrain. Ours load those weights, and give those outputs.
+# github.com/AILab-CVC/UniRepLKNet, github.com/Visual-Attention-Network/VAN-Classification and
+# github.com/TerryPei/EfficientVMamba; van_b4, whose weights the authors do not host, from mmpretrain; VMamba from
+# assets/performance.md of github.com/MzeroMiko/VMamba. Ours load those weights, and give those outputs.
 STATED_TOP1 = {
     "nat_mini.in1k": 81.8,
     "nat_tiny.in1k": 83.2,
@@ -64,6 +65,18 @@ STATED_TOP1 = {
     "van_b2.in1k": 82.8,
     "van_b3.in1k": 83.9,
     "van_b4.in1k": 84.1,
+    "vmamba_tiny_s1l8.in1k": 82.6,
+    "vmamba_tiny_s2l5.in1k": 82.5,
+    "vmamba_small_s1l20.in1k": 83.3,
+    "vmamba_small_s2l15.in1k": 83.6,
+    "vmamba_base_s1l20.in1k": 83.8,
+    "vmamba_base_s2l15.in1k": 83.9,
+    "vmambav0_tiny.in1k": 82.2,
+    "vmambav0_small.in1k": 83.5,
+    "vmambav0_base.in1k": 83.7,
+    "efficientvmamba_tiny.in1k": 76.5,
+    "efficientvmamba_small.in1k": 78.7,
+    "efficientvmamba_base.in1k": 81.8,
 }
 
 

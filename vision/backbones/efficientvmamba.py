@@ -16,18 +16,16 @@ What is unusual:
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import BatchNormAct2d, ClassifierHead, DropPath, SEModule, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ...mixers import AtrousSS2D, DepthwiseConv2d
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, unwrap
-from ._compat import InvertedResidual, SqueezeExcite
 from ._conv_mlp import RowConv2d
 from ._hierarchical import HierarchicalBackbone, Stage
 from .vmamba import SS2D_RULES, PatchEmbed, PatchMerging, parameters_of_scans, reshape_weights
@@ -72,23 +70,25 @@ class EVSSBlock(nn.Module):
 
 
 class MBConvBlock(nn.Module):
-    """MobileNet's inverted residual with squeeze and excitation, [B, H, W, C]."""
+    """MobileNet's inverted residual with squeeze and excitation, added to what came in; [B, H, W, C]."""
 
     def __init__(self, dim: int, *, drop_path: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.conv = InvertedResidual(
-            dim,
-            dim,
-            exp_ratio=4.0,
-            act_layer=nn.ReLU,
-            se_layer=partial(SqueezeExcite, rd_ratio=0.125),
-            drop_path_rate=drop_path,
-            device=device,
-            dtype=dtype,
-        )
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        hidden = 4 * dim
+        self.conv_pw = RowConv2d(dim, hidden, 1, bias=False, **dd)
+        self.bn1 = BatchNormAct2d(hidden, **dd)
+        self.conv_dw = DepthwiseConv2d(hidden, 3, bias=False, **dd)
+        self.bn2 = BatchNormAct2d(hidden, **dd)
+        self.se = SEModule(hidden, rd_channels=hidden // 8, **dd)
+        self.conv_pwl = RowConv2d(hidden, dim, 1, bias=False, **dd)
+        self.bn3 = nn.BatchNorm2d(dim, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.bn1(self.conv_pw(x.permute(0, 3, 1, 2)))
+        y = self.se(self.bn2(self.conv_dw(y)))
+        return x + self.drop_path(self.bn3(self.conv_pwl(y)).permute(0, 2, 3, 1))
 
 
 class EfficientVMamba(HierarchicalBackbone):
@@ -153,13 +153,16 @@ class EfficientVMamba(HierarchicalBackbone):
         return parameters_of_scans(self)
 
 
+_MBCONV = r"(stages\.\d+\.blocks\.\d+\.)"
 _MBCONV_RULES = [
-    (r"(.+\.conv\.)conv_pw\.0\.", r"\1conv_pw."),
-    (r"(.+\.conv\.)conv_pw\.1\.", r"\1bn1."),
-    (r"(.+\.conv\.)conv_dw\.0\.", r"\1conv_dw."),
-    (r"(.+\.conv\.)conv_dw\.1\.", r"\1bn2."),
-    (r"(.+\.conv\.)conv_pw2\.0\.", r"\1conv_pwl."),
-    (r"(.+\.conv\.)conv_pw2\.1\.", r"\1bn3."),
+    (_MBCONV + r"conv_pw\.0\.", r"\1conv_pw."),
+    (_MBCONV + r"conv_pw\.1\.", r"\1bn1."),
+    (_MBCONV + r"conv_dw\.0\.", r"\1conv_dw."),
+    (_MBCONV + r"conv_dw\.1\.", r"\1bn2."),
+    (_MBCONV + r"se\.conv_reduce\.", r"\1se.fc1."),
+    (_MBCONV + r"se\.conv_expand\.", r"\1se.fc2."),
+    (_MBCONV + r"conv_pw2\.0\.", r"\1conv_pwl."),
+    (_MBCONV + r"conv_pw2\.1\.", r"\1bn3."),
 ]
 
 
@@ -184,7 +187,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackb
     for i, stage in enumerate(model.stages):
         depth = len(stage.blocks)  # pyright: ignore[reportArgumentType]
         rules += [(rf"layers\.{i}\.(?:downsample|{depth + 2})\.", f"stages.{i + 1}.downsample.")]
-        rules += [(rf"layers\.{i}\.{j + 1}\.", f"stages.{i}.blocks.{j}.conv.") for j in range(depth)]
+        rules += [(rf"layers\.{i}\.{j + 1}\.", f"stages.{i}.blocks.{j}.") for j in range(depth)]
     state_dict = rename(rename(unwrap(checkpoint), rules), [*SS2D_RULES, *_MBCONV_RULES])
     state_dict = keep_fresh_norms(reshape_weights(state_dict, model), model)
     refuse_mismatch(state_dict, model)
