@@ -27,9 +27,6 @@ from torch.nn import functional as F
 from ..kernels.gated_linear_attention import bidirectional_gated_linear_attention
 from .depthwise_conv import DepthwiseConv2d
 
-GATE_DIVISOR = 16
-"""Of the gates' logarithms."""
-
 
 class GatedLinearAttention2d(nn.Module):
     """[B, H, W, C] to the same shape, in time linear in H W.
@@ -55,7 +52,7 @@ class GatedLinearAttention2d(nn.Module):
             raise ValueError(f"dim must be a multiple of 2 * num_heads; got dim {dim} and num_heads {num_heads}")
         if gate_rank < 1:
             raise ValueError(f"gate_rank must be at least 1; got {gate_rank}")
-        self.dim, self.num_heads = dim, num_heads
+        self.dim, self.num_heads, self.gate_divisor = dim, num_heads, 16
         linear = partial(nn.Linear, device=device, dtype=dtype)
         self.conv = DepthwiseConv2d(dim, 3, bias=False, device=device, dtype=dtype)
         self.conv_act = act_layer()
@@ -89,7 +86,7 @@ class GatedLinearAttention2d(nn.Module):
     def _attend(self, tokens: Tensor) -> Tensor:
         """[B, N, C] to [B, N, heads, head channels]."""
         query, key, value = self.qkv(tokens).split([self.dim // 2, self.dim // 2, self.dim], dim=-1)
-        log_gates = F.logsigmoid(self.decay(tokens)) / GATE_DIVISOR
+        log_gates = F.logsigmoid(self.decay(tokens)) / self.gate_divisor
         forward, backward = log_gates.chunk(2, dim=-1)
         heads = [t.unflatten(-1, [self.num_heads, -1]) for t in (query, key, value, forward, backward)]
         if torch.jit.is_scripting():

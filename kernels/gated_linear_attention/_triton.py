@@ -22,6 +22,8 @@ Sums are float32. Products of half precision tensors run as TF32, whose mantissa
 overflow; those of float32 tensors run in full.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -134,7 +136,7 @@ def _gla_carry_kernel(
 
 
 @triton.jit
-def _pair_masks(level: tl.constexpr, BOTH: tl.constexpr, C: tl.constexpr):
+def _pair_masks(level, BOTH: tl.constexpr, C: tl.constexpr):
     """Which tokens stand in the later block of their pair, and [asking, asked] which pairs of tokens meet."""
     o_t = tl.arange(0, C)
     is_later = ((o_t >> level) & 1) == 1
@@ -145,7 +147,7 @@ def _pair_masks(level: tl.constexpr, BOTH: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def _through_sibling(b_near, level: tl.constexpr, LAST: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+def _through_sibling(b_near, level, LAST: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
     """For each token the sum of all log gates of the block beside its own."""
     o_sibling = ((tl.arange(0, C) >> level) ^ 1) << level
     if LAST:
@@ -155,7 +157,7 @@ def _through_sibling(b_near, level: tl.constexpr, LAST: tl.constexpr, C: tl.cons
 
 @triton.jit
 def _widen(
-    b_near, b_far, b_near_back, b_far_back, is_later, level: tl.constexpr, BOTH: tl.constexpr, C: tl.constexpr,
+    b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH: tl.constexpr, C: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
     """To blocks of twice the size: log sums from the border to each token (near), from each to the border (far)."""
@@ -190,7 +192,7 @@ def _gla_fwd_kernel(
         b_near_back = _load_rows(p_gate_back + i_b * s_rb + i_h * s_rh, s_rn, o_t, tokens, K, BK)
     b_own = tl.sum(b_q * b_k, 1) * (2 if BOTH else 1)
     b_scores = tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], 0.0)
-    for level in tl.static_range(LEVELS):
+    for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
         is_later, m = _pair_masks(level, BOTH, C)
         b_asking = b_q * tl.exp(tl.where(is_later, b_near, b_near_back))
         b_asked = b_k * tl.exp(tl.where(is_later, b_far_back, b_far))
@@ -244,8 +246,10 @@ def _gla_bwd_kernel(
     o_t = i_c * C + o_c
     b_q = _load_rows(p_q + i_b * s_qb + i_h * s_qh, s_qn, o_t, tokens, K, BK)
     b_k = _load_rows(p_k + i_b * s_kb + i_h * s_kh, s_kn, o_t, tokens, K, BK)
-    b_v = _load_rows(p_v + i_b * s_vb + i_h * s_vh, s_vn, o_t, tokens, V, BV)
-    b_grad = _load_rows(p_grad + i_b * s_ob + i_h * s_oh, s_on, o_t, tokens, V, BV) * scale
+    p_v += i_b * s_vb + i_h * s_vh
+    p_grad += i_b * s_ob + i_h * s_oh
+    b_v = _load_rows(p_v, s_vn, o_t, tokens, V, BV)
+    b_grad = _load_rows(p_grad, s_on, o_t, tokens, V, BV) * scale
     b_near = _load_rows(p_gate + i_b * s_gb + i_h * s_gh, s_gn, o_t, tokens, K, BK)
     b_far = tl.zeros([C, BK], tl.float32)
     b_near_back, b_far_back = b_far, b_far
@@ -259,7 +263,7 @@ def _gla_bwd_kernel(
     b_grad_q, b_grad_k = b_grad_own * b_k, b_grad_own * b_q
     b_passed = tl.zeros([C, BK], tl.float32)
     b_passed_back = b_passed
-    for level in tl.static_range(LEVELS):
+    for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
         is_later, m = _pair_masks(level, BOTH, C)
         b_weak_q = tl.exp(tl.where(is_later, b_near, b_near_back))
         b_weak_k = tl.exp(tl.where(is_later, b_far_back, b_far))
@@ -276,6 +280,8 @@ def _gla_bwd_kernel(
         b_near, b_far, b_near_back, b_far_back = _widen(
             b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH, C, BK
         )  # fmt: skip
+    b_v = _load_rows(p_v, s_vn, o_t, tokens, V, BV)  # again, since registers are scarcer than the cache
+    b_grad = _load_rows(p_grad, s_on, o_t, tokens, V, BV) * scale
     b_grad_v = tl.dot(tl.trans(b_scores), b_grad, input_precision=PRECISION)
     o_state, m_state = _state_offsets(K, V, BK, BV)
     o_chunk = (i_bh.to(tl.int64) * chunks + i_c) * K * V
@@ -312,14 +318,13 @@ def _power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _blocks(query: Tensor, value: Tensor) -> dict[str, int | str]:
-    """The constants of all kernels that multiply."""
+def _blocks(query: Tensor, value: Tensor, *, warps: int) -> dict[str, Any]:
+    """The constants of all kernels that multiply; twice as many warps where heads are wide."""
     K, V = query.shape[-1], value.shape[-1]
-    wide = K > 32 or V > 64
     return {
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         **{"K": K, "V": V, "BK": _power_of_two(K), "BV": _power_of_two(V), "C": CHUNK},
-        **{"num_warps": 8 if wide else 4, "num_stages": 1},
+        **{"num_warps": warps * (2 if K > 32 or V > 64 else 1), "num_stages": 1},
     }  # fmt: skip
 
 
@@ -339,7 +344,7 @@ def _states(x: Tensor, y: Tensor, gates: tuple[Tensor, ...], scale: float, *, is
     states = torch.empty(len(gates), batch * heads, chunks, K, V, device=x.device, dtype=torch.float32)
     by_chunk = chunks > 1 and len(gates) * batch * heads < ENOUGH_PROGRAMS
     decays = torch.empty(states.shape[:-1] if by_chunk else (1,), device=x.device, dtype=torch.float32)
-    blocks = _blocks(x, y)
+    blocks = _blocks(x, y, warps=4)
     _gla_state_kernel[(batch * heads, len(gates), chunks if by_chunk else 1)](
         x, y, gates[0], gates[-1], states, decays, tokens, heads, chunks, scale,
         *_strides(x, y, gates[0], gates[-1]), IS_GRAD=is_grad, BY_CHUNK=by_chunk, **blocks,
@@ -360,7 +365,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...]
     _gla_fwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads)](
         query, key, value, gates[0], gates[-1], states, out, tokens, heads, scale,
         *_strides(query, key, value, gates[0], gates[-1]),
-        BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value),
+        BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value, warps=4),
     )  # fmt: skip
     return out
 
@@ -378,6 +383,6 @@ def backward(
     _gla_bwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads)](
         grad, query, key, value, gates[0], gates[-1], states, grad_states, *grads[:4], grads[-1], tokens, heads, scale,
         *_strides(grad, query, key, value, gates[0], gates[-1]),
-        BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value),
+        BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value, warps=8),
     )  # fmt: skip
     return grads
