@@ -118,7 +118,7 @@ class WaveletSS2D(nn.Module):
         bands = self._split(x).flatten(3).permute(0, 3, 1, 2)
         bands = convolve(bands, weight, None, [1, 1]).permute(0, 2, 3, 1).unflatten(3, [4, self.dim])
         y = self._join(bands)
-        return y[:, :height, :width] if padded else y
+        return F.pad(y, [0, 0, 0, -right, 0, -below]) if padded else y
 
     def _split(self, x: Tensor) -> Tensor:
         filters = self.analysis
