@@ -8,6 +8,7 @@
 * Receptive fields: the gradient of the central feature of each stage with respect to the image; effective receptive
   fields: that of the last stage, for models side by side, with the share of the image that holds most of it.
 * HiLo: its two paths over a picture, by hooks on a module at work; see diagrams.py.
+* Scan orders: the paths that the operators of the visual Mambas take over a picture; see scan_orders.py.
 
 Unusual: with random weights a receptive field shows the architecture alone, and says so; give trained weights with
 `--pretrained` or `--checkpoint`, and pictures of your own with `--folder`.
@@ -31,6 +32,7 @@ from ..kernels.neighborhood_attention import na1d, na2d
 from ._loading import load_model, one_line
 from .diagrams import hilo_paths
 from .receptive_field import ReceptiveField, open_branches, receptive_fields
+from .scan_orders import scan_orders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -340,9 +342,16 @@ def _draw_last_stages(setting: Setting) -> dict[str, Figure]:
     return {"effective_receptive_fields": draw_effective_receptive_fields(rows, subtitle=subtitle)}
 
 
+def _first_image(setting: Setting) -> Path | None:
+    return None if setting.folder is None else find_images(setting.folder, 1)[0]
+
+
 def _draw_hilo(setting: Setting) -> dict[str, Figure]:
-    file = None if setting.folder is None else find_images(setting.folder, 1)[0]
-    return {"hilo_paths": hilo_paths(file, setting.query)}
+    return {"hilo_paths": hilo_paths(_first_image(setting), setting.query)}
+
+
+def _draw_scan_orders(setting: Setting) -> dict[str, Figure]:
+    return {"scan_orders": scan_orders(_first_image(setting))}
 
 
 SUBJECTS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
@@ -350,6 +359,7 @@ SUBJECTS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "receptive_fields": _draw_stages,
     "effective_receptive_fields": _draw_last_stages,
     "hilo": _draw_hilo,
+    "scan_orders": _draw_scan_orders,
 }
 
 
@@ -394,7 +404,7 @@ def _subject(name: str) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixerzoo.vision.visualize",
-        description="Draw attention neighborhoods, receptive fields and HiLo's paths.",
+        description="Draw attention neighborhoods, receptive fields, HiLo's paths and the orders of scans.",
     )
     add = parser.add_argument
     add("subjects", nargs="*", type=_subject, metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default all")
@@ -403,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="published weights, fetched from their authors")
     add("--checkpoint", action="append", default=[], metavar="MODEL=FILE", help="trained weights; may be given again")
     add("--images", type=int, help="to average over, default 8, or 2 for effective_receptive_fields")
-    add("--folder", type=Path, help="images instead of noise: better for trained weights; HiLo takes the first")
+    add("--folder", type=Path, help="images instead of noise: better for trained weights; diagrams take the first")
     add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of HiLo's map, default 9 5")
     add("--input-size", type=int, help="side of the images, default 224, or 512 for effective_receptive_fields")
     return parser
