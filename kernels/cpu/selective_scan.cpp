@@ -86,7 +86,7 @@ void scan_tiles(const Geometry& g, const Path& path, const ForwardTensors& m, fl
                 int64_t first, int64_t end, Buffers& b) {
   const int64_t chunks = g.chunks(path), room = g.state * kTile;
   float* saved = m.states ? g.states_of(m.states, path, image, k) : nullptr;
-  const bool adds = m.y.scan == 0 && (g.adds || k > 0);
+  const bool adds = m.y.scan == 0 && k > 0;
   std::fill_n(b.states, (end - first) * room, 0.f);
   for (int64_t i = 0; i < chunks; ++i) {
     const Chunk chunk(path, g.height, g.width, i * kSteps);

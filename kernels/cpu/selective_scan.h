@@ -19,7 +19,7 @@ namespace {
 
 struct Scan {
   int64_t threads, batch, scans, channels, rank, state, height, width, softplus;
-  int64_t adds;  // maps that are written start as zeros: some path does not visit every pixel
+  int64_t gaps;  // some path does not visit every pixel: maps that are written start as zeros
 };
 
 // Contiguous: [scan][channel][rank], [scan][channel], [scan][channel][state], [scan][channel]. Only A is always there.

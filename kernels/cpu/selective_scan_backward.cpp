@@ -215,7 +215,7 @@ void go_back_tile(const Geometry& g, const BackwardTensors& m, const Task& task,
   (g.softplus ? prepare<true> : prepare<false>)(chunk.count, p, sums, b);
   retreat_all(g, chunk.count, lanes, p, sums, b.state_grads + (tile - task.first) * g.state * kTile, b);
   finish(chunk.count, p, sums, b, raw_grads);
-  const bool adds = m.grad_x.scan == 0 && (g.adds || k > 0);
+  const bool adds = m.grad_x.scan == 0 && k > 0;
   (adds ? store_tile<true> : store_tile<false>)(m.grad_x, m.grad_x.at(image, k, channel), chunk, lanes, b.grad_input);
   if (m.delta.data) store_tile<false>(m.grad_delta, m.grad_delta.at(image, k, channel), chunk, lanes, raw_grads);
   int64_t r = 0;
@@ -229,7 +229,7 @@ void go_back(const Geometry& g, const Path& path, const BackwardTensors& m, cons
              Buffers& b) {
   const int64_t image = task.image, k = task.scan, tiles = task.end - task.first;
   const float* saved = g.states_of(m.states, path, image, k);
-  const bool adds = task.grad_projected.scan == 0 && (g.adds || k > 0);
+  const bool adds = task.grad_projected.scan == 0 && k > 0;
   std::fill_n(b.state_grads, tiles * g.state * kTile, 0.f);
   for (int64_t i = g.chunks(path) - 1; i >= 0; --i) {
     const Chunk chunk(path, g.height, g.width, i * kSteps);
@@ -293,7 +293,7 @@ struct ProjectedParts {
       : slots(to.scan == 0 ? 1 : g.scans), row(slots * g.columns), size(g.batch * g.height * g.width * row) {
     if (parts == 1) return;
     memory = allocate(parts * size);
-    if (g.adds) std::fill_n(memory.get(), parts * size, 0.f);
+    if (g.gaps) std::fill_n(memory.get(), parts * size, 0.f);
   }
 
   View view(const Geometry& g, const View& to, int64_t part) const {

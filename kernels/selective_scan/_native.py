@@ -23,7 +23,7 @@ def _by_pixels(y: Tensor, merge: bool) -> Tensor:
 
 
 def _leaves_gaps(paths: list[int]) -> bool:
-    """Whether some path does not visit every pixel: what is written then starts as zeros and is added to."""
+    """Whether some path does not visit every pixel: what is written then starts as zeros."""
     return any(step > 1 for step in paths[FIELDS - 1 :: FIELDS])
 
 

@@ -73,6 +73,7 @@ CASES = {
     "unmerged sub-grids": Case(1, (7, 8), 16, 8, 0, LATTICE, merge=False, time_last=True),
     "partial sums over a batch": Case(67, (2, 3), 8, 1, 2, CROSS),
     "channels in parts": Case(1, (5, 9), 200, 3, 13, CROSS, shares_projected=True),
+    "channels of sub-grids in parts": Case(1, (5, 7), 140, 2, 3, ATROUS, shares_projected=True),
 }
 
 
