@@ -28,8 +28,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
     for prefix in _PREFIXES:
-        # Wrappers around wrappers: module.module. is an average's model within distributed training's.
-        while inside := {n[len(prefix) :]: tensor for n, tensor in state_dict.items() if n.startswith(prefix)}:
+        while any(name.startswith(prefix) for name in state_dict):  # module.module.: a wrapper around a wrapper
+            inside = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
             state_dict = {
                 **inside,
                 **{name: tensor for name, tensor in state_dict.items() if name.startswith("head.fc.")},
