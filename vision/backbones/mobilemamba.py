@@ -133,8 +133,8 @@ class NormClassifierHead(ClassifierHead):
 
     def __init__(self, in_features: int, num_classes: int, **kwargs: Any) -> None:
         super().__init__(in_features, num_classes, **kwargs)
-        dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
-        self.norm = nn.BatchNorm1d(self.num_features, **dd) if num_classes else nn.Identity()
+        dd: dict[str, Any] = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
+        self.norm: nn.Module = nn.BatchNorm1d(self.num_features, **dd) if num_classes else nn.Identity()
 
     def reset(self, num_classes: int, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         super().reset(num_classes, *args, device=device, dtype=dtype, **kwargs)
@@ -155,9 +155,10 @@ class NormClassifierHead(ClassifierHead):
             return
         one = torch.ones_like(self.norm.weight)
         scale, shift = fold_norm(one, None, *statistics_of(self.norm))
-        weight = self.fc.weight.to(scale.dtype)
-        self.fc.bias += (weight @ shift).to(self.fc.bias.dtype)
-        self.fc.weight.copy_(weight * scale)
+        fc: Any = self.fc
+        weight = fc.weight.to(scale.dtype)
+        fc.bias += (weight @ shift).to(fc.bias.dtype)
+        fc.weight.copy_(weight * scale)
         self.norm = nn.Identity().train(self.training)
 
 
@@ -331,7 +332,7 @@ def _create_mobilemamba(name: str, pretrained: bool, **kwargs: Any) -> MobileMam
     if pretrained:
         given = (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         cfg = resolve_pretrained_cfg(name, *given)
-        if cfg.url and cfg.url.startswith(_DRIVE) and not cfg.file and not cfg.state_dict:
+        if str(cfg.url).startswith(_DRIVE) and not cfg.file and not cfg.state_dict:
             raise ValueError(
                 f"the weights of {name} cannot be fetched by a program; download {cfg.url} and pass "
                 "pretrained_cfg_overlay=dict(file='where/it/lies.pth')"

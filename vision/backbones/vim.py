@@ -62,7 +62,7 @@ class OverlappingPatchEmbed(PatchEmbed):
     """[B, in_chans, H, W] to [B, rows, columns, C]: patches that begin every `stride` pixels, at least one."""
 
     def __init__(self, *, patch_size: int, stride: int, **kwargs: Any) -> None:
-        self.stride = (stride, stride)  # first, since the base asks how many patches there are
+        self.stride: Any = (stride, stride)  # first, since the base asks how many patches there are
         super().__init__(patch_size=patch_size, **kwargs)
         self.proj.stride = self.stride
 
@@ -80,15 +80,13 @@ class OverlappingPatchEmbed(PatchEmbed):
         return max(self.stride) if as_scalar else self.stride
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        rows, columns = [
-            (side + _beyond(side, patch, stride) - patch) // stride + 1
-            for side, patch, stride in zip(img_size, self.patch_size, self.stride, strict=True)
-        ]
+        sizes: Any = zip(img_size, self.patch_size, self.stride, strict=True)
+        rows, columns = [(side + _beyond(side, patch, stride) - patch) // stride + 1 for side, patch, stride in sizes]
         return rows, columns
 
     def forward(self, x: Tensor) -> Tensor:
-        below = _beyond(x.shape[2], self.patch_size[0], self.stride[0])
-        right = _beyond(x.shape[3], self.patch_size[1], self.stride[1])
+        below = _beyond(x.shape[2], self.patch_size[0], self.stride[0])  # pyright: ignore[reportArgumentType]
+        right = _beyond(x.shape[3], self.patch_size[1], self.stride[1])  # pyright: ignore[reportArgumentType]
         return self.proj(F.pad(x, [0, right, 0, below])).permute(0, 2, 3, 1)
 
 
@@ -202,7 +200,7 @@ class Vim(IsotropicBackbone):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
         for block in self.blocks:
-            projection = block.mixer.out_proj.weight  # pyright: ignore[reportAttributeAccessIssue]
+            projection: Any = block.mixer.out_proj.weight  # pyright: ignore[reportAttributeAccessIssue]
             bound = (projection.shape[1] * len(self.blocks)) ** -0.5
             nn.init.uniform_(projection, -bound, bound)
 
@@ -213,15 +211,15 @@ class Vim(IsotropicBackbone):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, rows, columns, C] to the stream [B, rows * columns + 1, C], the class token in its middle."""
-        positions = _positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
+        positions = _positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, (x.shape[1], x.shape[2]))  # pyright: ignore
         patches = x.flatten(1, 2) + positions
-        token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # pyright: ignore
         middle = patches.shape[1] // 2
         return _wide(self.pos_drop(torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)))
 
     def dense_tokens(self, x: Tensor, state: tuple[int, int]) -> tuple[Tensor, Tensor]:
         middle = (x.shape[1] - 1) // 2
-        x = x.to(self.cls_token.dtype)
+        x = x.to(self.cls_token.dtype)  # pyright: ignore
         return x[:, middle : middle + 1], torch.cat([x[:, :middle], x[:, middle + 1 :]], dim=1)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
