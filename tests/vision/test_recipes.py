@@ -59,6 +59,19 @@ def settings(repository: Path) -> Load:
         ("unireplknet_segmentation", "unireplknet_l", 0.4, 0, 0),
         ("litv2_segmentation", "litv2_m", 0.2, 0, 0),
         ("litv2_segmentation", "litv2_b", 0.3, 0, 0),
+        ("vim_imagenet", "vim_tiny", 0.0, 0.8, 1.0),
+        ("vim_imagenet", "vim_base", 0.05, 0.8, 1.0),
+        ("vim_finetune", "vim_small", 0.05, 0.8, 1.0),
+        ("vim_segmentation", "vim_small", 0.05, 0, 0),
+        ("vmamba_imagenet", "vmamba_base_s2l15", 0.6, 0.8, 1.0),
+        ("vmamba_imagenet", "vmamba_base_s1l20", 0.5, 0.8, 1.0),
+        ("vmamba_imagenet", "vmambav0_tiny", 0.1, 0.8, 1.0),
+        ("vmamba_segmentation", "vmamba_tiny_s2l5", 0.2, 0, 0),
+        ("efficientvmamba_imagenet", "efficientvmamba_base", 0.2, 0.8, 1.0),
+        ("mobilemamba_imagenet", "mobilemamba_t4", 0.0, 0.8, 1.0),
+        ("mobilemamba_imagenet", "mobilemamba_b2", 0.03, 0.8, 1.0),
+        ("vig_imagenet", "vig_base", 0.5, 0.8, 1.0),
+        ("vig_imagenet", "vig_h_base", 0.6, 0.8, 1.0),
     ],
 )
 def test_each_size_has_its_own_settings(
@@ -81,6 +94,14 @@ def test_each_size_has_its_own_settings(
         ("van_segmentation", ADE20K, 32, 2e-4, 64),
         ("unireplknet_segmentation", ADE20K, 16, 1e-4, 127),
         ("litv2_segmentation", ADE20K, 16, 1e-4, 64),
+        ("vim_imagenet", IMAGENET, 1024, 1e-3, 300),
+        ("vim_finetune", IMAGENET, 1024, 1e-5, 30),
+        ("vim_segmentation", ADE20K, 32, 1e-4, 95),
+        ("vmamba_imagenet", IMAGENET, 1024, 1e-3, 300),
+        ("vmamba_segmentation", ADE20K, 16, 6e-5, 127),
+        ("efficientvmamba_imagenet", IMAGENET, 1024, 1e-3, 300),
+        ("mobilemamba_imagenet", IMAGENET, 1024, 1.5e-3, 300),
+        ("vig_imagenet", IMAGENET, 1024, 1e-3, 300),
     ],
 )
 def test_one_device_or_eight_take_the_same_steps(
@@ -101,6 +122,16 @@ def test_segmentation_with_unireplknet_as_published(settings: Load) -> None:
     assert config.schedule.warmup_epochs * (ADE20K // plan.batch) == pytest.approx(1500, rel=0.01)
     for name, size in [("unireplknet_s", 512), ("unireplknet_b", 640), ("unireplknet_l", 640)]:
         assert settings("unireplknet_segmentation", f"model={name}").data.size == size
+
+
+def test_sizes_of_mamba_recipes_that_differ_in_more_than_drop_path(settings: Load) -> None:
+    small = settings("vim_imagenet", "model=vim_small")
+    assert (small.optim.lr, small.optim.weight_decay, small.train.total_batch) == (1e-3, 0.05, 512)
+    assert settings("vim_finetune", "model=vim_small").model.kwargs["stride"] == 8
+    sizes = {"t2": 192, "s6": 224, "b1": 256, "b2": 384, "b4": 512}
+    for name, size in sizes.items():
+        assert settings("mobilemamba_imagenet", f"model=mobilemamba_{name}").data.size == size
+    assert settings("vig_imagenet", "model=vig_h_tiny").optim.lr == 8e-4
 
 
 def test_every_pattern_of_a_recipe_names_a_model(repository: Path) -> None:
@@ -144,6 +175,10 @@ SMALLEST = {
     "unireplknet_finetune": "unireplknet_a",
     "litv2_finetune": "litv2_s",
 }
+CLASSIFICATION = [
+    f"{family}_{task}" for family in ("litv2", "unireplknet", "van", "vim") for task in ("finetune", "imagenet")
+]
+CLASSIFICATION += [f"{family}_imagenet" for family in ("efficientvmamba", "mobilemamba", "vig", "vmamba")]
 DRY = ["model.pretrained=false", "train.limit_batches=2", "train.progress=false", "data.workers=0", "data.size=64"]
 DRY += ["train.batch_size=2", "train.total_batch=4", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0"]
 """A fresh model, four pictures in one optimiser step. Everything else is as shipped."""
@@ -160,9 +195,7 @@ def _picture(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-@pytest.mark.parametrize(
-    "recipe", [f"{family}_{task}" for family in ("litv2", "unireplknet", "van") for task in ("finetune", "imagenet")]
-)
+@pytest.mark.parametrize("recipe", CLASSIFICATION)
 def test_a_classification_recipe_trains_on_a_folder(
     recipe: str, settings: Load, tmp_path: Path, no_pictures: None
 ) -> None:
@@ -177,7 +210,9 @@ def test_a_classification_recipe_trains_on_a_folder(
     assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("recipe", ["litv2_segmentation", "unireplknet_segmentation", "van_segmentation"])
+@pytest.mark.parametrize(
+    "recipe", [f"{family}_segmentation" for family in ("litv2", "unireplknet", "van", "vim", "vmamba")]
+)
 def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_path: Path, no_pictures: None) -> None:
     rng = np.random.default_rng(0)
     for index in range(8):

@@ -10,8 +10,10 @@ from mixerzoo.vision.training.cli import help_text, main
 from mixerzoo.vision.training.config import Config, keys
 from mixerzoo.vision.training.settings import ConfigError, find_checkpoint, load, to_yaml
 
-FAMILIES = ("litv2", "unireplknet", "van")
+FAMILIES = ("litv2", "unireplknet", "van", "vim")
 PUBLISHED = [f"{family}_{task}" for family in FAMILIES for task in ("finetune", "imagenet", "segmentation")]
+PUBLISHED += ["efficientvmamba_imagenet", "mobilemamba_imagenet", "vig_imagenet"]
+PUBLISHED += ["vmamba_imagenet", "vmamba_segmentation"]
 RECIPES = ("classification", *sorted(PUBLISHED), "segmentation")
 
 
