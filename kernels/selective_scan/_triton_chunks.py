@@ -55,7 +55,7 @@ def _pixels(
     LEAVES: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Of the T PARTS steps from `start`, [T, PARTS]: the pixels, and masks of the steps that are and of those on the map.
+    """Of T PARTS steps from `start`, [T, PARTS]: the pixels, and masks of the steps that are and of those on the map.
 
     Other steps have pixel 0, so that they can be read without a mask for each: their gradient of y and their delta, or
     their x, are made 0, and then nothing else that is read there matters.

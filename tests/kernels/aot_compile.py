@@ -22,9 +22,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns that the def
 
 import torch
 import triton
+from mixerzoo.kernels.cross_scan import ATROUS, BIDIRECTIONAL, CROSS, ScanPath
 from mixerzoo.kernels.depthwise_conv import _triton as depthwise_conv
 from mixerzoo.kernels.neighborhood_attention import _triton as neighborhood_attention
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
+from mixerzoo.kernels.selective_scan import _triton as selective_scan
+from mixerzoo.kernels.selective_scan._plain import to_integers
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -146,6 +149,23 @@ def _gate(channels: int, side: int, dtype: torch.dtype) -> None:
     depthwise_conv.lka_gate(x, depthwise_conv.lka_spatial(x, w5, w7d3, bias, bias), w1, bias)
 
 
+def _scan(
+    size: tuple[int, int], dim: int, rank: int, state: int, paths: tuple[ScanPath, ...], dtype: torch.dtype
+) -> None:
+    """As the models call it; rank 0: as `selective_scan` does."""
+    pixels, scans = size[0] * size[1], len(paths)
+    x = torch.empty(2, pixels, 1, dim, device="meta", dtype=dtype)
+    projected = torch.empty(2, pixels, scans, rank + 2 * state, device="meta", dtype=dtype)
+    delta = None if rank else x.expand(-1, -1, scans, -1)
+    bias = torch.empty(scans, dim, device="meta")
+    weight = torch.empty(scans, dim, rank, device="meta", dtype=dtype) if rank else None
+    A = torch.empty(scans, dim, state, device="meta")
+    tensors = (x, delta, projected, weight, bias, A, bias)
+    options = (size, to_integers(paths), True, rank > 0)
+    y, states = selective_scan.forward(*tensors, *options, True)
+    selective_scan.backward(y, *tensors, states, *options)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     """Every configuration that ships, at the windows of the models, and every kind of geometry at the usual one."""
     one, five, seven = (Window(size, 1, 1, False) for size in (1, 5, 7))
@@ -161,6 +181,10 @@ def _cases() -> dict[str, Callable[[], None]]:
         "sequence": lambda: _attend((1, 1, 1000), (one, one, long), 64, half, rpb=True),
         "volume": lambda: _attend((16, 16, 16), (five, five, five), 32, half, rpb=True),
     }
+    cases["scan-16-half"] = lambda: _scan((1, 197), 384, 12, 16, BIDIRECTIONAL, half)
+    cases["scan-sequence"] = lambda: _scan((1, 1000), 64, 0, 16, BIDIRECTIONAL[:1], half)
+    for state in selective_scan.TILES:
+        cases[f"scan-state-{state}"] = lambda n=state: _scan((57, 57), 96, selective_scan.MAX_RANK, n, ATROUS[3:], half)
     for dtype, kind in [(torch.float16, "half"), (torch.float32, "float")]:
         for head_dim in (32, *neighborhood_attention.CONFIGS[dtype.itemsize]):
             cases[f"map-{head_dim}-{kind}"] = lambda d=head_dim, t=dtype: _attend(
@@ -169,6 +193,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         cases[f"conv-13-{kind}"] = lambda t=dtype: _convolve(64, 56, (13, 13), (1, 1), t)
         cases[f"conv-7-dilated-{kind}"] = lambda t=dtype: _convolve(32, 56, (7, 7), (3, 3), t)
         cases[f"conv-1x31-{kind}"] = lambda t=dtype: _convolve(24, 28, (1, 31), (1, 1), t)
+        cases[f"scan-{kind}"] = lambda t=dtype: _scan((56, 56), 192, 6, 1, CROSS[:2], t)
         cases[f"lka-{kind}"] = lambda t=dtype: _gate(64, 56, t)
     return cases
 

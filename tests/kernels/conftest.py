@@ -2,6 +2,7 @@
 
 What is mended, on triton 3.6 to 3.9:
 * a call of one Triton function by another patches the whole language anew, a millisecond each: once a launch is enough;
+* an associative scan calls its function once for every element; here once for a row of them;
 * bfloat16 is held as raw 16-bit integers and computed with as such; products and arithmetic go through float32 here,
   and what is stored is rounded, not cut off.
 The canaries in test_interpreter.py fail when a new Triton makes either unnecessary or impossible.
@@ -79,6 +80,23 @@ def _patch_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
+def _scan_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generic_scan(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
+        def row(i: int) -> tuple[Any, ...]:
+            return tuple(self.to_tensor(np.take(x.handle.data, [i], axis=self.axis), x.dtype.scalar) for x in inputs)
+
+        rows = [row(0)]
+        for i in range(1, inputs[0].handle.data.shape[self.axis]):
+            rows.append(self.combine_fn.fn(*rows[-1], *row(i)))
+        columns = zip(*rows, strict=True)
+        return [
+            self.to_tensor(np.concatenate([x.handle.data for x in column], axis=self.axis), x.dtype.scalar)
+            for x, column in zip(inputs, columns, strict=True)
+        ]
+
+    monkeypatch.setattr(interpreter.ScanOps, "generic_scan", generic_scan)
+
+
 @pytest.fixture
 def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton kernels run on CPU tensors, and the operators take them."""
@@ -88,6 +106,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_runtime, "INTERPRET", True)
     _compute_bfloat16(monkeypatch)
     _patch_once_a_launch(monkeypatch)
+    _scan_by_rows(monkeypatch)
     yield
 
 

@@ -15,7 +15,7 @@ SHARED_MEMORY = {"sm80": 99 * 1024, "sm90": 99 * 1024, "gfx942": 64 * 1024}
 PRODUCTS = {"_na_fwd_kernel", "_na_bwd_query_kernel", "_na_bwd_key_kernel", "_na_bwd_bias_kernel", "_lka_gate_kernel"}
 """Kernels that multiply matrices, and so belong on tensor cores."""
 
-SUMS = {"_dw_fwd_kernel", "_dw_weight_grad_kernel", "_lka_spatial_kernel"}
+SUMS = {"_dw_fwd_kernel", "_dw_weight_grad_kernel", "_lka_spatial_kernel", "_scan_walk_kernel", "_scan_bwd_kernel"}
 
 pytestmark = [
     pytest.mark.slow,
