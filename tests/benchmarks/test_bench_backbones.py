@@ -62,6 +62,29 @@ def test_plain_networks_keep_their_format_and_use_no_operator_of_ours(
         assert not [event.name for event in profile.events() if "mixerzoo" in event.name]
 
 
+@pytest.mark.parametrize(("name", "scans"), [("vim_tiny", 24), ("vmamba_tiny_s1l8", 14), ("vmambav0_tiny", 15)])
+@torch.no_grad()
+def test_the_reference_scan_takes_the_place_of_every_scan(
+    bench, name: str, scans: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, loop = [], bench.scan_loop_2d
+    monkeypatch.setattr(bench, "scan_loop_2d", lambda *given, **options: calls.append(1) or loop(*given, **options))
+    model, x = bench.build(bench.Case(name, "ours", 64, 1, "eager"))
+    want = model(x)
+    assert not calls
+    with bench.in_layout(bench.LOOP):
+        got = model(x)
+    assert len(calls) == scans
+    torch.testing.assert_close(got, want, atol=1e-4 * want.abs().max().item(), rtol=0)
+
+
+def test_a_slow_scan_is_a_miss(bench) -> None:
+    case = bench.Case("vim_tiny", "ours", 512, 1, "eager")
+    for times, lines in ((10.1, 0), (9.9, 1)):
+        rows = [case._asdict() | {"seconds": 1.0}, case._replace(layout=bench.LOOP)._asdict() | {"seconds": times}]
+        assert len(bench.list_missed(rows)) == lines
+
+
 def test_a_wrong_model_is_refused(bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "lka_chain", lambda x, *weights: x)
     with pytest.raises(SystemExit, match=r"van_b0 .* is wrong: its logits are off by .* nothing is reported"):
@@ -89,7 +112,7 @@ def test_a_missed_speedup_gives_status_1_after_the_tables(
     def measure(cases: list, **_: int) -> list[dict]:
         slow = {"seconds": 0.1, "bytes": 1}  # nothing is asked of other models and sizes
         own = [case.model == "van_b0" and case.size == 224 and case.mode == "eager" for case in cases]
-        rows = [case._asdict() | slow for case in cases]
+        rows = [case._asdict() | slow | ({"seconds": 9.0} if case.layout == bench.LOOP else {}) for case in cases]
         return [
             row | {"seconds": seconds[row["layout"]]} if is_own else row for row, is_own in zip(rows, own, strict=True)
         ]
