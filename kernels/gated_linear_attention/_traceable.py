@@ -24,32 +24,32 @@ def _survival(log_gates: Tensor) -> Tensor:
 
 
 def _walk(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor) -> Tensor:
-    """One direction, [batch, tokens, heads, dim], a whole number of chunks."""
-    q, k, v, g = (x.unflatten(1, [-1, CHUNK]).permute(0, 3, 1, 2, 4) for x in (query, key, value, log_gate))
+    """One direction, [batch, heads, chunks, CHUNK, dim]."""
+    q, k, v, g = query, key, value, log_gate
     survival = _survival(g)  # [batch, heads, chunks, to, from, head_dim]
     scores = (survival * q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1)
     added = (k * survival[..., -1, :, :]).mT @ v
     between = _survival(g.sum(-2)).permute(0, 1, 4, 2, 3)  # [batch, heads, head_dim, chunk, chunk]
     after = (between @ added.transpose(2, 3)).transpose(2, 3)
     before = F.pad(after, [0, 0, 0, 0, 1, -1])
-    out = scores @ v + (q * g.cumsum(-2).exp()) @ before
-    return out.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return scores @ v + (q * g.cumsum(-2).exp()) @ before
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float) -> Tensor:
     """The sum over the directions; query, key, value [batch, tokens, heads, dim]."""
     wide, tokens = torch.promote_types(query.dtype, torch.float32), query.shape[1]
-    missing = (
-        (tokens + CHUNK - 1) // CHUNK + 1
-    ) * CHUNK - tokens  # one chunk too many, since exporters take 1 as fixed
 
     def stack(of_direction: Sequence[Tensor]) -> Tensor:
         """All directions as one batch of walks from the first token."""
         walks = [x.flip(1) if asks == EARLIER else x for x, (_, asks) in zip(of_direction, gates, strict=True)]
-        return F.pad(torch.cat(walks).to(wide), [0, 0, 0, 0, 0, missing])
+        # A chunk too many, since exporters take a number that may be 1 as fixed, and no remainder of the number of
+        # tokens, of which they would have to prove that it divides.
+        padded = F.pad(torch.cat(walks).to(wide), [0, 0, 0, 0, 0, 2 * CHUNK - 1])
+        return padded.unfold(1, CHUNK, CHUNK).permute(0, 2, 1, 4, 3)
 
     inputs = [[x] * len(gates) for x in (query, key, value)]
-    walked = _walk(*(stack(x) for x in (*inputs, [log_gate for log_gate, _ in gates])))[:, :tokens] * scale
+    walked = _walk(*(stack(x) for x in (*inputs, [log_gate for log_gate, _ in gates]))) * scale
+    walked = walked.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
     outs = [
         out.flip(1) if asks == EARLIER else out for out, (_, asks) in zip(walked.chunk(len(gates)), gates, strict=True)
     ]

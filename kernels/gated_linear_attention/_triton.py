@@ -7,16 +7,17 @@
   result's gradient in place of keys and values.
 * With few heads, every chunk's own contribution is written by a program of its own, and `_gla_carry_kernel` adds them
   up. That moves the states twice more, and the walk, which nothing else can overlap then, has no product left in it.
-* `_gla_fwd_kernel` and `_gla_bwd_kernel` have a program for each chunk. It computes both directions' scores into the two
-  triangles of one tile, as `_plain` does, so query, key and value are read once, and the directions are added in
+* `_gla_fwd_kernel` and `_gla_bwd_kernel` have a program for each chunk. It computes both directions' scores into the
+  two triangles of one tile, as `_plain` does, so query, key and value are read once, and the directions are added in
   registers: no atomics, no second buffer.
 
 Within a chunk blocks of 1, 2, 4, ... tokens pair up; what gates let through between the border of a pair and each token
 is exp of a sum of just these gates, at most 1, and one product of whole tiles gives the scores of all pairs of a size.
 Other ways would be: exp of differences from the chunk's start, which overflow; exp for each pair of tokens of blocks of
-16, as flash-linear-attention does, 16 exps for a channel of a token and direction instead of the 5 here; or the
-recurrence itself, three operations for each number of the state and token, 6144 lanes at 32 x 64, against some 700 here
-by what the compiler makes of it.
+16, 16 exps for a channel of a token and direction instead of the 5 here; or the recurrence itself, which takes as many
+instructions (two directions of three for each number of a 32 x 64 state), but one token after the other.
+
+No GPU has timed any of this yet, and `_gla_bwd_kernel` does not yet fit registers: it spills on sm_90.
 
 Sums are float32. Products of half precision tensors run as TF32, whose mantissa is float16's, so that no state can
 overflow; those of float32 tensors run in full.

