@@ -23,7 +23,7 @@ MAX_RANK = 16
 
 # State numbers up to -> channels of a program, steps of a group and warps, by what the compiler reports (no spilled
 # register, fewest instructions a step; tests/kernels/aot_compile.py), not by the clock. State 64 is in two warps.
-TILES = {1: (64, 4, 1), 4: (64, 4, 1), 16: (32, 4, 1), 32: (32, 2, 1), 64: (32, 1, 2)}
+TILES = {1: (64, 4, 1), 4: (64, 4, 1), 16: (32, 2, 1), 32: (32, 2, 1), 64: (32, 1, 2)}
 
 PARTS = 4
 """Parts of a chunk in the backward: their adjoints are saved, and a lane has CHUNK // PARTS steps in registers."""

@@ -21,6 +21,16 @@ try:
     def _cast_kernel(p_x, p_out, N: tl.constexpr):
         o = tl.arange(0, N)
         tl.store(p_out + o, tl.load(p_x + o).to(p_out.dtype.element_ty))
+
+    @triton.jit
+    def _decay(a, b, next_a, next_b):
+        return a * next_a, next_a * b + next_b
+
+    @triton.jit
+    def _recurrence_kernel(p_a, p_b, p_out, N: tl.constexpr, REVERSE: tl.constexpr):
+        o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+        _, b_out = tl.associative_scan((tl.load(p_a + o), tl.load(p_b + o)), 0, _decay, reverse=REVERSE)
+        tl.store(p_out + o, b_out)
 finally:
     del os.environ["TRITON_INTERPRET"]
 
@@ -52,3 +62,18 @@ def test_casts_to_bfloat16_round(triton_interpreter: None) -> None:
 @pytest.mark.xfail(strict=True, reason="Triton's interpreter cuts bfloat16 off; mended in conftest.py")
 def test_casts_to_bfloat16_are_still_cut_off_without_the_mending() -> None:
     test_casts_to_bfloat16_round(None)
+
+
+@pytest.mark.parametrize("is_mended", [True, False])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_run_along_their_axis(is_mended: bool, reverse: bool, request: pytest.FixtureRequest) -> None:
+    """By rows, as conftest.py has it, and by elements, as Triton: the first must stay the same as the second."""
+    if is_mended:
+        request.getfixturevalue("triton_interpreter")
+    a, b = torch.rand(2, 8, 8).unbind(0)
+    out, want, state = torch.empty(8, 8), torch.empty(8, 8), torch.zeros(8)
+    _recurrence_kernel[(1,)](a, b, out, 8, reverse)
+    for t in reversed(range(8)) if reverse else range(8):
+        state = a[t] * state + b[t]
+        want[t] = state
+    torch.testing.assert_close(out, want)
