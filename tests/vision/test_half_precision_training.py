@@ -25,7 +25,7 @@ BAND = 0.15  # of the way from the first loss to zero
 MODELS: dict[str, tuple[float, dict[str, Any]]] = {
     "vim_tiny": (1e-3, {"embed_dim": 48, "depth": 2, "patch_size": 8, "img_size": SIDE}),
     "vmamba_tiny_s1l8": (1e-3, {"dims": (16, 32), "depths": (1, 1)}),
-    "efficientvmamba_tiny": (1e-3, {"embed_dim": 16, "depths": (1, 1, 1, 1)}),
+    "efficientvmamba_tiny": (1e-3, {"embed_dim": 16, "depths": (1, 1)}),
     "mobilemamba_t2": (1.5e-3, {"dims": (48, 64, 80), "depths": (1, 1, 1)}),
     "vig_tiny": (1e-3, {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": SIDE}),
 }
@@ -50,7 +50,7 @@ def make_model(name: str) -> nn.Module:
 def train(name: str, dtype: torch.dtype) -> Tensor:
     """The loss of each step, five of them warm-up."""
     model, rate, stream = make_model(name), MODELS[name][0], torch.Generator().manual_seed(1)
-    optimizer = create_optimizer_v2(model, "adamw", lr=rate, weight_decay=0.05)
+    optimizer = create_optimizer_v2(model, "adamw", lr=rate, weight_decay=0.05, fused=True)
     losses = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
