@@ -21,9 +21,9 @@ from ._triton_walk import Walk, _scan_walk_kernel, walk
 MAX_RANK = 16
 """A low rank up to this is expanded in registers; a higher one by a product of matrices, one scan at a time."""
 
-# State numbers up to -> channels of a program, steps of a group and warps, by what the compiler reports (no spilled
-# register, fewest instructions a step; tests/kernels/aot_compile.py), not by the clock. State 64 is in two warps.
-TILES = {1: (64, 4, 1), 4: (64, 4, 1), 16: (32, 2, 1), 32: (32, 2, 1), 64: (32, 1, 2)}
+# State numbers up to -> channels of a program, steps of a group in the scan and in its adjoint, warps. By what the
+# compiler reports (no spilled register, few instructions a step; tests/kernels/aot_compile.py), not by the clock.
+TILES = {1: (64, 4, 4, 1), 4: (64, 4, 4, 1), 16: (32, 4, 2, 1), 32: (32, 2, 2, 1), 64: (32, 1, 1, 2)}
 
 PARTS = 4
 """Parts of a chunk in the backward: their adjoints are saved, and a lane has CHUNK // PARTS steps in registers."""
@@ -131,7 +131,7 @@ def _walk(
     """One scan over `value`, which is x or, for the adjoint, the gradient of y; y += before."""
     batch, _, dim = value.shape
     state = scan.A.shape[1]
-    channels, group, warps = next(tile for most, tile in TILES.items() if state <= most)
+    channels, *groups, warps = next(tile for most, tile in TILES.items() if state <= most)
     chunks, blocks = triton.cdiv(scan.walk.steps, chunk), triton.cdiv(dim, channels)
     segments = segments_of(batch * blocks, chunks, _multiprocessors(value.device))
     segment_chunks = triton.cdiv(chunks, segments)
@@ -153,7 +153,7 @@ def _walk(
     constants = {
         "STATE": state, "PADDED": triton.next_power_of_2(state), "RANK": scan.rank, "SOFTPLUS": softplus,
         "HAS_BIAS": scan.bias is not None, "LEAVES": path.leaves_map, "ADJOINT": adjoint, "WIDE": is_wide,
-        "GROUP": group, "CHUNK": chunk, "BC": channels, "num_warps": warps,
+        "GROUP": groups[adjoint], "CHUNK": chunk, "BC": channels, "num_warps": warps,
     }  # fmt: skip
     grid = (blocks * segments * batch,)
     if segments > 1:
