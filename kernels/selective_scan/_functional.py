@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _runtime
 from ..cross_scan import CROSS, ScanPath, check_paths
-from . import _operator, _plain
+from . import _operator, _plain, _traceable
 
 MAX_STATE = 64
 
@@ -42,24 +42,37 @@ def _run(
     dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
-    size: tuple[int, int],
     paths: tuple[ScanPath, ...],
     *,
     softplus: bool,
     merge: bool,
     save_states: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """y and `states` of the operator; where plain operators run, the last step's alone."""
-    tensors = (x, delta, projected, dt_weight, dt_bias, A, D)
+    """The operator on maps [batch, height, width, slots, channels], and the last states [batch, scans, state, dim].
+
+    y is [batch, height, width, dim], or if not `merge` [batch, scans, dim, pixels]; states only if `save_states`.
+    """
+    maps, parameters = (x, delta, projected), (dt_weight, dt_bias, A, D)
+    size = x.shape[1], x.shape[2]
+    if _runtime.is_exporting():
+        ys, last = _traceable.scan(*maps, *parameters, paths, softplus)
+        if merge:
+            return sum(ys[1:], start=ys[0]), last
+        return torch.stack([y.flatten(1, 2).transpose(1, 2) for y in ys], 1), last
+    flat = x.flatten(1, 2), None if delta is None else delta.flatten(1, 2), projected.flatten(1, 2)
     if _runtime.wants_plain_ops() or x.dtype == torch.float64:
-        y, every = _plain.scan(*tensors, size, paths, softplus, merge)
-        return y, every[:, :, -1:].detach()
-    fields = _plain.to_integers(paths)
-    if _runtime.needs_operator(*tensors):
-        differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        save_states = save_states or differentiates
-        return torch.ops.mixerzoo.selective_scan(*tensors, list(size), fields, softplus, merge, save_states)
-    return _operator.scan(*tensors, list(size), fields, softplus, merge, save_states)
+        y, states = _plain.scan(*flat, *parameters, size, paths, softplus, merge)
+        states = states.detach()
+    else:
+        fields = _plain.to_integers(paths)
+        if _runtime.needs_operator(*maps, *parameters):
+            tensors = (*maps, *parameters)
+            differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            options = fields, softplus, merge, save_states or differentiates
+            y, states = torch.ops.mixerzoo.selective_scan(*flat, *parameters, list(size), *options)
+        else:
+            y, states = _operator.scan(*flat, *parameters, list(size), fields, softplus, merge, save_states)
+    return (y.unflatten(1, size) if merge else y), (states[:, :, -1] if states.ndim == 5 else states)
 
 
 def selective_scan_2d(
@@ -118,11 +131,9 @@ def selective_scan_2d(
     slots = (scans,) if projected.ndim == 5 else ()
     expected = (batch, height, width, *slots, rank + 2 * state)
     _check_shape("projected", projected, expected, "batch, height, width, (scans,) rank + 2 * state")
-    x = x.flatten(1, 2) if x.ndim == 5 else x.flatten(1, 2).unsqueeze(2)
-    projected = projected.flatten(1, 2) if slots else projected.flatten(1, 2).unsqueeze(2)
-    size = height, width
-    y, _ = _run(x, None, projected, dt_weight, dt_bias, A, D, size, paths, softplus=True, merge=True)
-    return y.unflatten(1, (height, width))
+    x = x if x.ndim == 5 else x.unsqueeze(3)
+    projected = projected if slots else projected.unsqueeze(3)
+    return _run(x, None, projected, dt_weight, dt_bias, A, D, paths, softplus=True, merge=True)[0]
 
 
 def _by_groups(B: Tensor, C: Tensor, batch: int, dim: int, length: int) -> tuple[Tensor, Tensor]:
@@ -199,15 +210,14 @@ def selective_scan(
     _check_shape("B", B, (batch, groups, A.shape[1], length), "batch, groups, state, length")
     _check_shape("C", C, (batch, groups, A.shape[1], length), "batch, groups, state, length")
     by_group = (groups, dim // groups)
-    y, states = _run(
-        u.unflatten(1, by_group).permute(0, 3, 1, 2),
-        delta.unflatten(1, by_group).permute(0, 3, 1, 2),
-        torch.cat([B, C], 2).permute(0, 3, 1, 2),
+    y, last = _run(
+        u.unflatten(1, by_group).permute(0, 3, 1, 2).unsqueeze(1),
+        delta.unflatten(1, by_group).permute(0, 3, 1, 2).unsqueeze(1),
+        torch.cat([B, C], 2).permute(0, 3, 1, 2).unsqueeze(1),
         None,
         None if delta_bias is None else delta_bias.unflatten(0, by_group),
         A.unflatten(0, by_group),
         None if D is None else D.unflatten(0, by_group),
-        (1, length),
         (ScanPath(),) * groups,
         softplus=delta_softplus,
         merge=False,
@@ -218,4 +228,4 @@ def selective_scan(
         y = (y * torch.nn.functional.silu(z.to(torch.promote_types(z.dtype, torch.float32)))).to(u.dtype)
     if not return_last_state:
         return y
-    return y, states[:, :, -1].transpose(2, 3).flatten(1, 2)
+    return y, last.transpose(2, 3).flatten(1, 2).detach()

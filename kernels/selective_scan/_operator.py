@@ -79,6 +79,13 @@ def _(x, delta, projected, dt_weight, dt_bias, A, D, size, paths, softplus, merg
     return y, x.new_empty((batch, scans, chunks + 1, state, dim), dtype=torch.float32)
 
 
+def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
+    """`grad` in the data type and, so that nobody has to transpose it, the strides of an empty_like of its tensor."""
+    if grad.dtype == like.dtype and grad.stride() == torch.empty_like(like, device="meta").stride():
+        return grad
+    return torch.empty_like(like).copy_(grad)
+
+
 @torch.library.custom_op("mixerzoo::selective_scan_backward", mutates_args=())
 def _selective_scan_backward(
     grad: Tensor,
@@ -102,12 +109,12 @@ def _selective_scan_backward(
         if implementation is _native:
             tensors = tuple(map(_single, tensors))
         grads = implementation.backward(*tensors, states, (size[0], size[1]), paths, softplus, merge)
-    return [g.to(t.dtype).contiguous() for g, t in zip(grads, given, strict=True) if t is not None]
+    return [_laid_out(g, t) for g, t in zip(grads, given, strict=True) if t is not None]
 
 
 @_selective_scan_backward.register_fake
 def _(grad, x, delta, projected, dt_weight, dt_bias, A, D, states, size, paths, softplus, merge):
-    return [t.new_empty(t.shape) for t in (x, delta, projected, dt_weight, dt_bias, A, D) if t is not None]
+    return [torch.empty_like(t) for t in (x, delta, projected, dt_weight, dt_bias, A, D) if t is not None]
 
 
 def _save(ctx, inputs, output) -> None:

@@ -1,4 +1,4 @@
-"""The selective scan by standard PyTorch operators: for float64, for export, and where nothing faster exists.
+"""The selective scan by standard PyTorch operators: for float64, and where nothing faster exists.
 
 The recurrence is cut into chunks that are scanned side by side; their ends are scanned the same way, and their starts
 go back in. Decays are only ever multiplied together, each at most one: dividing by their product, or adding up their
@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._compat import is_exporting
 from ..cross_scan import ScanPath, cross_merge, cross_scan
 
 CHUNK = 32
@@ -54,36 +53,16 @@ def _along_steps(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(decays, 3), torch.stack(states, 3)
 
 
-def _by_doubling(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in a number of operators that is the logarithm of the steps."""
-    shift = 1
-    while shift < value.shape[3]:
-        pad = [0, 0] * (value.ndim - 4) + [shift, 0]
-        value = value + decay * F.pad(value[:, :, :, :-shift], pad)
-        decay = decay * F.pad(decay[:, :, :, :-shift], pad, value=1.0)
-        shift *= 2
-    return decay, value
-
-
-def recurrence(decay: Tensor, value: Tensor, levels: int = 4) -> Tensor:
-    """h_t = decay_t h_{t-1} + value_t from h = 0 along axis 2 of [batch, scans, steps, ...].
-
-    `levels` is how often chunks are gathered into chunks where the number of steps is not known, in an export: four
-    are enough for a million.
-    """
+def recurrence(decay: Tensor, value: Tensor) -> Tensor:
+    """h_t = decay_t h_{t-1} + value_t from h = 0 along axis 2 of [batch, scans, steps, ...]."""
     steps = value.shape[2]
-    is_known = isinstance(steps, int)
-    few = is_exporting() or not is_known
-    # Two more than full chunks where the number is not known: the exporter would take a single one for a constant.
-    chunks = (steps + CHUNK - 1) // CHUNK if is_known else steps // CHUNK + 2
-    pad = [0, 0] * (value.ndim - 3) + [0, chunks * CHUNK - steps]
-    length = steps if is_known and chunks == 1 else CHUNK
-    if length == CHUNK:
+    chunks = (steps + CHUNK - 1) // CHUNK
+    if chunks > 1:
+        pad = [0, 0] * (value.ndim - 3) + [0, chunks * CHUNK - steps]
         decay, value = F.pad(decay, pad, value=1.0), F.pad(value, pad)
-    decay, value = decay.unflatten(2, (chunks, length)), value.unflatten(2, (chunks, length))
-    decay, value = (_by_doubling if few else _along_steps)(decay, value)
-    if (is_known and chunks > 1) or (not is_known and levels > 1):
-        ends = recurrence(decay[:, :, :, -1], value[:, :, :, -1], levels - 1)
+    decay, value = _along_steps(decay.unflatten(2, (chunks, -1)), value.unflatten(2, (chunks, -1)))
+    if chunks > 1:
+        ends = recurrence(decay[:, :, :, -1], value[:, :, :, -1])
         starts = F.pad(ends, [0, 0] * (ends.ndim - 3) + [1, 0])[:, :, :chunks]
         value = torch.addcmul(value, decay, starts.unsqueeze(3))
     return value.flatten(2, 3)[:, :, :steps]

@@ -1,0 +1,158 @@
+"""The selective scan for exporters: standard operators, no loop over steps, and no view of an axis of unknown size.
+
+Whoever exports with free sizes pays for each reshape of such an axis with seconds of algebra. So steps are gathered
+from the map into chunks by index tensors, and gathered back; inside a chunk, and then over the ends of all chunks,
+states are combined in doubling strides. Decays are only multiplied together, as in `_plain.py`.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._compat import size_key, trace_memo
+from ..cross_scan import ScanPath
+from ._plain import CHUNK
+
+_T = TypeVar("_T")
+
+_ROUNDS = 16
+"""Doublings over the chunks where their number is not known: enough for two million steps."""
+
+
+def _once_a_trace(key: Hashable, make: Callable[[], _T]) -> _T:
+    """What `make` returns, the same tensors for all layers of a trace: it knows nothing but sizes."""
+    memo = trace_memo()
+    if memo is None:
+        return make()
+    key = "selective_scan", key
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
+
+
+def _steps(paths: tuple[ScanPath, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Row and column of each step, and whether it lies on the map: [scans, chunks, CHUNK] each."""
+    rows, columns = paths[0].grid(height, width)
+    steps = rows * columns
+    # Where the number is not known never just one: the exporter would take that for a constant.
+    chunks = (steps + CHUNK - 1) // CHUNK if isinstance(steps, int) else steps // CHUNK + 2
+    step = torch.arange(chunks, device=device).unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=device)
+    step = step.clamp(max=steps - 1)  # what comes after the end is read by nobody
+    found = []
+    for path in paths:
+        # A tensor, since ONNX has no remainder of a division by a size.
+        inner = torch.full((1,), rows if path.by_columns else columns, dtype=torch.int64, device=device)
+        i, j = (step % inner, step // inner) if path.by_columns else (step // inner, step % inner)
+        i = rows - 1 - i if path.flip_rows else i
+        j = columns - 1 - j if path.flip_columns else j
+        found.append((path.row + path.step * i, path.column + path.step * j))
+    row, column = (torch.stack(indices) for indices in zip(*found, strict=True))
+    return row.clamp(max=height - 1), column.clamp(max=width - 1), (row < height) & (column < width)
+
+
+def _visits(path: ScanPath, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk and step in it at which each pixel is visited, and whether it is: [height, width] each."""
+    rows, columns = path.grid(height, width)
+    down = torch.arange(height, device=device).unsqueeze(1)
+    right = torch.arange(width, device=device)
+    i, j = down // path.step, right // path.step
+    i = rows - 1 - i if path.flip_rows else i
+    j = columns - 1 - j if path.flip_columns else j
+    step = j * rows + i if path.by_columns else i * columns + j
+    visited = (down % path.step == path.row) & (right % path.step == path.column)
+    return step // CHUNK, step % CHUNK, visited.unsqueeze(2)
+
+
+def _place(y: Tensor, path: ScanPath, height: int, width: int) -> Tensor:
+    """[batch, chunks, CHUNK, dim] of one scan on the map [batch, height, width, dim], zeros where it does not come."""
+    key = "visits", path, size_key(height), size_key(width), y.device
+    chunk, step, visited = _once_a_trace(key, lambda: _visits(path, height, width, y.device))
+    y = y[:, chunk, step]
+    return y if path.step == 1 else torch.where(visited, y, 0)
+
+
+def _within_chunks(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of decays and states from zero along axis 3 of [batch, scans, chunks, CHUNK, state, dim]."""
+    shift = 1
+    while shift < CHUNK:
+        value = value + decay * F.pad(value[:, :, :, :-shift], [0, 0, 0, 0, shift, 0])
+        decay = decay * F.pad(decay[:, :, :, :-shift], [0, 0, 0, 0, shift, 0], value=1.0)
+        shift *= 2
+    return decay, value
+
+
+def _earlier_chunks(value: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For each stride, from 1 on, the chunk before each chunk, and whether there is one, for axis 2 of `_starts`."""
+    chunks = value.shape[2]
+
+    def make() -> list[tuple[Tensor, Tensor]]:
+        rounds = max(chunks - 1, 1).bit_length() if isinstance(chunks, int) else _ROUNDS
+        chunk = torch.arange(chunks, device=value.device)
+        return [((chunk - 2**r).clamp(min=0), (chunk >= 2**r).unsqueeze(1).unsqueeze(2)) for r in range(rounds)]
+
+    return _once_a_trace(("chunks", size_key(chunks), value.device), make)
+
+
+def _starts(decay: Tensor, value: Tensor) -> Tensor:
+    """The state before each chunk, from what each makes of zero and by how much it decays: axis 2 of
+    [batch, scans, chunks, state, dim]."""
+    earlier = _earlier_chunks(value)
+    for source, exists in earlier:
+        value = torch.where(exists, value + decay * value.index_select(2, source), value)
+        decay = torch.where(exists, decay * decay.index_select(2, source), decay)
+    source, exists = earlier[0]
+    return torch.where(exists, value.index_select(2, source), 0)
+
+
+def scan(
+    x: Tensor,
+    delta: Tensor | None,
+    projected: Tensor,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    paths: tuple[ScanPath, ...],
+    softplus: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Each scan's y [batch, height, width, dim], and the last states [batch, scans, state, dim].
+
+    Arguments are those of `_plain.scan` with the map's axes apart: [batch, height, width, inputs, dim] and so on.
+    """
+    precise = torch.promote_types(x.dtype, torch.float32)
+    height, width, scans = x.shape[1], x.shape[2], len(paths)
+    rank, state = (0 if dt_weight is None else dt_weight.shape[2]), A.shape[2]
+    key = "steps", paths, size_key(height), size_key(width), x.device
+    row, column, inside = _once_a_trace(key, lambda: _steps(paths, height, width, x.device))
+    slot = torch.arange(scans, device=x.device).unsqueeze(1).unsqueeze(2)
+
+    def gather(map_: Tensor) -> Tensor:
+        """[batch, height, width, slots, channels] as [batch, scans, chunks, CHUNK, channels]."""
+        map_ = map_.to(precise)
+        found = map_[:, :, :, 0][:, row, column] if map_.shape[3] == 1 else map_[:, row, column, slot]
+        return found if paths[0].step == 1 else torch.where(inside.unsqueeze(3), found, 0)
+
+    if dt_weight is not None:
+        low_rank = projected[..., :rank].to(precise)
+        weights = dt_weight.to(precise)
+        slots = [min(k, projected.shape[3] - 1) for k in range(scans)]
+        delta = torch.stack([F.linear(low_rank[:, :, :, s], weights[k]) for k, s in enumerate(slots)], 3)
+    assert delta is not None
+    raw, inputs = gather(delta), gather(x)
+    B, C = gather(projected[..., rank:]).split([state, state], 4)
+    if dt_bias is not None:
+        raw = raw + dt_bias.to(precise).unsqueeze(1).unsqueeze(1)
+    step = F.softplus(raw) if softplus else raw
+    decay = torch.exp(step.unsqueeze(4) * A.to(precise).transpose(1, 2).unsqueeze(1).unsqueeze(1))
+    decay, states = _within_chunks(decay, (step * inputs).unsqueeze(4) * B.unsqueeze(5))
+    states = states + decay * _starts(decay[:, :, :, -1], states[:, :, :, -1]).unsqueeze(3)
+    y = (states * C.unsqueeze(5)).sum(4)
+    if D is not None:
+        y = y + D.to(precise).unsqueeze(1).unsqueeze(1) * inputs
+    rows, columns = paths[0].grid(height, width)
+    end = torch.arange(rows * columns - 1, rows * columns, device=x.device)
+    last = states[:, :, end // CHUNK, end % CHUNK].squeeze(2)
+    return [_place(y[:, k], path, height, width).to(x.dtype) for k, path in enumerate(paths)], last
