@@ -7,9 +7,11 @@
   result's gradient in place of keys and values.
 * With few heads, every chunk's own contribution is written by a program of its own, and `_gla_carry_kernel` adds them
   up. That moves the states twice more, and the walk, which nothing else can overlap then, has no product left in it.
-* `_gla_fwd_kernel` and `_gla_bwd_kernel` have a program for each chunk. It computes both directions' scores into the
-  two triangles of one tile, as `_plain` does, so query, key and value are read once, and the directions are added in
-  registers: no atomics, no second buffer.
+* `_gla_fwd_kernel` has a program for each chunk. It computes both directions' scores into the two triangles of one
+  tile, as `_plain` does, so query, key and value are read once, and the directions are added in registers: no atomics,
+  no second buffer. The gradient of the value is the same with the keys as queries.
+* `_gla_bwd_kernel` gives all other gradients. Its programs have 16 channels of a head each, however wide it is: more
+  tiles at once would not fit registers.
 
 Within a chunk blocks of 1, 2, 4, ... tokens pair up; what gates let through between the border of a pair and each token
 is exp of a sum of just these gates, at most 1, and one product of whole tiles gives the scores of all pairs of a size.
@@ -17,7 +19,7 @@ Other ways would be: exp of differences from the chunk's start, which overflow; 
 16, 16 exps for a channel of a token and direction instead of the 5 here; or the recurrence itself, which takes as many
 instructions (two directions of three for each number of a 32 x 64 state), but one token after the other.
 
-No GPU has timed any of this yet, and `_gla_bwd_kernel` does not yet fit registers: it spills on sm_90.
+No GPU has timed any of this yet; the compiler's reports say that nothing spills (tests/kernels/aot_compile.py).
 
 Sums are float32. Products of half precision tensors run as TF32, whose mantissa is float16's, so that no state can
 overflow; those of float32 tensors run in full.
@@ -34,36 +36,44 @@ CHUNK = 32
 LEVELS = 5
 """Sizes of blocks below a chunk: 1, 2, 4, 8, 16."""
 
-MAX_HEAD_DIM, MAX_VALUE_DIM = 64, 128
-"""What fits registers, by what the compiler reports (tests/kernels/aot_compile.py)."""
+WIDEST = {2: (64, 128), 4: (32, 64)}
+"""Bytes an element -> channels of queries and of values that fit registers, by what the compiler reports."""
 
 ENOUGH_PROGRAMS = 256
 """Walks that keep a GPU busy: about two a multiprocessor. Below, chunks run by themselves."""
 
 
 def supports(query: Tensor, value: Tensor) -> bool:
-    return query.shape[-1] <= MAX_HEAD_DIM and value.shape[-1] <= MAX_VALUE_DIM
+    """Whether a head's tiles fit registers; wider heads take the plain operators."""
+    head_dim, value_dim = WIDEST[query.dtype.itemsize]
+    return query.shape[-1] <= head_dim and value.shape[-1] <= value_dim
 
 
 @triton.jit
-def _load_rows(p_x, s_token, o_t, tokens, DIM: tl.constexpr, BD: tl.constexpr):
-    """[rows, BD] in float32, zeros outside of the sequence; `s_token` is the distance of two tokens in memory."""
-    o_d = tl.arange(0, BD)
-    m = ((o_t >= 0) & (o_t < tokens))[:, None] & (o_d < DIM)[None, :]
-    return tl.load(p_x + o_t.to(tl.int64)[:, None] * s_token + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+def _offsets(s_token, o_t, tokens, dim, BD: tl.constexpr, AXIS: tl.constexpr):
+    """Where tokens `o_t`, along AXIS of a tile, and their channels lie, and whether they exist; `s_token` is the
+    distance of two tokens in memory."""
+    o_t, o_d = tl.expand_dims(o_t, 1 - AXIS), tl.expand_dims(tl.arange(0, BD), AXIS)
+    return o_t.to(tl.int64) * s_token + o_d, (o_t >= 0) & (o_t < tokens) & (o_d < dim)
 
 
 @triton.jit
-def _store_rows(p_x, s_token, o_t, tokens, b_x, DIM: tl.constexpr, BD: tl.constexpr):
-    o_d = tl.arange(0, BD)
-    m = (o_t < tokens)[:, None] & (o_d < DIM)[None, :]
-    tl.store(p_x + o_t.to(tl.int64)[:, None] * s_token + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=m)
+def _load(p_x, s_token, o_t, tokens, dim, BD: tl.constexpr, AXIS: tl.constexpr):
+    """[tokens, BD], or where AXIS is 1 [BD, tokens], in float32; zeros outside of the sequence."""
+    o_x, m = _offsets(s_token, o_t, tokens, dim, BD, AXIS)
+    return tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _state_offsets(K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def _store(p_x, s_token, o_t, tokens, b_x, dim, BD: tl.constexpr, AXIS: tl.constexpr):
+    o_x, m = _offsets(s_token, o_t, tokens, dim, BD, AXIS)
+    tl.store(p_x + o_x, b_x.to(p_x.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _state_offsets(rows, columns, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
     o_k, o_v = tl.arange(0, BK), tl.arange(0, BV)
-    return o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
+    return o_k[:, None] * V + o_v[None, :], (o_k < rows)[:, None] & (o_v < columns)[None, :]
 
 
 @triton.jit
@@ -89,7 +99,7 @@ def _gla_state_kernel(
     else:
         p_g = p_gate_back + i_b * s_rb + i_h * s_rh
         s_g = s_rn
-    o_state, m_state = _state_offsets(K, V, BK, BV)
+    o_state, m_state = _state_offsets(K, V, V, BK, BV)
     o_k, o_r = tl.arange(0, BK), tl.arange(0, C)
     first = (i_dir.to(tl.int64) * tl.num_programs(0) + i_bh) * chunks
     b_state = tl.zeros([BK, BV], tl.float32)
@@ -98,14 +108,14 @@ def _gla_state_kernel(
         o_t = i_c * C + tl.where(from_last, C - 1 - o_r, o_r)
         if not BY_CHUNK:
             tl.store(p_state + (first + i_c) * K * V + o_state, b_state, mask=m_state)
-        b_x = _load_rows(p_x, s_xn, o_t, tokens, K, BK)
-        b_y = _load_rows(p_y, s_yn, o_t, tokens, V, BV) * scale
-        b_g = _load_rows(p_g, s_g, o_t, tokens, K, BK)
+        b_x = _load(p_x, s_xn, o_t, tokens, K, BK, 0)
+        b_y = _load(p_y, s_yn, o_t, tokens, V, BV, 0) * scale
+        b_g = _load(p_g, s_g, o_t, tokens, K, BK, 0)
         if IS_GRAD:
             b_out = b_g
         else:  # the gate of the next row instead
             o_next = tl.where(o_r + 1 < C, o_t + tl.where(from_last, -1, 1), -1)
-            b_out = _load_rows(p_g, s_g, o_next, tokens, K, BK)
+            b_out = _load(p_g, s_g, o_next, tokens, K, BK, 0)
         b_x *= tl.exp(tl.cumsum(b_out, 0, reverse=True))
         b_own = tl.dot(tl.trans(b_x), b_y, input_precision=PRECISION)
         b_decay = tl.exp(tl.sum(b_g, 0))
@@ -137,36 +147,38 @@ def _gla_carry_kernel(
 
 
 @triton.jit
-def _pair_masks(level, BOTH: tl.constexpr, C: tl.constexpr):
-    """Which tokens stand in the later block of their pair, and [asking, asked] which pairs of tokens meet."""
+def _pair_masks(level, BOTH: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr):
+    """Which tokens, along AXIS, stand in the later block of their pair; and which pairs of tokens meet, those that ask
+    along AXIS, those asked along the other."""
     o_t = tl.arange(0, C)
-    is_later = ((o_t >> level) & 1) == 1
-    m = ((o_t[:, None] >> (level + 1)) == (o_t[None, :] >> (level + 1))) & (is_later[:, None] != is_later[None, :])
+    later = ((o_t >> level) & 1) == 1
+    m = ((o_t[:, None] >> (level + 1)) == (o_t[None, :] >> (level + 1))) & (later[:, None] != later[None, :])
+    is_later = tl.expand_dims(later, 1 - AXIS)
     if not BOTH:
-        m = m & is_later[:, None]
-    return is_later[:, None], m
+        m = m & is_later
+    return is_later, m
 
 
 @triton.jit
-def _through_sibling(b_near, level, LAST: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+def _through_sibling(b_near, level, LAST: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr):
     """For each token the sum of all log gates of the block beside its own."""
     o_sibling = ((tl.arange(0, C) >> level) ^ 1) << level
     if LAST:
         o_sibling += (1 << level) - 1
-    return tl.gather(b_near, tl.broadcast_to(o_sibling[:, None], [C, BK]), 0)
+    return tl.gather(b_near, tl.broadcast_to(tl.expand_dims(o_sibling, 1 - AXIS), b_near.shape), AXIS)
 
 
 @triton.jit
 def _widen(
-    b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH: tl.constexpr, C: tl.constexpr,
-    BK: tl.constexpr,
+    b_near, b_far, b_near_back, b_far_back, is_later, level,
+    BOTH: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """To blocks of twice the size: log sums from the border to each token (near), from each to the border (far)."""
-    b_sum = _through_sibling(b_near, level, True, C, BK)
+    b_sum = _through_sibling(b_near, level, True, AXIS, C)
     b_near += tl.where(is_later, b_sum, 0.0)
     b_far += tl.where(is_later, 0.0, b_sum)
     if BOTH:
-        b_sum = _through_sibling(b_near_back, level, False, C, BK)
+        b_sum = _through_sibling(b_near_back, level, False, AXIS, C)
         b_near_back += tl.where(is_later, 0.0, b_sum)
         b_far_back += tl.where(is_later, b_sum, 0.0)
     return b_near, b_far, b_near_back, b_far_back
@@ -176,34 +188,38 @@ def _widen(
 def _gla_fwd_kernel(
     p_q, p_k, p_v, p_gate, p_gate_back, p_state, p_out, tokens, heads, scale,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_rb, s_rn, s_rh,
-    BOTH: tl.constexpr, PRECISION: tl.constexpr,
+    IS_GRAD: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
+    """The result; or, of its gradient in place of the value and of that of the states, the gradient of the value, which
+    is where the keys stand in for the queries."""
     i_c, i_bh = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
     i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
     o_c = tl.arange(0, C)
     o_t = i_c * C + o_c
-    b_q = _load_rows(p_q + i_b * s_qb + i_h * s_qh, s_qn, o_t, tokens, K, BK) * scale
-    b_k = _load_rows(p_k + i_b * s_kb + i_h * s_kh, s_kn, o_t, tokens, K, BK)
-    b_near = _load_rows(p_gate + i_b * s_gb + i_h * s_gh, s_gn, o_t, tokens, K, BK)
+    b_q = _load(p_q + i_b * s_qb + i_h * s_qh, s_qn, o_t, tokens, K, BK, 0) * scale
+    b_k = _load(p_k + i_b * s_kb + i_h * s_kh, s_kn, o_t, tokens, K, BK, 0)
+    b_near = _load(p_gate + i_b * s_gb + i_h * s_gh, s_gn, o_t, tokens, K, BK, 0)
     b_far = tl.zeros([C, BK], tl.float32)
     b_near_back, b_far_back = b_far, b_far
     if BOTH:
-        b_near_back = _load_rows(p_gate_back + i_b * s_rb + i_h * s_rh, s_rn, o_t, tokens, K, BK)
+        b_near_back = _load(p_gate_back + i_b * s_rb + i_h * s_rh, s_rn, o_t, tokens, K, BK, 0)
     b_own = tl.sum(b_q * b_k, 1) * (2 if BOTH else 1)
     b_scores = tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], 0.0)
     for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
-        is_later, m = _pair_masks(level, BOTH, C)
+        is_later, m = _pair_masks(level, BOTH, 0, C)
         b_asking = b_q * tl.exp(tl.where(is_later, b_near, b_near_back))
         b_asked = b_k * tl.exp(tl.where(is_later, b_far_back, b_far))
         b_scores = tl.where(m, tl.dot(b_asking, tl.trans(b_asked), input_precision=PRECISION), b_scores)
         b_near, b_far, b_near_back, b_far_back = _widen(
-            b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH, C, BK
+            b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH, 0, C
         )  # fmt: skip
-    b_v = _load_rows(p_v + i_b * s_vb + i_h * s_vh, s_vn, o_t, tokens, V, BV)
+    if IS_GRAD:
+        b_scores, b_q, b_near, b_near_back = tl.trans(b_scores), b_k, b_far, b_far_back
+    b_v = _load(p_v + i_b * s_vb + i_h * s_vh, s_vn, o_t, tokens, V, BV, 0)
     b_out = tl.dot(b_scores, b_v, input_precision=PRECISION)
-    o_state, m_state = _state_offsets(K, V, BK, BV)
+    o_state, m_state = _state_offsets(K, V, V, BK, BV)
     p_state += (i_bh.to(tl.int64) * chunks + i_c) * K * V
     b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
     b_out += tl.dot(b_q * tl.exp(b_near), b_state, input_precision=PRECISION)
@@ -211,107 +227,147 @@ def _gla_fwd_kernel(
         p_state += tl.num_programs(1).to(tl.int64) * chunks * K * V
         b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
         b_out += tl.dot(b_q * tl.exp(b_near_back), b_state, input_precision=PRECISION)
-    _store_rows(p_out + (i_b * tokens * heads + i_h) * V, heads * V, o_t, tokens, b_out, V, BV)
+    _store(p_out + (i_b * tokens * heads + i_h) * V, heads * V, o_t, tokens, b_out, V, BV, 0)
+
+
+@triton.jit
+def _log_sums(p_gate, s_gate, o_t, o_next, tokens, channels, REVERSE: tl.constexpr, BK: tl.constexpr):
+    """Sums of one direction's log gates, [BK, tokens]: from the chunk's border to each token and from it to the border.
+    `o_next` are the tokens that come after each, -1 for none."""
+    b_near = tl.cumsum(_load(p_gate, s_gate, o_t, tokens, channels, BK, 1), 1, reverse=REVERSE)
+    return b_near, tl.cumsum(_load(p_gate, s_gate, o_next, tokens, channels, BK, 1), 1, reverse=not REVERSE)
 
 
 @triton.jit
 def _through_state(
-    b_q, b_k, b_v, b_grad, b_near, b_far, p_state, p_grad_state, o_state, m_state, to_next,
+    b_to_q, b_to_k, b_carried, b_v, b_grad, p_state, p_grad_state, to_next, o_state, m_state,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one direction's states add to the gradients of query, key and value, and of the gates from the next chunk's
-    side."""
+    """Adds what one direction's states give to query and key, before gates, and to the gates, from the next chunk's
+    side: if there is none, the gradient there is zero."""
     b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
-    b_near, b_far = tl.exp(b_near), tl.exp(b_far)
-    b_grad_q = tl.dot(b_grad, tl.trans(b_state), input_precision=PRECISION) * b_near
-    b_state = tl.load(p_grad_state + o_state, mask=m_state, other=0.0)
-    b_grad_k = tl.dot(b_v, tl.trans(b_state), input_precision=PRECISION) * b_far
-    b_grad_v = tl.dot(b_k * b_far, b_state, input_precision=PRECISION)
-    b_next = tl.load(p_state + to_next + o_state, mask=m_state, other=0.0)  # if there is none, the gradient is zero
-    return b_grad_q, b_grad_k, b_grad_v, tl.sum(b_next * b_state, 1)
+    b_grad_state = tl.load(p_grad_state + o_state, mask=m_state, other=0.0)
+    b_next = tl.load(p_state + to_next + o_state, mask=m_state, other=0.0)
+    b_to_q += tl.dot(b_state, b_grad, input_precision=PRECISION)
+    b_to_k += tl.dot(b_grad_state, b_v, input_precision=PRECISION)
+    return b_to_q, b_to_k, b_carried + tl.sum(b_next * b_grad_state, 1)
+
+
+@triton.jit
+def _through_states(
+    p_v, s_vn, p_grad, s_on, p_state, p_grad_state, o_back, to_next, to_next_back, o_t, tokens, channels, scale,
+    BOTH: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """All that needs values and the result's gradient: the scores' gradients [asked, asking], a token's own apart, and
+    for each direction what `_through_state` sums up."""
+    b_to_q = tl.zeros([BK, C], tl.float32)
+    b_to_k, b_to_q_back, b_to_k_back = b_to_q, b_to_q, b_to_q
+    b_carried = tl.zeros([BK], tl.float32)
+    b_carried_back, b_grad_own, b_grad_scores = b_carried, tl.zeros([C], tl.float32), tl.zeros([C, C], tl.float32)
+    for i_v in range(0, V, BV):
+        b_v = _load(p_v + i_v, s_vn, o_t, tokens, V - i_v, BV, 1)
+        b_grad = _load(p_grad + i_v, s_on, o_t, tokens, V - i_v, BV, 1) * scale
+        b_grad_scores += tl.dot(tl.trans(b_v), b_grad, input_precision=PRECISION)
+        b_grad_own += tl.sum(b_grad * b_v, 0)
+        o_state, m_state = _state_offsets(channels, V - i_v, V, BK, BV)
+        o_state += i_v
+        b_to_q, b_to_k, b_carried = _through_state(
+            b_to_q, b_to_k, b_carried, b_v, b_grad, p_state, p_grad_state, to_next, o_state, m_state, PRECISION
+        )  # fmt: skip
+        if BOTH:
+            b_to_q_back, b_to_k_back, b_carried_back = _through_state(
+                b_to_q_back, b_to_k_back, b_carried_back, b_v, b_grad,
+                p_state + o_back, p_grad_state + o_back, to_next_back, o_state, m_state, PRECISION,
+            )  # fmt: skip
+    return b_grad_scores, b_grad_own, b_to_q, b_to_k, b_carried, b_to_q_back, b_to_k_back, b_carried_back
+
+
+@triton.jit
+def _through_pairs(
+    b_q, b_k, b_grad_q, b_grad_k, b_passed, b_passed_back, b_grad_scores, b_near, b_near_back,
+    BOTH: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Adds what pairs of blocks within the chunk give to query, key and, for each direction, to what passes gates."""
+    b_far = tl.zeros([BK, C], tl.float32)
+    b_far_back = b_far
+    for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
+        is_later, m = _pair_masks(level, BOTH, 1, C)
+        b_weak_q = tl.exp(tl.where(is_later, b_near, b_near_back))
+        b_weak_k = tl.exp(tl.where(is_later, b_far_back, b_far))
+        b_pair = tl.where(m, b_grad_scores, 0.0)
+        b_to_q = b_weak_q * tl.dot(b_k * b_weak_k, b_pair, input_precision=PRECISION)
+        b_to_k = b_weak_k * tl.dot(b_q * b_weak_q, tl.trans(b_pair), input_precision=PRECISION)
+        b_grad_q += b_to_q
+        b_grad_k += b_to_k
+        b_passed += tl.where(is_later, b_q * b_to_q, -b_k * b_to_k)
+        if BOTH:
+            b_passed_back += tl.where(is_later, -b_k * b_to_k, b_q * b_to_q)
+        b_near, b_far, b_near_back, b_far_back = _widen(
+            b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH, 1, C
+        )  # fmt: skip
+    return b_grad_q, b_grad_k, b_passed, b_passed_back
 
 
 @triton.jit
 def _gla_bwd_kernel(
     p_grad, p_q, p_k, p_v, p_gate, p_gate_back, p_state, p_grad_state,
-    p_grad_q, p_grad_k, p_grad_v, p_grad_gate, p_grad_gate_back, tokens, heads, scale,
+    p_grad_q, p_grad_k, p_grad_gate, p_grad_gate_back, tokens, heads, scale,
     s_ob, s_on, s_oh, s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_rb, s_rn, s_rh,
     BOTH: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """A gate weakens all that passes it; see `_plain._grad_of_log_gate`."""
-    i_c, i_bh = tl.program_id(0), tl.program_id(1)
-    chunks = tl.num_programs(0)
+    """Gradients of all but the value, for BK channels of a head. Channels meet in the gradient of the scores alone,
+    which each program computes for itself. A gate weakens all that passes it; see `_plain._grad_of_log_gate`.
+
+    For the sake of registers, states come first, so that values need not stay, and tokens lie along the second axis:
+    of tiles that are wider than high, Triton gives each warp columns of its own, of others the same ones to several.
+    """
+    i_c, i_bh, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK
+    chunks, channels = tl.num_programs(0), K - i_k
     i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
     o_c = tl.arange(0, C)
     o_t = i_c * C + o_c
-    b_q = _load_rows(p_q + i_b * s_qb + i_h * s_qh, s_qn, o_t, tokens, K, BK)
-    b_k = _load_rows(p_k + i_b * s_kb + i_h * s_kh, s_kn, o_t, tokens, K, BK)
-    p_v += i_b * s_vb + i_h * s_vh
-    p_grad += i_b * s_ob + i_h * s_oh
-    b_v = _load_rows(p_v, s_vn, o_t, tokens, V, BV)
-    b_grad = _load_rows(p_grad, s_on, o_t, tokens, V, BV) * scale
-    b_near = _load_rows(p_gate + i_b * s_gb + i_h * s_gh, s_gn, o_t, tokens, K, BK)
-    b_far = tl.zeros([C, BK], tl.float32)
-    b_near_back, b_far_back = b_far, b_far
-    if BOTH:
-        b_near_back = _load_rows(p_gate_back + i_b * s_rb + i_h * s_rh, s_rn, o_t, tokens, K, BK)
-    own = 2 if BOTH else 1
-    is_own = o_c[:, None] == o_c[None, :]
-    b_scores = tl.where(is_own, (tl.sum(b_q * b_k, 1) * own)[:, None], 0.0)
-    b_grad_scores = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
-    b_grad_own = (tl.sum(b_grad * b_v, 1) * own)[:, None]
-    b_grad_q, b_grad_k = b_grad_own * b_k, b_grad_own * b_q
-    b_passed = tl.zeros([C, BK], tl.float32)
-    b_passed_back = b_passed
-    for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
-        is_later, m = _pair_masks(level, BOTH, C)
-        b_weak_q = tl.exp(tl.where(is_later, b_near, b_near_back))
-        b_weak_k = tl.exp(tl.where(is_later, b_far_back, b_far))
-        b_asking, b_asked = b_q * b_weak_q, b_k * b_weak_k
-        b_scores = tl.where(m, tl.dot(b_asking, tl.trans(b_asked), input_precision=PRECISION), b_scores)
-        b_pair = tl.where(m, b_grad_scores, 0.0)
-        b_weak_q *= tl.dot(b_pair, b_asked, input_precision=PRECISION)
-        b_weak_k *= tl.dot(tl.trans(b_pair), b_asking, input_precision=PRECISION)
-        b_grad_q += b_weak_q
-        b_grad_k += b_weak_k
-        b_passed += tl.where(is_later, b_q * b_weak_q, -b_k * b_weak_k)
-        if BOTH:
-            b_passed_back += tl.where(is_later, -b_k * b_weak_k, b_q * b_weak_q)
-        b_near, b_far, b_near_back, b_far_back = _widen(
-            b_near, b_far, b_near_back, b_far_back, is_later, level, BOTH, C, BK
-        )  # fmt: skip
-    b_v = _load_rows(p_v, s_vn, o_t, tokens, V, BV)  # again, since registers are scarcer than the cache
-    b_grad = _load_rows(p_grad, s_on, o_t, tokens, V, BV) * scale
-    b_grad_v = tl.dot(tl.trans(b_scores), b_grad, input_precision=PRECISION)
-    o_state, m_state = _state_offsets(K, V, BK, BV)
-    o_chunk = (i_bh.to(tl.int64) * chunks + i_c) * K * V
-    b_to_q, b_to_k, b_to_v, b_carried = _through_state(
-        b_q, b_k, b_v, b_grad, b_near, b_far, p_state + o_chunk, p_grad_state + o_chunk, o_state, m_state,
-        tl.where(i_c + 1 < chunks, K * V, 0), PRECISION,
+    o_state = ((i_bh.to(tl.int64) * chunks + i_c) * K + i_k) * V
+    b_grad_scores, b_grad_own, b_grad_q, b_grad_k, b_carried, b_to_q, b_to_k, b_carried_back = _through_states(
+        p_v + i_b * s_vb + i_h * s_vh, s_vn, p_grad + i_b * s_ob + i_h * s_oh, s_on,
+        p_state + o_state, p_grad_state + o_state, tl.num_programs(1).to(tl.int64) * chunks * K * V,
+        tl.where(i_c + 1 < chunks, K * V, 0), tl.where(i_c > 0, -K * V, 0), o_t, tokens, channels, scale,
+        BOTH, PRECISION, V, BK, BV, C,
     )  # fmt: skip
-    b_passed += b_q * b_to_q - b_k * b_to_k
-    b_grad_q += b_to_q
-    b_grad_k += b_to_k
-    b_grad_v += b_to_v
-    b_passed = tl.cumsum(b_passed, 0, reverse=True) + b_carried[None, :]
-    o_head = i_b * tokens * heads + i_h
-    _store_rows(p_grad_gate + o_head * K, heads * K, o_t, tokens, b_passed, K, BK)
+    b_q = _load(p_q + i_b * s_qb + i_h * s_qh + i_k, s_qn, o_t, tokens, channels, BK, 1)
+    b_k = _load(p_k + i_b * s_kb + i_h * s_kh + i_k, s_kn, o_t, tokens, channels, BK, 1)
+    p_gate += i_b * s_gb + i_h * s_gh + i_k
+    p_gate_back += i_b * s_rb + i_h * s_rh + i_k
+    o_next = tl.where(o_c + 1 < C, o_t + 1, -1)
+    b_near, b_far = _log_sums(p_gate, s_gn, o_t, o_next, tokens, channels, False, BK)
+    b_grad_q *= tl.exp(b_near)
+    b_grad_k *= tl.exp(b_far)
+    b_passed = b_q * b_grad_q - b_k * b_grad_k
+    b_near = _load(p_gate, s_gn, o_t, tokens, channels, BK, 1)
+    b_passed_back, b_near_back = tl.zeros([BK, C], tl.float32), b_near
     if BOTH:
-        o_chunk += tl.num_programs(1).to(tl.int64) * chunks * K * V
-        b_to_q, b_to_k, b_to_v, b_carried = _through_state(
-            b_q, b_k, b_v, b_grad, b_near_back, b_far_back, p_state + o_chunk, p_grad_state + o_chunk, o_state, m_state,
-            tl.where(i_c > 0, -K * V, 0), PRECISION,
-        )  # fmt: skip
-        b_passed_back += b_q * b_to_q - b_k * b_to_k
+        o_next = tl.where(o_c > 0, o_t - 1, -1)
+        b_near_back, b_far = _log_sums(p_gate_back, s_rn, o_t, o_next, tokens, channels, True, BK)
+        b_to_q *= tl.exp(b_near_back)
+        b_to_k *= tl.exp(b_far)
+        b_passed_back = b_q * b_to_q - b_k * b_to_k
         b_grad_q += b_to_q
         b_grad_k += b_to_k
-        b_grad_v += b_to_v
-        b_passed_back = tl.cumsum(b_passed_back, 0) + b_carried[None, :]
-        _store_rows(p_grad_gate_back + o_head * K, heads * K, o_t, tokens, b_passed_back, K, BK)
-    _store_rows(p_grad_q + o_head * K, heads * K, o_t, tokens, b_grad_q, K, BK)
-    _store_rows(p_grad_k + o_head * K, heads * K, o_t, tokens, b_grad_k, K, BK)
-    _store_rows(p_grad_v + o_head * V, heads * V, o_t, tokens, b_grad_v, V, BV)
+        b_near_back = _load(p_gate_back, s_rn, o_t, tokens, channels, BK, 1)
+    b_grad_own = (b_grad_own * (2 if BOTH else 1))[None, :]
+    b_grad_q, b_grad_k, b_passed, b_passed_back = _through_pairs(
+        b_q, b_k, b_grad_q + b_grad_own * b_k, b_grad_k + b_grad_own * b_q, b_passed, b_passed_back, b_grad_scores,
+        b_near, b_near_back, BOTH, PRECISION, BK, C, LEVELS,
+    )  # fmt: skip
+    o_rows = (i_b * tokens * heads + i_h) * K + i_k
+    _store(p_grad_q + o_rows, heads * K, o_t, tokens, b_grad_q, channels, BK, 1)
+    _store(p_grad_k + o_rows, heads * K, o_t, tokens, b_grad_k, channels, BK, 1)
+    b_passed = tl.cumsum(b_passed, 1, reverse=True) + b_carried[:, None]
+    _store(p_grad_gate + o_rows, heads * K, o_t, tokens, b_passed, channels, BK, 1)
+    if BOTH:
+        b_passed_back = tl.cumsum(b_passed_back, 1) + b_carried_back[:, None]
+        _store(p_grad_gate_back + o_rows, heads * K, o_t, tokens, b_passed_back, channels, BK, 1)
 
 
 def _power_of_two(n: int) -> int:
@@ -319,14 +375,21 @@ def _power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _blocks(query: Tensor, value: Tensor, *, warps: int) -> dict[str, Any]:
-    """The constants of all kernels that multiply; twice as many warps where heads are wide."""
+def _blocks(query: Tensor, value: Tensor) -> dict[str, Any]:
+    """The constants of the kernels that have a head whole; the wider it is, the more warps."""
     K, V = query.shape[-1], value.shape[-1]
+    warps = 4 if K <= 32 and V <= 64 else 8
     return {
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         **{"K": K, "V": V, "BK": _power_of_two(K), "BV": _power_of_two(V), "C": CHUNK},
-        **{"num_warps": warps * (2 if K > 32 or V > 64 else 1), "num_stages": 1},
+        **{"num_warps": warps, "num_stages": 1},
     }  # fmt: skip
+
+
+def _backward_blocks(query: Tensor, value: Tensor) -> dict[str, Any]:
+    """Those of the kernel that takes heads in parts. Without tensor cores each thread needs its products' factors."""
+    blocks, full = _blocks(query, value), query.dtype == torch.float32
+    return {**blocks, "BK": 16, "BV": min(blocks["BV"], 16 if full else 32), "num_warps": 8 if full else 4}
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -338,14 +401,14 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [x.stride(axis) for x in tensors for axis in range(3)]
 
 
-def _states(x: Tensor, y: Tensor, gates: tuple[Tensor, ...], scale: float, *, is_grad: bool) -> Tensor:
+def _states(x: Tensor, y: Tensor, gates: list[Tensor], scale: float, *, is_grad: bool) -> Tensor:
     """[directions, batch * heads, chunks, K, V]: before each chunk, as that direction walks."""
     batch, tokens, heads, K = x.shape
     chunks, V = triton.cdiv(tokens, CHUNK), y.shape[-1]
     states = torch.empty(len(gates), batch * heads, chunks, K, V, device=x.device, dtype=torch.float32)
     by_chunk = chunks > 1 and len(gates) * batch * heads < ENOUGH_PROGRAMS
     decays = torch.empty(states.shape[:-1] if by_chunk else (1,), device=x.device, dtype=torch.float32)
-    blocks = _blocks(x, y, warps=4)
+    blocks = _blocks(x, y)
     _gla_state_kernel[(batch * heads, len(gates), chunks if by_chunk else 1)](
         x, y, gates[0], gates[-1], states, decays, tokens, heads, chunks, scale,
         *_strides(x, y, gates[0], gates[-1]), IS_GRAD=is_grad, BY_CHUNK=by_chunk, **blocks,
@@ -357,33 +420,43 @@ def _states(x: Tensor, y: Tensor, gates: tuple[Tensor, ...], scale: float, *, is
     return states
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The sum over the directions, contiguous; one log gate or two."""
-    query, key, value, *gates = _dense(query, key, value, *gates)
+def _apply(
+    query: Tensor, key: Tensor, value: Tensor, gates: list[Tensor], states: Tensor, scale: float, *, is_grad: bool
+) -> Tensor:
+    """The result, or the gradient of the value, from states or their gradients, contiguous."""
     batch, tokens, heads, _ = query.shape
-    states = _states(key, value, tuple(gates), 1.0, is_grad=False)
     out = torch.empty(value.shape, device=value.device, dtype=value.dtype)
     _gla_fwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads)](
         query, key, value, gates[0], gates[-1], states, out, tokens, heads, scale,
         *_strides(query, key, value, gates[0], gates[-1]),
-        BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value, warps=4),
+        IS_GRAD=is_grad, BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value),
     )  # fmt: skip
     return out
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], scale: float) -> Tensor:
+    """The sum over the directions, contiguous; one log gate or two."""
+    query, key, value, *given = _dense(query, key, value, *gates)
+    states = _states(key, value, given, 1.0, is_grad=False)
+    return _apply(query, key, value, given, states, scale, is_grad=False)
 
 
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], scale: float
 ) -> list[Tensor]:
     """Gradients of query, key, value and the log gates, contiguous."""
-    grad, query, key, value, *gates = _dense(grad, query, key, value, *gates)
+    grad, query, key, value, *given = _dense(grad, query, key, value, *gates)
     batch, tokens, heads, _ = query.shape
-    states = _states(key, value, tuple(gates), 1.0, is_grad=False)
-    grad_states = _states(query, grad, tuple(gates), scale, is_grad=True)
-    inputs = query, key, value, *gates
-    grads = [torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in inputs]
-    _gla_bwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads)](
-        grad, query, key, value, gates[0], gates[-1], states, grad_states, *grads[:4], grads[-1], tokens, heads, scale,
-        *_strides(grad, query, key, value, gates[0], gates[-1]),
-        BOTH=len(gates) == 2, LEVELS=LEVELS, **_blocks(query, value, warps=8),
+    states = _states(key, value, given, 1.0, is_grad=False)
+    grad_states = _states(query, grad, given, scale, is_grad=True)
+    grad_value = _apply(query, key, grad, given, grad_states, scale, is_grad=True)
+    grad_query, grad_key, *grad_gates = (
+        torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (query, key, *given)
+    )
+    blocks = _backward_blocks(query, value)
+    _gla_bwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads, triton.cdiv(query.shape[-1], blocks["BK"]))](
+        grad, query, key, value, given[0], given[-1], states, grad_states,
+        grad_query, grad_key, grad_gates[0], grad_gates[-1], tokens, heads, scale,
+        *_strides(grad, query, key, value, given[0], given[-1]), BOTH=len(given) == 2, LEVELS=LEVELS, **blocks,
     )  # fmt: skip
-    return grads
+    return [grad_query, grad_key, grad_value, *grad_gates]
