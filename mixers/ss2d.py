@@ -28,6 +28,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels._runtime import is_exporting
 from ..kernels.cross_scan import ATROUS, CROSS, ScanPath
 from ..kernels.selective_scan import selective_scan_2d
 from .depthwise_conv import DepthwiseConv2d
@@ -94,7 +95,10 @@ class SelectiveScan2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[-1] != self.dim or x.shape[1] == 0 or x.shape[2] == 0:
             raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
-        projected = self._project(x) if self.step == 1 else self._project_sub_grids(x)
+        if self.step == 1 or is_exporting():  # an exporter would have to prove which sizes are even
+            projected = self._project(x)
+        else:
+            projected = self._project_sub_grids(x)
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         A = -A_log.exp()
         if torch.jit.is_scripting():
@@ -129,7 +133,7 @@ class SelectiveScan2d(nn.Module):
     def _project_sub_grids(self, x: Tensor) -> Tensor:
         """Every pixel for the one scan that meets it, [B, H, W, dt_rank + 2 * state_dim]."""
         height, width, step = x.shape[1], x.shape[2], self.step
-        # Rows and columns for any size, and no remainder of one: those of symbolic sizes would slow down an export.
+        # As many rows and columns as any size needs: unfolding leaves out what is no whole square.
         grids = F.pad(x, [0, 0, 0, step - 1, 0, step - 1]).unfold(1, step, step).unfold(2, step, step)
         rows, columns = grids.shape[1], grids.shape[2]
         weight = torch.stack([self.x_proj_weight[i] for i in self.order]).transpose(1, 2)

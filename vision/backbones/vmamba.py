@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ...mixers import SS2D
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
+from .dinat_s import PatchMerging
 
 
 class ConvStem(nn.Module):
@@ -71,20 +72,6 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, [0, 3, 0, 3])  # as many as any size needs: the convolution leaves out what is no whole patch
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class PatchMerging(nn.Module):
-    """[B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up, from the four positions of each 2 x 2 square."""
-
-    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One row and column more than an even map needs: remainders of symbolic sizes would slow down an export.
-        x = F.pad(x, [0, 0, 0, 1, 0, 1]).unfold(1, 2, 2).unfold(2, 2, 2)  # [B, H / 2, W / 2, C, 2, 2]
-        return self.reduction(self.norm(x.permute(0, 1, 2, 5, 4, 3).flatten(3)))
 
 
 class VSSBlock(nn.Module):
