@@ -77,16 +77,17 @@ class GatedLinearAttention2d(nn.Module):
             raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
         local = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         tokens = local.flatten(1, 2)
-        attended = self.norm(self._attend(tokens))
-        neighbours = self.local_norm(tokens.unflatten(-1, [self.num_heads, -1]))
-        gate = self.gate(tokens).sigmoid().unflatten(-1, [self.num_heads, -1])
-        mixed = torch.lerp(neighbours, attended.to(neighbours.dtype), gate.to(neighbours.dtype))
+        wide = self.norm.weight.dtype  # under autocast float32, so that only the last projection's input is rounded
+        attended = self.norm(self._attend(tokens).to(wide))
+        neighbours = self.local_norm(tokens.unflatten(-1, [self.num_heads, -1]).to(wide))
+        gate = self.gate(tokens).to(wide).sigmoid().unflatten(-1, [self.num_heads, -1])
+        mixed = torch.lerp(neighbours, attended, gate)
         return self.proj(self.act(mixed.flatten(-2))).unflatten(1, [x.shape[1], x.shape[2]])
 
     def _attend(self, tokens: Tensor) -> Tensor:
         """[B, N, C] to [B, N, heads, head channels]."""
         query, key, value = self.qkv(tokens).split([self.dim // 2, self.dim // 2, self.dim], dim=-1)
-        log_gates = F.logsigmoid(self.decay(tokens)) / self.gate_divisor
+        log_gates = F.logsigmoid(self.decay(tokens).to(self.norm.weight.dtype)) / self.gate_divisor
         forward, backward = log_gates.chunk(2, dim=-1)
         heads = [t.unflatten(-1, [self.num_heads, -1]) for t in (query, key, value, forward, backward)]
         if torch.jit.is_scripting():

@@ -50,7 +50,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: floa
     inputs = [[x] * len(gates) for x in (query, key, value)]
     walked = _walk(*(stack(x) for x in (*inputs, [log_gate for log_gate, _ in gates]))) * scale
     walked = walked.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
-    outs = [
-        out.flip(1) if asks == EARLIER else out for out, (_, asks) in zip(walked.chunk(len(gates)), gates, strict=True)
-    ]
+    walked = walked.unflatten(0, [len(gates), query.shape[0]])  # `chunk` is what ONNX's optimiser fails at
+    outs = [walked[i].flip(1) if asks == EARLIER else walked[i] for i, (_, asks) in enumerate(gates)]
     return sum(outs[1:], outs[0]).to(value.dtype)
