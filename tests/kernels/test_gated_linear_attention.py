@@ -135,6 +135,46 @@ def test_states_by_a_walk_or_by_chunks(enough: int, triton_interpreter: None, mo
     assert_close(results, run(attend_step_by_step, inputs, grad), 3e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "value_dim", "fits"),
+    [
+        (torch.float16, 64, 128, True),
+        (torch.float16, 65, 128, False),
+        (torch.float16, 64, 129, False),
+        (torch.float32, 32, 64, True),
+        (torch.float32, 33, 64, False),
+    ],
+)
+def test_heads_too_wide_for_registers_take_plain_operators(
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    fits: bool,
+    triton_interpreter: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mixerzoo.kernels.gated_linear_attention import _triton
+
+    calls: list[str] = []
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+        calls.append("forward")
+        return torch.zeros_like(value)
+
+    def backward(grad: Tensor, *tensors: object) -> list[Tensor]:
+        calls.append("backward")
+        query, key, value, gates, _ = tensors
+        return [torch.zeros_like(x) for x in (query, key, value, *gates)]
+
+    monkeypatch.setattr(_triton, "forward", forward)
+    monkeypatch.setattr(_triton, "backward", backward)
+    query = torch.randn(1, 2, 1, head_dim, dtype=dtype)
+    value = torch.randn(1, 2, 1, value_dim, dtype=dtype, requires_grad=True)
+    gated_linear_attention(query, query, value, -query.abs()).sum().backward()
+    assert calls == (["forward", "backward"] if fits else [])
+    assert value.grad is not None and value.grad.any() != fits
+
+
 OFFICIAL = ["gla_small", "gla_vig_t", "gla_strong_gate", "bigla_small", "bigla_vig_t", "bigla_strong_gate"]
 
 

@@ -391,6 +391,19 @@ def test_multiply_adds_count_the_scan_operator() -> None:
     assert summarize(Net(), (5, 3, 8)).macs == 4 * 6 * 8 * (3 + 4 * 5)
 
 
+def test_multiply_adds_count_gated_linear_attention() -> None:
+    """Three for each number of the states, 3 x 5 a head, of two heads and one direction, then of both."""
+    from mixerzoo.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, value = torch.randn(1, 12, 2, 3), torch.randn(1, 12, 2, 5)
+            value = gated_linear_attention(query, query, value, -query.abs())
+            return bidirectional_gated_linear_attention(query, query, value, -query.abs(), -query.abs())
+
+    assert summarize(Net(), (1, 1, 1)).macs == (1 + 2) * 12 * 2 * 3 * 5 * 3
+
+
 @pytest.mark.parametrize(("count", "named"), [(5, "1 2 3 4 ignored"), (150, "0 3 149 ignored")])
 def test_a_legend_of_many_classes_names_those_that_are_seen(
     count: int, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

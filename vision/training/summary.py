@@ -108,9 +108,19 @@ def _selective_scan_flops(
     return 2 * x[0] * scans * steps * dim * (rank + 4 * state)
 
 
+def _gated_linear_attention_flops(
+    query: Any, key: Any, value: Any, log_gate: Any, log_gate_backward: Any, *_: Any, **__: Any
+) -> int:
+    """Of the recurrence, for each token, direction and number of the state: three multiply-adds, to weaken it, to add
+    to it and to read it. How chunks are computed is not the model's."""
+    directions = 1 if log_gate_backward is None else 2
+    return 2 * 3 * directions * math.prod(query) * value[-1]
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "neighborhood_attention": _neighborhood_attention_flops,
     "depthwise_conv2d": _depthwise_conv2d_flops,
     "large_kernel_attention": _large_kernel_attention_flops,
     "selective_scan": _selective_scan_flops,
+    "gated_linear_attention": _gated_linear_attention_flops,
 }
