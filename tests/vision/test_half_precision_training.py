@@ -79,7 +79,8 @@ def test_bfloat16_learns_what_float32_learns(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_under_autocast_are_those_of_float32(name: str, dtype: torch.dtype) -> None:
-    model, (images, labels) = make_model(name), make_batch(torch.Generator().manual_seed(1))
+    """To two steps of the data type. Batch norms stand still: over eight values they magnify every rounding."""
+    model, (images, labels) = make_model(name).eval(), make_batch(torch.Generator().manual_seed(1))
     gradients = []
     for enabled in (False, True):
         model.zero_grad()
@@ -88,8 +89,5 @@ def test_gradients_under_autocast_are_those_of_float32(name: str, dtype: torch.d
         scale = 1024.0 if enabled and dtype == torch.float16 else 1.0  # as a gradient scaler does
         (scale * loss).backward()
         gradients.append(torch.cat([p.grad.flatten() / scale for p in model.parameters() if p.grad is not None]))
-    assert all(gradient.isfinite().all() for gradient in gradients)
     exact, got = gradients
-    assert (got - exact).norm() < (
-        0.15 if dtype == torch.float16 else 0.4
-    ) * exact.norm()  # batch norms of eight numbers
+    assert (got - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
