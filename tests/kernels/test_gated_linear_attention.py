@@ -161,9 +161,10 @@ def test_heads_too_wide_for_registers_take_plain_operators(
         calls.append("forward")
         return torch.zeros_like(value)
 
-    def backward(grad: Tensor, *tensors: object) -> list[Tensor]:
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], scale: float
+    ) -> list[Tensor]:
         calls.append("backward")
-        query, key, value, gates, _ = tensors
         return [torch.zeros_like(x) for x in (query, key, value, *gates)]
 
     monkeypatch.setattr(_triton, "forward", forward)
