@@ -224,7 +224,9 @@ def report(arguments: argparse.Namespace, missed: list[str]) -> Iterator[str]:
     cases = [Case(*shape) for shape in SEQUENCES] + [Case(*shape, is_map=True) for shape in MAPS]
     methods = make_methods(compiled=arguments.compile)
     eager = {name: method for name, method in methods.items() if name != COMPILED}
-    memory = [measure_memory(case, eager) for case in cases]  # first: it forks
+    torch.set_num_threads(1)  # memory first: it forks, before which no thread may have been started
+    memory = [measure_memory(case, eager) for case in cases]
+    torch.set_num_threads(arguments.threads)
     for case in cases:
         require_equal(case, methods)
     seconds = [time_case(case, methods, arguments.rounds) for case in cases]
@@ -247,7 +249,6 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="also our plain form, compiled: minutes a shape")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     missed: list[str] = []
     text = "\n".join(report(arguments, missed)) + "\n"
     print(text)
