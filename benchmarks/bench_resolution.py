@@ -13,6 +13,7 @@ logarithmic axes is the power: 2 for what is linear in the number of pixels, 4 f
 from __future__ import annotations
 
 import argparse
+import os
 import math
 import multiprocessing
 import time
@@ -151,12 +152,13 @@ def main() -> int:
         "--limit", type=float, default=20.0, help="seconds of a pass after which no larger one is tried"
     )
     parser.add_argument("--markdown", type=Path, default=Path("docs/benchmark_resolution.md"))
-    parser.add_argument("--picture", type=Path, default=Path("docs/resolution.png"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/pictures/resolution.png"))
     arguments = parser.parse_args()
     start = time.monotonic()
     points = list(measure_all(arguments.models, arguments.sizes, arguments.limit, arguments.threads))
     machine = describe_machine(arguments.threads, f"timm {timm.__version__}", describe_native())
-    text = ["# Time and memory against resolution", "", f"![Two plots]({arguments.picture.name})", ""]
+    link = os.path.relpath(arguments.picture, arguments.markdown.parent)
+    text = ["# Time and memory against resolution", "", f"![Time and memory of each model over the side of the picture, in logarithmic axes]({link})", ""]
     text += [f"{machine}; {(time.monotonic() - start) / 60:.1f} minutes. float32, one picture, forward, no gradient."]
     text += [f"“Too slow”: a smaller picture took more than {arguments.limit:g} s, or the memory did not suffice."]
     for field, title in (("seconds", "Seconds a picture"), ("bytes", "Peak memory of a pass, MB, without weights")):
