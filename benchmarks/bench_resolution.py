@@ -13,9 +13,9 @@ logarithmic axes is the power: 2 for what is linear in the number of pixels, 4 f
 from __future__ import annotations
 
 import argparse
-import os
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -158,7 +158,8 @@ def main() -> int:
     points = list(measure_all(arguments.models, arguments.sizes, arguments.limit, arguments.threads))
     machine = describe_machine(arguments.threads, f"timm {timm.__version__}", describe_native())
     link = os.path.relpath(arguments.picture, arguments.markdown.parent)
-    text = ["# Time and memory against resolution", "", f"![Time and memory of each model over the side of the picture, in logarithmic axes]({link})", ""]
+    picture = f"![Time and memory of each model over the side of the picture, in logarithmic axes]({link})"
+    text = ["# Time and memory against resolution", "", picture, ""]
     text += [f"{machine}; {(time.monotonic() - start) / 60:.1f} minutes. float32, one picture, forward, no gradient."]
     text += [f"“Too slow”: a smaller picture took more than {arguments.limit:g} s, or the memory did not suffice."]
     for field, title in (("seconds", "Seconds a picture"), ("bytes", "Peak memory of a pass, MB, without weights")):

@@ -448,6 +448,7 @@ def test_torchscript_and_fx(shared: nn.Module, tmp_path: Path) -> None:
         assert torch.equal(traced(x)["out"], shared(x))
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(first: str) -> None:
     model = minimal(first).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

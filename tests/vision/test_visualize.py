@@ -41,6 +41,7 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visualize, "load_model", lambda name, **_: timm.create_model("test_convnext").eval())
 
 
+@pytest.mark.slow
 def test_all_pictures_are_drawn(
     tmp_path: Path, repository: Path, small_models: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
