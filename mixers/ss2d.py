@@ -95,10 +95,9 @@ class SelectiveScan2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[-1] != self.dim or x.shape[1] == 0 or x.shape[2] == 0:
             raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
-        if self.step == 1 or is_exporting():  # an exporter would have to prove which sizes are even
-            projected = self._project(x)
-        else:
-            projected = self._project_sub_grids(x)
+        # Not by sub-grids for an exporter, which would have to prove which sizes are even.
+        every = self.step == 1 or is_exporting()
+        projected = self._project(x) if every else self._project_sub_grids(x)
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         A = -A_log.exp()
         if torch.jit.is_scripting():

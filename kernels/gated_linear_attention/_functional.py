@@ -91,5 +91,5 @@ def bidirectional_gated_linear_attention(
     `log_gate_backward[t]` weakens what comes from the tokens after t. All else as in `gated_linear_attention`.
     """
     _check(query, key, value, log_gate_forward=log_gate_forward, log_gate_backward=log_gate_backward)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _attend(query, key, value, log_gate_forward, log_gate_backward, scale / 2)
+    half = 0.5 * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return _attend(query, key, value, log_gate_forward, log_gate_backward, half)

@@ -101,7 +101,7 @@ def _gla_state_kernel(
         s_g = s_rn
     o_state, m_state = _state_offsets(K, V, V, BK, BV)
     o_k, o_r = tl.arange(0, BK), tl.arange(0, C)
-    first = (i_dir.to(tl.int64) * tl.num_programs(0) + i_bh) * chunks
+    first = (i_dir.to(tl.int64) * tl.num_programs(0) + i_bh) * chunks  # pyright: ignore[reportAttributeAccessIssue]
     b_state = tl.zeros([BK, BV], tl.float32)
     for step in range(i_part if BY_CHUNK else 0, i_part + 1 if BY_CHUNK else chunks):
         i_c = tl.where(from_last, chunks - 1 - step, step)
@@ -134,7 +134,7 @@ def _gla_carry_kernel(
     """Every chunk's own contribution to the state before it, in place."""
     i_bh, i_dir, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     from_last = i_dir != (1 if IS_GRAD else 0)
-    first = (i_dir.to(tl.int64) * tl.num_programs(0) + i_bh) * chunks
+    first = (i_dir.to(tl.int64) * tl.num_programs(0) + i_bh) * chunks  # pyright: ignore[reportAttributeAccessIssue]
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     o_state, m_state = o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
     b_state = tl.zeros([BK, BV], tl.float32)

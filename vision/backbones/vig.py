@@ -178,6 +178,7 @@ class ViG(IsotropicBackbone):
         named_apply(partial(init_module, needs_reset=needs_reset), self)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
+        assert self.pos_embed is not None  # as timm declares it
         x = x + _positions(self.pos_embed, self.patch_embed.grid_size, (x.shape[1], x.shape[2]))
         return self.pos_drop(x.flatten(1, 2))
 
