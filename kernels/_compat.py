@@ -4,10 +4,13 @@ tests/kernels/test_compat.py holds a canary for every function here, so that a t
 noticed by name and not by a wrong gradient. Those that modules ask are written so that TorchScript can read them.
 """
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+_T = TypeVar("_T")
 
 
 def is_exporting() -> bool:
@@ -50,6 +53,16 @@ def trace_memo() -> dict[Any, Any] | None:
         return None
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer.__dict__.setdefault("mixerzoo_memo", {})
+
+
+def once_a_trace(key: Hashable, make: Callable[[], _T]) -> _T:
+    """What `make` returns; while exporting the same tensors for all layers that ask with an equal key."""
+    memo = trace_memo()
+    if memo is None:
+        return make()
+    if key not in memo:
+        memo[key] = make()
+    return memo[key]
 
 
 def size_key(size: int | torch.SymInt) -> Any:

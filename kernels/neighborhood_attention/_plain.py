@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._compat import size_key, trace_memo
+from .._compat import once_a_trace, size_key
 from ._blocks import Blocks, cached_blocks
 from ._geometry import Windows
 
@@ -42,15 +42,12 @@ def _traced_blocks(spatial: Sequence[int], windows: Windows, device: torch.devic
 
     Arithmetic on symbols is what makes exporting slow, and the layers of a stage share their map.
     """
-    memo = trace_memo()
-    key = (tuple(size_key(n) for n in spatial), windows, device)
-    if memo is not None and key in memo:
-        return memo[key]
-    blocks = Blocks.cut(spatial, windows, device, symbolic=True)
-    made = (blocks, blocks.mask(), blocks.table_index())
-    if memo is not None:
-        memo[key] = made
-    return made
+
+    def make() -> tuple[Blocks, Tensor, Tensor]:
+        blocks = Blocks.cut(spatial, windows, device, symbolic=True)
+        return blocks, blocks.mask(), blocks.table_index()
+
+    return once_a_trace((tuple(size_key(n) for n in spatial), windows, device), make)
 
 
 def forward(

@@ -5,32 +5,16 @@ from the map into chunks by index tensors, and gathered back; inside a chunk, an
 states are combined in doubling strides. Decays are only multiplied together, as in `_plain.py`.
 """
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._compat import size_key, trace_memo
+from .._compat import once_a_trace, size_key
 from ..cross_scan import ScanPath
 from ._plain import CHUNK
 
-_T = TypeVar("_T")
-
 _ROUNDS = 16
 """Doublings over the chunks where their number is not known: enough for two million steps."""
-
-
-def _once_a_trace(key: Hashable, make: Callable[[], _T]) -> _T:
-    """What `make` returns, the same tensors for all layers of a trace: it knows nothing but sizes."""
-    memo = trace_memo()
-    if memo is None:
-        return make()
-    key = "selective_scan", key
-    if key not in memo:
-        memo[key] = make()
-    return memo[key]
 
 
 def _steps(paths: tuple[ScanPath, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -68,8 +52,8 @@ def _visits(path: ScanPath, height: int, width: int, device: torch.device) -> tu
 
 def _place(y: Tensor, path: ScanPath, height: int, width: int) -> Tensor:
     """[batch, chunks, CHUNK, dim] of one scan on the map [batch, height, width, dim], zeros where it does not come."""
-    key = "visits", path, size_key(height), size_key(width), y.device
-    chunk, step, visited = _once_a_trace(key, lambda: _visits(path, height, width, y.device))
+    key = "scan visits", path, size_key(height), size_key(width), y.device
+    chunk, step, visited = once_a_trace(key, lambda: _visits(path, height, width, y.device))
     y = y[:, chunk, step]
     return y if path.step == 1 else torch.where(visited, y, 0)
 
@@ -93,7 +77,7 @@ def _earlier_chunks(value: Tensor) -> list[tuple[Tensor, Tensor]]:
         chunk = torch.arange(chunks, device=value.device)
         return [((chunk - 2**r).clamp(min=0), (chunk >= 2**r).unsqueeze(1).unsqueeze(2)) for r in range(rounds)]
 
-    return _once_a_trace(("chunks", size_key(chunks), value.device), make)
+    return once_a_trace(("scan chunks", size_key(chunks), value.device), make)
 
 
 def _starts(decay: Tensor, value: Tensor) -> Tensor:
@@ -125,8 +109,8 @@ def scan(
     precise = torch.promote_types(x.dtype, torch.float32)
     height, width, scans = x.shape[1], x.shape[2], len(paths)
     rank, state = (0 if dt_weight is None else dt_weight.shape[2]), A.shape[2]
-    key = "steps", paths, size_key(height), size_key(width), x.device
-    row, column, inside = _once_a_trace(key, lambda: _steps(paths, height, width, x.device))
+    key = "scan steps", paths, size_key(height), size_key(width), x.device
+    row, column, inside = once_a_trace(key, lambda: _steps(paths, height, width, x.device))
     slot = torch.arange(scans, device=x.device).unsqueeze(1).unsqueeze(2)
 
     def gather(map_: Tensor) -> Tensor:
