@@ -39,3 +39,14 @@ def needs_operator(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return True
     return any(tensor.is_meta or type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in given)
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast would choose the data type in which an operator of PyTorch takes `x`."""
+    kind = x.device.type
+    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+
+
+def as_autocast_wants(x: Tensor) -> Tensor:
+    """`x` in the data type in which PyTorch's own convolutions and attention would take it."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if is_autocast(x) else x

@@ -19,7 +19,7 @@ def _check(x: Tensor, **named: Tensor | None) -> None:
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move one to the other's device")
-        if tensor.dtype != x.dtype and not _is_autocast(x):
+        if tensor.dtype != x.dtype and not _runtime.is_autocast(x):
             raise ValueError(f"{name} is {tensor.dtype} and x {x.dtype}; convert one, or use torch.autocast")
 
 
@@ -39,16 +39,6 @@ def _dilation_pair(dilation: int | tuple[int, int]) -> _plain.Pair:
     if len(steps) != 2 or not all(isinstance(step, int) and step >= 1 for step in steps):
         raise ValueError(f"dilation must be at least 1; got {dilation}, needed an integer or (rows, columns)")
     return steps[0], steps[1]
-
-
-def _is_autocast(x: Tensor) -> bool:
-    kind = x.device.type
-    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-
-
-def _as_autocast_wants(x: Tensor) -> Tensor:
-    """`x` in the data type in which PyTorch's own convolutions would take it."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if _is_autocast(x) else x
 
 
 def depthwise_conv2d(
@@ -75,7 +65,7 @@ def depthwise_conv2d(
         return _plain.direct(x, weight, bias, pair)
     if pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9:  # nothing beats PyTorch's own there
         return _plain.direct(x, weight, bias, pair).contiguous(memory_format=_plain.memory_format(x))
-    x = _as_autocast_wants(x)
+    x = _runtime.as_autocast_wants(x)
     if _runtime.needs_operator(x, weight, bias):
         return torch.ops.mixerzoo.depthwise_conv2d(x, weight, bias, list(pair))
     return _operator.convolve(x, weight, bias, pair)
@@ -114,7 +104,7 @@ def large_kernel_attention(
     if _runtime.wants_plain_ops():
         spatial = _plain.direct(_plain.direct(x, w5, b5, (1, 1)), w7d3, b7d3, (3, 3))
         return x * F.conv2d(spatial, w1, b1)
-    x = _as_autocast_wants(x)
+    x = _runtime.as_autocast_wants(x)
     if _runtime.needs_operator(x, w5, w7d3, w1, b5, b7d3, b1):
         return torch.ops.mixerzoo.large_kernel_attention(x, w5, w7d3, w1, b5, b7d3, b1)[0]
     return _operator.attend(x, w5, w7d3, w1, b5, b7d3, b1)[0]

@@ -27,23 +27,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, **log_gates: Tensor) -> No
                 f"{name} is on {tensor.device} and query on {query.device}; move one to the other's device"
             )
     for name, tensor in {"key": key, "value": value}.items():
-        if tensor.dtype != query.dtype and not _is_autocast(query):
+        if tensor.dtype != query.dtype and not _runtime.is_autocast(query):
             raise ValueError(f"{name} is {tensor.dtype} and query {query.dtype}; convert one, or use torch.autocast")
     for name, tensor in log_gates.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point, of any precision; got {tensor.dtype}")
 
 
-def _is_autocast(x: Tensor) -> bool:
-    kind = x.device.type
-    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
-
-
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, log_gate_backward: Tensor | None, scale: float
 ) -> Tensor:
-    if _is_autocast(query):  # as PyTorch's own attention; the gates keep their precision
-        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    query, key, value = (_runtime.as_autocast_wants(x) for x in (query, key, value))  # the gates keep their precision
     inputs = query, key, value, log_gate, log_gate_backward
     if _runtime.wants_plain_ops():
         return _traceable.forward(query, key, value, _operator.gates(log_gate, log_gate_backward), scale)
