@@ -35,8 +35,7 @@ class _TwoScans(SelectiveScan2d):
         batch, length = x.shape[0], x.shape[1]
         projected = torch.bmm(x.permute(2, 0, 1, 3).flatten(1, 2), self.x_proj_weight.transpose(1, 2))
         projected = projected.unflatten(1, [batch, length]).permute(1, 2, 0, 3)
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
-        A = -A_log.exp()
+        A = self._decay_rates()
         if torch.jit.is_scripting():
             size, keep = [1, length], torch.is_grad_enabled()
             weights = (self.dt_weight, self.dt_bias, A, self.D)

@@ -98,12 +98,16 @@ class SelectiveScan2d(nn.Module):
         # Not by sub-grids for an exporter, which would have to prove which sizes are even.
         every = self.step == 1 or is_exporting()
         projected = self._project(x) if every else self._project_sub_grids(x)
-        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
-        A = -A_log.exp()
+        A = self._decay_rates()
         if torch.jit.is_scripting():
             return self._scripted_scan(x, projected, A)
         else:
             return selective_scan_2d(x, projected, self.dt_weight, self.dt_bias, A, self.D, paths=self.paths)
+
+    def _decay_rates(self) -> Tensor:
+        """A, in float32 at least."""
+        A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
+        return -A_log.exp()
 
     def _scripted_scan(self, x: Tensor, projected: Tensor, A: Tensor) -> Tensor:
         """The operator itself, which TorchScript can call: on flat maps, the slots of `projected` always an axis."""
