@@ -48,7 +48,8 @@ def test_all_pictures_are_drawn(
     assert main(["--output", str(tmp_path / "new"), "--models", "a", "b", "--images", "1", "--input-size", "64"]) == 0
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     gallery = (repository / "docs" / "gallery.md").read_text()
-    assert set(names) == set(re.findall(r"\(pictures/(\w+\.png)\)", gallery)), "one command draws all of them"
+    measured = {"resolution.png"}  # bench_resolution.py draws it: it takes minutes and a quiet machine
+    assert set(names) == set(re.findall(r"\(pictures/(\w+\.png)\)", gallery)) - measured
     assert capsys.readouterr().out.count("wrote") == len(names)
     for name in names:
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
