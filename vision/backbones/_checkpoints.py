@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,4 +97,22 @@ def refuse_mismatch(state_dict: StateDict, model: nn.Module) -> None:
         raise ValueError(
             f"the checkpoint does not belong to {cfg.get('architecture', type(model).__name__)}, or is incomplete. "
             f"{found}. Create the variant that the file was saved from, or get the file again"
+        )
+
+
+_DRIVE = "https://drive.google.com/file/d/"
+
+
+def drive_url(file_id: str) -> str:
+    """The page of a file on Google Drive, which wants a person to press a button."""
+    return f"{_DRIVE}{file_id}/view"
+
+
+def refuse_drive(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise if the weights that `timm.create_model(name, pretrained=True, **kwargs)` would fetch are on Google Drive."""
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    if str(cfg.url).startswith(_DRIVE) and not cfg.file and not cfg.state_dict:
+        raise ValueError(
+            f"the weights of {name} cannot be fetched by a program; download {cfg.url} and pass "
+            "pretrained_cfg_overlay=dict(file='where/it/lies.pth')"
         )

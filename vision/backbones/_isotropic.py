@@ -2,7 +2,7 @@
 
 * **State** goes from block to block as an argument: a block maps (tokens, state) to (tokens, state). What it is, is
   the subclass's business: the grid, where each patch of the grid went, a second residual stream. `initial_state`
-  makes the first.
+  makes the first, `final_tokens` sees the last.
 * **`dense_tokens`** puts a sequence that was pruned, merged or reordered back on the raster of its patches, so that
   `forward_intermediates` and `features_only` work like those of any backbone.
 
@@ -29,12 +29,17 @@ class IsotropicBackbone(VisionTransformer):
         # Not a Sequential: TorchScript would compile its forward, which hands on one argument.
         self.blocks = nn.ModuleList(self.blocks)
 
-    def initial_state(self, x: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
+    def initial_state(self, x: Tensor, grid: tuple[int, int], dense: bool = False) -> tuple[int, int]:
         """What the first block gets beside the tokens `x` [B, N, C] of a `grid` (rows, columns) of patches.
 
-        A subclass may return any one type; it is written out, not `Any`, for TorchScript.
+        A subclass may return any one type; it is written out, not `Any`, for TorchScript. `dense` says that
+        `dense_tokens` will be called: keep what it needs.
         """
         return grid
+
+    def final_tokens(self, x: Tensor, state: tuple[int, int]) -> Tensor:
+        """What `forward_features` returns of the last block's tokens."""
+        return self.norm(x)
 
     def dense_tokens(self, x: Tensor, state: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Split tokens into prefix [B, P, C] and patches [B, rows * columns, C] in raster order."""
@@ -57,7 +62,7 @@ class IsotropicBackbone(VisionTransformer):
                 x, state = checkpoint(block, x, state)
             else:
                 x, state = block(x, state)
-        return self.norm(x)
+        return self.final_tokens(x, state)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -85,16 +90,18 @@ class IsotropicBackbone(VisionTransformer):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
         taken, last = feature_take_indices(len(self.blocks), indices)  # type: ignore[arg-type]
         x, grid = self._embed(x)
-        state = self.initial_state(x, grid)
+        state = self.initial_state(x, grid, dense=True)
         intermediates = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x, state = checkpoint(block, x, state) if self.grad_checkpointing else block(x, state)
             if i in taken:
-                prefix, patches = self.dense_tokens(self.norm(x) if norm else x, state)
+                prefix, patches = self.dense_tokens(x, state)
+                if norm:
+                    prefix, patches = self.norm(prefix), self.norm(patches)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 intermediates.append((patches, prefix) if return_prefix_tokens else patches)
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (self.final_tokens(x, state), intermediates)
 
     def get_intermediate_layers(
         self,

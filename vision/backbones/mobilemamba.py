@@ -28,14 +28,13 @@ from timm.models import (
     generate_default_cfgs,
     register_model,
     reparameterize_model,
-    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
 from ...mixers import WaveletSS2D
 from ...mixers.conv_norm import ConvNorm
 from ...mixers.dilated_reparam import fold_norm, statistics_of
-from ._checkpoints import StateDict, refuse_mismatch, unwrap
+from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
 
@@ -330,13 +329,7 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: MobileMamba) -> S
 
 def _create_mobilemamba(name: str, pretrained: bool, **kwargs: Any) -> MobileMamba:
     if pretrained:
-        given = (kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        cfg = resolve_pretrained_cfg(name, *given)
-        if str(cfg.url).startswith(_DRIVE) and not cfg.file and not cfg.state_dict:
-            raise ValueError(
-                f"the weights of {name} cannot be fetched by a program; download {cfg.url} and pass "
-                "pretrained_cfg_overlay=dict(file='where/it/lies.pth')"
-            )
+        refuse_drive(name, kwargs)
     return build_model_with_cfg(
         MobileMamba,
         name,
@@ -347,13 +340,10 @@ def _create_mobilemamba(name: str, pretrained: bool, **kwargs: Any) -> MobileMam
     )
 
 
-_DRIVE = "https://drive.google.com/file/d/"
-
-
 def _cfg(size: int, drive_id: str) -> dict[str, Any]:
     last = -(-size // 64)
     return {
-        "url": f"{_DRIVE}{drive_id}/view",
+        "url": drive_url(drive_id),
         "num_classes": 1000,
         "input_size": (3, size, size),
         "pool_size": (last, last),
