@@ -3,10 +3,12 @@
 from . import (
     dinat_s,
     efficientvmamba,
+    evit,
     litv2,
     mobilemamba,
     nat,
     nat_isotropic,
+    tome,
     unireplknet,
     van,
     vig,
@@ -16,17 +18,23 @@ from . import (
 )
 from ._hierarchical import HierarchicalBackbone, Stage
 from ._isotropic import IsotropicBackbone
+from ._token_reduction import TokenReducedViT, reduce_tokens, restore_tokens
 
 __all__ = [
     "HierarchicalBackbone",
     "IsotropicBackbone",
     "Stage",
+    "TokenReducedViT",
     "dinat_s",
     "efficientvmamba",
+    "evit",
     "litv2",
     "mobilemamba",
     "nat",
     "nat_isotropic",
+    "reduce_tokens",
+    "restore_tokens",
+    "tome",
     "unireplknet",
     "van",
     "vig",

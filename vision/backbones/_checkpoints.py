@@ -109,7 +109,7 @@ def drive_url(file_id: str) -> str:
 
 
 def refuse_drive(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise if the weights that `timm.create_model(name, pretrained=True, **kwargs)` would fetch are on Google Drive."""
+    """Raise if the weights that `create_model(name, pretrained=True, **kwargs)` would fetch are on Google Drive."""
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if str(cfg.url).startswith(_DRIVE) and not cfg.file and not cfg.state_dict:
         raise ValueError(

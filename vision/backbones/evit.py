@@ -1,0 +1,131 @@
+"""EViT: the class token says which patches stay, in three blocks of the transformer; the rest becomes one token.
+
+Paper: Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations" (ICLR
+2022, arXiv 2202.07800). Code and weights: github.com/youweiliang/evit, Apache-2.0. Any other ViT with a class token:
+`reduce_tokens(model, "evit", keep_rate=0.7)`.
+
+What is unusual:
+* The share that stays is of the tokens that the block gets, the fused one of the block before included, rounded up:
+  196, 139, 99, 71 at 0.7. The fused token can be dropped later like any other.
+* The fused token is the sum of the dropped ones times their attention, which is not divided by the sum of it.
+* Fusing gains 0.1 % at best (the authors' table); both ways have published weights, so `fuse_token` must fit the file.
+* Fine-tuning starts with all tokens and lowers the rate over the epochs: `set_keep_rate`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+from ...mixers.token_reduction import AttentivePruning, TokenReducer
+from ._checkpoints import drive_url, refuse_drive
+from ._token_reduction import METHODS, TokenReducedViT, stage_blocks
+from .tome import checkpoint_filter_fn
+
+
+@dataclass(frozen=True)
+class EViT:
+    """Pruning by class attention.
+
+    Args:
+        keep_rate: share of the tokens that stays at each of the locations; one number or one a location.
+        fuse_token: replace those that do not stay by one token.
+        locations: blocks, from 0; None for a quarter, a half and three quarters of the depth.
+    """
+
+    keep_rate: float | Sequence[float] = 0.7
+    fuse_token: bool = True
+    locations: Sequence[int] | None = None
+
+    merges: ClassVar[bool] = False
+
+    def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
+        stages = stage_blocks(self.locations, self.keep_rate, len(model.blocks))
+        return [
+            AttentivePruning(stages[i], fuse=self.fuse_token, num_prefix=_prefix(model))
+            if i in stages
+            else TokenReducer()
+            for i in range(len(model.blocks))
+        ]
+
+
+def _prefix(model: VisionTransformer) -> int:
+    """Tokens before the patches, the first of which must be a class token."""
+    if getattr(model, "cls_token", None) is None:
+        raise ValueError("EViT keeps what the class token attends to; this model has none. Use tome")
+    return model.num_prefix_tokens
+
+
+METHODS["evit"] = EViT
+
+
+def _create_evit(
+    name: str,
+    pretrained: bool,
+    *,
+    keep_rate: float | Sequence[float] = 0.7,
+    fuse_token: bool = True,
+    locations: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> TokenReducedViT:
+    if pretrained:
+        refuse_drive(name, kwargs)
+    return build_model_with_cfg(
+        TokenReducedViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        method=EViT(keep_rate, fuse_token, locations),
+        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
+    )
+
+
+def _cfg(drive_id: str) -> dict[str, Any]:
+    return {
+        "url": drive_url(drive_id) if drive_id else "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/youweiliang/evit",
+        "paper_name": "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
+        "paper_ids": "arXiv:2202.07800",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "evit_deit_small_patch16_224.k07_fuse_in1k": _cfg("1FfvdEBss9f8gexjqEY8vOSUQe_8qwYuL"),
+        "evit_deit_small_patch16_224.k09_fuse_in1k": _cfg("1CmROmlLV-7nyYY-Bhph8_5ut3wFwqvny"),
+        "evit_deit_small_patch16_224.k08_fuse_in1k": _cfg("1BTJyIe0zVK3zYXz3BzIlSC4YZCnZu7cJ"),
+        "evit_deit_small_patch16_224.k06_fuse_in1k": _cfg("1D1m067jDbyG0g2UjyBMaJ4NTT2Ad8vrv"),
+        "evit_deit_small_patch16_224.k05_fuse_in1k": _cfg("1-nyxAlRWjD2icbgj3Y3YWcCmYj9sTgfD"),
+        "evit_deit_small_patch16_224.k09_in1k": _cfg("1tSaPLged8ED2RTiN5ttSmeTNIw1aNNwV"),
+        "evit_deit_small_patch16_224.k08_in1k": _cfg("1zdFbHk-gOw_Wiid5_Z8NFcBa1HMI-JF-"),
+        "evit_deit_small_patch16_224.k07_in1k": _cfg("1VCZGphW34rFWZDXOoF7XO4EJfRLZ-YB8"),
+        "evit_deit_small_patch16_224.k06_in1k": _cfg("1okYcKryyD6FFPG9v5r40R28SRNfVZ5X0"),
+        "evit_deit_small_patch16_224.k05_in1k": _cfg("1qsPeLN5ytLO8pM7lUuj5bi6pyMhjiSJO"),
+        "evit_deit_base_patch16_224.untrained": _cfg(""),
+    }
+)
+
+
+@register_model
+def evit_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> TokenReducedViT:
+    settings = {"embed_dim": 384, "num_heads": 6, **kwargs}
+    return _create_evit("evit_deit_small_patch16_224", pretrained, **settings)
+
+
+@register_model
+def evit_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> TokenReducedViT:
+    settings = {"embed_dim": 768, "num_heads": 12, **kwargs}
+    return _create_evit("evit_deit_base_patch16_224", pretrained, **settings)
