@@ -1,0 +1,140 @@
+"""Token reduction by PyTorch operators: on the CPU, for exporters, TorchScript, functional transforms and autograd.
+
+* The public functions check their arguments and come here. TorchScript cannot compile those, as it knows no
+  keyword-only arguments with defaults; it compiles these, which are public as `token_reduction.plain` for its sake.
+* No number of tokens decides which operators run, so a program that was exported holds for any.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._compat import is_exporting
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision to float32, in which all sums run and all decisions fall."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+def _descending(score: Tensor) -> Tensor:
+    """[batch, n] to the order that sorts each row; of equal scores those of lower index come first.
+
+    ONNX has no stable sort. Counting how many come before each takes it n^2 comparisons, and no n stands in them.
+    """
+    if not is_exporting():
+        return torch.sort(score, dim=1, descending=True, stable=True)[1]
+    index = torch.arange(score.shape[1], device=score.device)
+    this, other = score.unsqueeze(2), score.unsqueeze(1)
+    before = (other > this) | ((other == this) & (index < index.unsqueeze(1)))
+    return torch.zeros_like(score, dtype=torch.int64).scatter(1, before.sum(2), index.expand(score.shape))
+
+
+def at_most_half(tokens: int, r: int, num_prefix: int) -> int:
+    """How many of `tokens` merge when r are to: no more than half of those after the prefix."""
+    half = (tokens - num_prefix) // 2
+    if torch.jit.is_scripting():
+        return min(r, half)
+    else:
+        return r if r == 0 else torch.sym_min(r, half)  # while exporting no guard on which of them is the smaller
+
+
+def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
+    """`bipartite_match`."""
+    batch, tokens = metric.shape[0], metric.shape[1]
+    position = torch.arange(tokens, device=metric.device)
+    r = at_most_half(tokens, r, num_prefix)
+    if r == 0:
+        return position.repeat(batch, 1)
+    odd = num_prefix % 2
+    of_a, of_b = num_prefix + odd, num_prefix + 1 - odd  # the first even and the first odd token after the prefix
+    metric = _wide(metric.detach())
+    a, b = metric[:, of_a::2], F.normalize(metric[:, of_b::2], dim=-1)
+    similarity, partner = torch.max(a @ b.transpose(1, 2), 2)
+    best = _descending(similarity / torch.linalg.vector_norm(a, dim=-1).clamp(min=1e-12))
+    merges = torch.zeros_like(best, dtype=torch.bool).scatter(1, best, (position[: a.shape[1]] < r).expand(best.shape))
+    first_b = num_prefix + a.shape[1] - r
+    slot_a = torch.where(merges, first_b + partner, num_prefix - 1 + (~merges).cumsum(1))
+    slot = position.expand(batch, tokens).clone()
+    slot[:, of_a::2] = slot_a
+    slot[:, of_b::2] = first_b + position[: b.shape[1]]
+    return slot
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """[batch, n, dim] and [batch, m] to [batch, m, dim]."""
+    return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
+
+
+def merge(x: Tensor, slot: Tensor, length: int, size: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_tokens`. Weights are divided before the sum, so that of a token by itself it is exactly 1."""
+    slot = torch.where(slot < 0, length, slot)  # dropped tokens meet in one place more, that is cut off
+    total = size.new_zeros(x.shape[0], length + 1).scatter_add(1, slot, size)
+    weight = size / total.gather(1, slot)
+    wide = _wide(x)
+    merged = wide.new_zeros(x.shape[0], length + 1, x.shape[2]).scatter_add(
+        1, slot.unsqueeze(2).expand(-1, -1, x.shape[2]), wide * weight.unsqueeze(2).to(wide.dtype)
+    )
+    return merged[:, :length].to(x.dtype), total[:, :length]
+
+
+def unmerge(x: Tensor, slot: Tensor) -> Tensor:
+    """`unmerge_tokens`."""
+    found = slot >= 0
+    return torch.where(found.unsqueeze(2), _rows(x, slot.clamp(min=0)), 0.0).to(x.dtype)
+
+
+def scatter(x: Tensor, slot: Tensor, canvas: Tensor) -> Tensor:
+    """`scatter_tokens`."""
+    found = slot >= 0
+    return torch.where(found.unsqueeze(2), _rows(x, slot.clamp(min=0)), canvas)
+
+
+def keep(x: Tensor, score: Tensor, count: int, num_prefix: int, fuse: bool) -> tuple[Tensor, Tensor]:
+    """`keep_tokens`."""
+    batch, candidates = score.shape[0], score.shape[1]
+    order = _descending(_wide(score.detach()))
+    position = torch.arange(candidates, device=x.device)
+    places = torch.where(position < count, num_prefix + position, -1).expand(batch, -1)
+    slot = torch.zeros_like(order).scatter(1, order, places)
+    prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
+    parts = [prefix, _rows(patches, order[:, :count])]
+    if fuse:
+        wide = _wide(patches)
+        weight = torch.where(slot < 0, score.to(wide.dtype), 0.0)
+        parts.append((weight.unsqueeze(1) @ wide).to(x.dtype))
+    of_prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
+    return torch.cat(parts, 1), torch.cat([of_prefix, slot], 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> Tensor:
+    bias = None if log_size is None else log_size[:, None, None].to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _probabilities(q: Tensor, k: Tensor, log_size: Tensor | None, scale: float) -> Tensor:
+    """The rows of the attention matrix for these queries, in float32 at least."""
+    logits = (_wide(q) * scale) @ _wide(k).transpose(2, 3)
+    if log_size is not None:
+        logits = logits + log_size[:, None, None].to(logits.dtype)
+    return logits.softmax(3)
+
+
+def attend_row(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention_with_class_row`."""
+    row = _probabilities(q[:, :, :1], k, log_size, scale).squeeze(2)
+    return _attend(q, k, v, log_size, scale), row
+
+
+def attend_columns(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, tile: int
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_column_sums`, of `tile` queries at a time, or of all if 0."""
+    sums = torch.zeros([0])
+    if tile == 0:
+        sums = _probabilities(q, k, log_size, scale).sum(2)
+    else:
+        sums = _probabilities(q[:, :, :tile], k, log_size, scale).sum(2)
+        for first in range(tile, q.shape[2], tile):
+            sums = sums + _probabilities(q[:, :, first : first + tile], k, log_size, scale).sum(2)
+    return _attend(q, k, v, log_size, scale), sums
