@@ -156,8 +156,9 @@ class Golden:
     def checkpoint(self) -> dict[str, Tensor]:
         return draw_state(self.record)
 
-    def picture(self) -> Tensor:
-        return draw_picture(*self.record["input_size"][1:])
+    def picture(self, size: Sequence[int] | None = None) -> Tensor:
+        """Of the recorded size, or of one that some of the outputs are of."""
+        return draw_picture(*(size or self.record["input_size"][1:]))
 
     def error(self, output: str, got: Tensor) -> float:
         return deviation(got, self.record["outputs"][output])

@@ -1,0 +1,181 @@
+"""Semantic tokens: a map's windows pooled to a few tokens each, and the attention between those tokens and the map.
+
+Paper: Chang et al., "Making Vision Transformers Efficient from a Token Sparsification View" (CVPR 2023, arXiv
+2303.08685). Code: github.com/changsn/STViT-R and STViT-R-Object-Detection (MIT), whose names `q`, `kv`, `proj` are
+kept.
+
+What is unusual:
+* Windows are spread evenly from edge to edge of a map and overlap where they have to. That one rule gives the windows
+  of the published classifier (10 wide, 4 apart on a map of 14) and detector (21 wide, 7 apart on a padded map), and
+  needs no padding on any other map. A window that is larger than the map is the map.
+* Pooling is adaptive, so that windows that do not fill a map evenly still have no empty bin.
+* Keys and values are projected before windows are cut, once a position; the published code projects every copy of a
+  position in overlapping windows, 81 of them in the detector's recovery.
+"""
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels._runtime import is_exporting
+
+
+def _at_most(a: int, b: int) -> int:
+    """The smaller of two lengths; never a branch, since they may be symbols while exporting."""
+    if torch.jit.is_scripting():
+        return min(a, b)
+    else:
+        return torch.sym_min(a, b)  # pyright: ignore[reportReturnType]
+
+
+def _max_along(x: Tensor, dim: int, bins: int, longest: int) -> Tensor:
+    """The largest values in `bins` parts of an axis: adaptive pooling, also where the number of bins is a symbol.
+
+    In a bin that has less than `longest` positions the last one stands in for the others.
+    """
+    length = x.shape[dim]
+    number = torch.arange(bins, device=x.device)
+    first, last = number * length // bins, ((number + 1) * length - 1) // bins
+    index = (first[:, None] + torch.arange(longest, device=x.device)).minimum(last[:, None])
+    return x.index_select(dim, index.flatten()).unflatten(dim, [bins, longest]).amax(dim + 1)
+
+
+def pool_to_tokens(x: Tensor, window_size: int, tokens: int) -> Tensor:
+    """The first semantic tokens: the maximum in `tokens` x `tokens` overlapping bins of each window of a map.
+
+    Args:
+        x: [B, H, W, C].
+        window_size: rows and columns of a window; those of the last are as many as are left.
+
+    Returns:
+        [B, rows, columns, C] with `tokens` rows for each of H / window_size windows, rounded up; columns likewise.
+    """
+    rows = (x.shape[1] + window_size - 1) // window_size * tokens
+    columns = (x.shape[2] + window_size - 1) // window_size * tokens
+    longest = (window_size + tokens - 1) // tokens + 1
+    return _max_along(_max_along(x, 1, rows, longest), 2, columns, longest)
+
+
+def _window_positions(length: int, windows: int, side: int, device: torch.device) -> Tensor:
+    """Where on an axis the positions of evenly spread windows lie, [windows * side]."""
+    number = torch.arange(windows, device=device)
+    first = number * (length - side) // (windows - 1 + 1 // windows)  # a single window divides 0 by 1
+    return (first[:, None] + torch.arange(side, device=device)).flatten()
+
+
+def spread_windows(x: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """`rows` x `columns` square windows of a map [B, H, W, C], the first and the last at its edges.
+
+    Returns:
+        [B * rows * columns, positions, C]
+    """
+    height, width = _at_most(side, x.shape[1]), _at_most(side, x.shape[2])
+    x = x.index_select(1, _window_positions(x.shape[1], rows, height, x.device))
+    x = x.index_select(2, _window_positions(x.shape[2], columns, width, x.device))
+    x = x.reshape(x.shape[0], rows, height, columns, width, x.shape[3])
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def join_windows(windows: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """Windows [B * rows * columns, side * side, C] that do not overlap, as the map [B, H, W, C] that they tile."""
+    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Every position of one set attends to every position of another.
+
+    Sets are maps [B, H, W, C] or sequences [B, N, C], also one of each; out comes the shape of the query.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _attend(self, query: Tensor, key_value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of projected tokens [B, N, C] to others, keys and values side by side [B, M, 2 C]."""
+        q = query.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+        k, v = key_value.unflatten(-1, [2, self.num_heads, self.head_dim]).transpose(1, 3).unbind(2)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            mask: [M] for the M positions of `context`, true where they are seen; None for all.
+        """
+        out = self._attend(self.q(query).flatten(1, -2), self.kv(context).flatten(1, -2), mask)
+        return self.proj_drop(self.proj(out.reshape(query.shape)))
+
+
+class WindowCrossAttention(CrossAttention):
+    """The positions of each window of one map attend to a window of another; [B, H, W, C] both.
+
+    Args:
+        window_size: side of the windows that tile the query's map; its height and width must be multiples.
+        key_window_size: side of as many windows, spread evenly over the other map.
+        sees_query: whether a window attends to the positions of the query's window, too, and to them first.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        window_size: int,
+        key_window_size: int,
+        sees_query: bool = False,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, device=device, dtype=dtype)
+        if min(window_size, key_window_size) < 1:
+            raise ValueError(f"windows have sides of 1 or more; got {window_size} and {key_window_size}")
+        self.window_size, self.key_window_size, self.sees_query = window_size, key_window_size, sees_query
+
+    def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            mask: [H, W] for the positions of `context`, true where they are seen; None for all. A window that would
+                see nothing sees everything.
+        """
+        side = self.window_size
+        if not is_exporting() and (query.shape[1] % side or query.shape[2] % side):
+            raise ValueError(f"the query's map must be whole windows of {side} x {side}; got {list(query.shape)}")
+        rows, columns = query.shape[1] // side, query.shape[2] // side
+        queries = spread_windows(self.q(query), rows, columns, side)
+        keys_values = spread_windows(self.kv(context), rows, columns, self.key_window_size)
+        if self.sees_query:
+            own = spread_windows(self.kv(query), rows, columns, side)
+            keys_values = torch.cat([own, keys_values], dim=1)
+        if mask is not None:
+            seen = spread_windows(mask[None, :, :, None], rows, columns, self.key_window_size)[..., 0]
+            seen = seen | ~seen.any(1, keepdim=True)
+            seen = F.pad(seen, [side * side, 0], value=1.0) if self.sees_query else seen
+            mask = seen.repeat(query.shape[0], 1)[:, None, None].expand(-1, 1, side * side, -1)
+        out = join_windows(self._attend(queries, keys_values, mask), rows, columns, side)
+        return self.proj_drop(self.proj(out))
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, key_window_size={self.key_window_size}, sees_query={self.sees_query}"
+
+
+register_notrace_module(CrossAttention)  # as decorators they would hide the classes' types
+register_notrace_module(WindowCrossAttention)
