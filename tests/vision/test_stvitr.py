@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import mixerzoo.vision  # noqa: F401  registers the models
-import pytest
 import timm
 import torch
-from mixerzoo.vision.backbones.stvitr import SemanticBlock, WindowBlock
 from torch import Tensor, nn
 
 PARAMETERS = {"stvitr_swin_small": 49_625_518, "stvitr_swin_base": 87_812_336}  # of the authors' training logs

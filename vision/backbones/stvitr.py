@@ -83,18 +83,18 @@ def _turned(x: Tensor, down: int, across: int) -> Tensor:
     return x.index_select(1, rows).index_select(2, columns)
 
 
-def _parts(length: int, turned: int, device: torch.device) -> Tensor:
-    """Which stretch of the axis each position of the last window is from, [length]: what wrapped around is the last."""
+def _parts(length: int, turned: int, side: int, device: torch.device) -> Tensor:
+    """The part of an axis that each position is from, [length]: the last window's wrapped around are apart."""
     position = torch.arange(length, device=device)
-    return (position >= length - _WINDOW).int() + (position >= length - turned).int()
+    return (position >= length - side).int() + (position >= length - turned).int()
 
 
-def _wrapping_mask(height: int, width: int, down: int, across: int, like: Tensor) -> Tensor:
-    """What windows must not see of each other's ends, [windows, 49, 49] in the published amount."""
-    rows, columns = _parts(height, down, like.device), _parts(width, across, like.device)
+def _wrapping_mask(x: Tensor, down: int, across: int, side: int) -> Tensor:
+    """Positions of a window that only the wrapping brought together, as Swin masks them: [windows, queries, keys]."""
+    rows, columns = _parts(x.shape[1], down, side, x.device), _parts(x.shape[2], across, side, x.device)
     part = (3 * rows[:, None] + columns)[None, :, :, None]
-    part = spread_windows(part, height // _WINDOW, width // _WINDOW, _WINDOW)
-    return (part != part.transpose(1, 2)).to(like.dtype) * -100.0
+    part = spread_windows(part, x.shape[1] // side, x.shape[2] // side, side)
+    return (part != part.transpose(1, 2)).to(x.dtype) * -100.0
 
 
 class WindowBlock(nn.Module):
@@ -112,6 +112,7 @@ class WindowBlock(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        window_size: int,
         shift: int,
         shifts_single: bool,
         mlp_ratio: float,
@@ -122,9 +123,9 @@ class WindowBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.shift, self.shifts_single = shift, shifts_single
+        self.window_size, self.shift, self.shifts_single = window_size, shift, shifts_single
         self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = WindowAttention(dim, num_heads, window_size=_WINDOW, proj_drop=proj_drop, **dd)
+        self.attn = WindowAttention(dim, num_heads, window_size=window_size, proj_drop=proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
@@ -135,19 +136,19 @@ class WindowBlock(nn.Module):
         return self.shift if self.shifts_single else self.shift * (1 - 1 // windows)
 
     def _attend(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1], x.shape[2]
-        below, right = -height % _WINDOW, -width % _WINDOW
+        height, width, side = x.shape[1], x.shape[2], self.window_size
+        below, right = -height % side, -width % side
         padded = is_exporting() or below > 0 or right > 0
         if padded:
             x = F.pad(x, [0, 0, 0, right, 0, below])
-        rows, columns = (height + below) // _WINDOW, (width + right) // _WINDOW
+        rows, columns = (height + below) // side, (width + right) // side
         down, across = self._shift_along(rows), self._shift_along(columns)
         mask: Tensor | None = None
         if self.shift > 0:
-            mask = _wrapping_mask(height + below, width + right, down, across, x)
+            mask = _wrapping_mask(x, down, across, side)
             x = _turned(x, down, across)
-        windows = self.attn(spread_windows(x, rows, columns, _WINDOW), mask)
-        x = join_windows(windows, rows, columns, _WINDOW)
+        windows = self.attn(spread_windows(x, rows, columns, side), mask)
+        x = join_windows(windows, rows, columns, side)
         if self.shift > 0:
             x = _turned(x, -down, -across)
         return x[:, :height, :width] if padded else x
@@ -224,6 +225,7 @@ class SemanticUnit(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        self.window_size, self.tokens = _WINDOW, _TOKENS
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         args: dict[str, Any] = {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop, **dd}
         rates = dict(zip(_UNIT, drop_paths, strict=True))
@@ -233,7 +235,9 @@ class SemanticUnit(nn.Module):
             attn = kind(dim, num_heads, proj_drop=proj_drop, **self.windows.get(name, {}), **dd)
             return SemanticBlock(dim, attn, init_values=init_values, drop_path=rates[name], shortcut=shortcut, **args)
 
-        self.window = WindowBlock(dim, num_heads, shift=0, shifts_single=False, drop_path=rates["window"], **args)
+        self.window = WindowBlock(
+            dim, num_heads, window_size=_WINDOW, shift=0, shifts_single=False, drop_path=rates["window"], **args
+        )
         self.generate = block("generate", self.shortcut)
         self.refine = block("refine")
         self.local = block("local")
@@ -242,33 +246,32 @@ class SemanticUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.window(x)
-        tokens = self.generate(pool_to_tokens(x, _WINDOW, _TOKENS), x)
+        tokens = self.generate(pool_to_tokens(x, self.window_size, self.tokens), x)
         tokens = self.refine(tokens, torch.cat([tokens.flatten(1, 2), x.flatten(1, 2)], dim=1))
         tokens = self.local(tokens, tokens)
         tokens = self.mix(tokens, tokens)
         return self.recover(x, tokens)
 
 
-def _surrounded(x: Tensor, side: int, key_side: int) -> Tensor:
-    """A map of windows with the zeros around it that larger windows with the same centres need."""
-    before = (key_side - side) // 2
-    after = key_side - side - before
+def _surrounded(x: Tensor, more: int) -> Tensor:
+    """A map with the zeros around it that its windows, `more` wider and higher, reach."""
+    before, after = more // 2, (more + 1) // 2
     return F.pad(x, [0, 0, before, after, before, after])
 
 
-def _seen(rows: int, columns: int, below: int, right: int, before: int, surrounded: Tensor) -> Tensor:
-    """The published mask: [H, W] for a surrounded map that has `rows` x `columns` positions of its own.
+def _seen(surrounded: Tensor, rows: int, columns: int, below: int, right: int) -> Tensor:
+    """The published mask, [H, W] for a surrounded map that has `rows` x `columns` positions of its own.
 
     Args:
-        below, right: rows and columns of the image's map that make it whole windows.
-        before: zeros on the left and above.
+        below, right: rows and columns of the image's map that pad it to whole windows.
     """
+    before = (surrounded.shape[1] - rows) // 2
     row = torch.arange(surrounded.shape[1], device=surrounded.device)[:, None] - before
     column = torch.arange(surrounded.shape[2], device=surrounded.device) - before
     inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
     # Python's slice [-n:] is the last n, but all where n is 0.
-    last_rows = row >= (rows - below) * ((below + _WINDOW - 1) // _WINDOW)
-    last_columns = column >= (columns - right) * ((right + _WINDOW - 1) // _WINDOW)
+    last_rows = row >= (rows - below) * (1 - 1 // (below + 1))
+    last_columns = column >= (columns - right) * (1 - 1 // (right + 1))
     return inside & ~(last_rows & last_columns)
 
 
@@ -285,21 +288,20 @@ class WindowedSemanticUnit(SemanticUnit):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.window(x)
-        height, width = x.shape[1], x.shape[2]
-        below, right = -height % _WINDOW, -width % _WINDOW
+        height, width, window, tokens_side = x.shape[1], x.shape[2], self.window_size, self.tokens
+        below, right = -height % window, -width % window
         x = F.pad(x, [0, 0, 0, right, 0, below])
 
-        tokens = pool_to_tokens(x, _WINDOW, _TOKENS)
-        around = _surrounded(x, _WINDOW, 2 * _WINDOW)
-        seen = _seen(x.shape[1], x.shape[2], below, right, _WINDOW // 2, around)
-        tokens = self.generate(tokens, around, seen)
-        around = _surrounded(x, _WINDOW, 3 * _WINDOW)
-        seen = _seen(x.shape[1], x.shape[2], below, right, _WINDOW, around)
+        around = _surrounded(x, window)
+        seen = _seen(around, x.shape[1], x.shape[2], below, right)
+        tokens = self.generate(pool_to_tokens(x, window, tokens_side), around, seen)
+        around = _surrounded(x, 2 * window)
+        seen = _seen(around, x.shape[1], x.shape[2], below, right)
         tokens = self.refine(tokens, around, seen)
         tokens = self.local(tokens, tokens)
         tokens = self.mix(tokens, tokens)
-        around = _surrounded(tokens, _TOKENS, 9 * _TOKENS)
-        seen = _seen(tokens.shape[1], tokens.shape[2], below, right, 4 * _TOKENS, around)
+        around = _surrounded(tokens, 8 * tokens_side)
+        seen = _seen(around, tokens.shape[1], tokens.shape[2], below, right)
         return self.recover(x, around, seen)[:, :height, :width]
 
 
@@ -349,7 +351,15 @@ class STViTR(HierarchicalBackbone):
                 drop_paths = rates[stage][number * len(_UNIT) : (number + 1) * len(_UNIT)]
                 return unit(dim, heads, init_values=init_values, drop_paths=drop_paths, **args)
             shift = _WINDOW // 2 if number % 2 else 0
-            return WindowBlock(dim, heads, shift=shift, shifts_single=detection, drop_path=rates[stage][number], **args)
+            return WindowBlock(
+                dim,
+                heads,
+                window_size=_WINDOW,
+                shift=shift,
+                shifts_single=detection,
+                drop_path=rates[stage][number],
+                **args,
+            )
 
         stages = [
             Stage(
