@@ -39,7 +39,9 @@ def load_model(
         raise ValueError("weights come from pretrained or from a checkpoint; give one of them")
     overlay: dict[str, Any] | None = None
     if checkpoint is not None:
-        state, facts = _read_checkpoint(Path(checkpoint), name)
+        state, facts = read_checkpoint(Path(checkpoint))
+        if facts.get("model", name) != name:
+            raise ValueError(f"{checkpoint} holds a {facts['model']}, not a {name}")
         model_kwargs = facts.get("model_kwargs", {}) | model_kwargs
         overlay = _overlay(name, state, facts, num_classes, model_kwargs)
         num_classes = overlay.get("num_classes") if num_classes is None else num_classes
@@ -55,7 +57,7 @@ def load_model(
     return model.eval()
 
 
-def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a file, and what `train.py` wrote beside them; nothing in the file is executed.
 
     Lightning keeps a module's own weights under `model.`, which no timm model uses as its first name.
@@ -70,8 +72,6 @@ def _read_checkpoint(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str
         raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
     if facts.get("head") is not None:
         raise ValueError(f"{path} holds a segmenter; only classifiers can be loaded here")
-    if facts.get("model", name) != name:
-        raise ValueError(f"{path} holds a {facts['model']}, not a {name}")
     return inner or state, facts
 
 

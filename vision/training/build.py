@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .. import backbones as backbones  # registers the models
+from .._loading import load_model, read_checkpoint
 from ..data.splits import Splits
 from ..segmentation import FPNHead, Segmenter
 from ..segmentation.segmenter import feature_channels
@@ -39,8 +40,50 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
             model = timm.create_model(config.model.name, num_classes=len(splits.classes), **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
         raise ConfigError(f"model.name={config.model.name} cannot be made with {arguments}: {error}") from error
+    if config.model.start_from is not None:
+        _start_from(model, config, splits)
     _try(model, config, splits)
     return model
+
+
+def _start_from(model: nn.Module, config: Config, splits: Splits) -> None:
+    """Copies another model's weights. All of them must have a place here, except those of a classifier of other size;
+    what has no counterpart there (predictors, say) stays as it is made."""
+    source = str(config.model.start_from)
+    key = f"model.start_from={source}"
+    if splits.dense or config.model.pretrained or config.model.checkpoint is not None:
+        where = "segmentation" if splits.dense else "a model that has model.pretrained or model.checkpoint"
+        raise ConfigError(f"{key}: not for {where}; set it to null")
+    try:
+        if Path(source).is_file():
+            state = read_checkpoint(Path(source))[0]
+        else:
+            size = (splits.size, splits.size)
+            donor = load_model(source, pretrained=True, image_size=size, in_chans=splits.channels)
+            state = donor.state_dict()
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}; a file that exists, or a timm model, is needed") from error
+    own = model.state_dict()
+    heads = _classifiers(model)
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    homeless = sorted(name for name in state.keys() - fitting.keys() if not name.startswith(heads))
+    if homeless:
+        raise ConfigError(
+            f"{key}: {len(homeless)} of its tensors have no counterpart in {config.model.name}, such as {homeless[0]}"
+        )
+    model.load_state_dict(own | fitting)
+    fresh = [name for name in own if name not in fitting]
+    _log.info("start: %d tensors of %s; %d are new%s", len(fitting), source, len(fresh), _some(fresh))
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    names = cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
 
 
 def check_name(name: str) -> None:

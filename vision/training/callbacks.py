@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import signal
 from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -85,6 +87,50 @@ class LastCheckpoint(Checkpoint):
         """Whether any process got a signal: if some stopped alone, the others would wait for them for ever."""
         stop = self.watch.received is not None
         return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
+
+
+class KeepRateWarmup(Callback):
+    """EViT's warm start: every token is kept until an epoch, then the rates fall to the model's own, by a cosine.
+
+    Y. Liang et al.: Not All Patches are What You Need, ICLR 2022, https://github.com/youweiliang/evit. The rates depend
+    on the step alone, so that a resumed run goes on where it was. Evaluation is at the model's own rates, always.
+    """
+
+    def __init__(
+        self,
+        set_rates: Callable[[list[float]], None],
+        own: Sequence[float],
+        *,
+        start_epoch: float,
+        epochs: float,
+        steps_per_epoch: int,
+    ) -> None:
+        """`own`: the rate of each pruning block; `set_rates` takes as many."""
+        super().__init__()
+        self.set_rates, self.own = set_rates, list(own)
+        self.start_epoch, self.epochs, self.steps_per_epoch = start_epoch, epochs, steps_per_epoch
+
+    def rates_at(self, step: int) -> list[float]:
+        """Of each pruning block, before the optimiser's step number `step`."""
+        passed = step / self.steps_per_epoch - self.start_epoch
+        if passed < 0:
+            return [1.0] * len(self.own)
+        if passed >= self.epochs:
+            return self.own
+        share = (1 + math.cos(math.pi * passed / self.epochs)) / 2
+        return [rate + (1 - rate) * share for rate in self.own]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.set_rates(self.rates_at(trainer.global_step))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.set_rates(self.own)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.set_rates(self.own)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.set_rates(self.own)
 
 
 class Progress(TQDMProgressBar):

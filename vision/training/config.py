@@ -28,6 +28,11 @@ class ModelConfig:
     checkpoint: str | None = option(
         None, "begin with this file's weights, in the published format; the head starts anew"
     )
+    start_from: str | None = option(
+        None,
+        "begin with the weights of another model wherever the names agree: a timm model's published ones, or those of "
+        "a checkpoint of train.py",
+    )
     kwargs: dict[str, Any] = option({}, "further arguments of the model, such as model.kwargs.stem_stride=1")  # noqa: RUF009
 
 
@@ -80,6 +85,42 @@ class AugmentConfig:
 
 
 @dataclass
+class DistillConfig:
+    """A frozen teacher, and what is learned from it beside the labels."""
+
+    teacher: str | None = option(None, "a timm model whose answers are learned beside the labels; null is none")
+    checkpoint: str | None = option(
+        None, "the teacher's weights, of train.py or published elsewhere; null takes those that timm knows"
+    )
+    kwargs: dict[str, Any] = option({}, "further arguments of the teacher")  # noqa: RUF009
+    labels_weight: float = option(1.0, "weight of the cross entropy with the labels", low=0)
+    logits_weight: float = option(0.5, "weight of the divergence (KL) from the teacher's class probabilities", low=0)
+    tokens_weight: float = option(
+        0.0, "weight of the distance to the teacher's tokens after the last norm, of those that are kept", low=0
+    )
+    tokens_loss: Literal["mse", "kl"] = option("mse", "that distance: mean squared, or KL of softmax over channels")
+
+
+@dataclass
+class ReductionConfig:
+    """How a model that reduces its tokens is trained to do so."""
+
+    ratio_weight: float | None = option(
+        None,
+        "weight of the squared distance between the share of tokens kept and the model's keep rates (DynamicViT); "
+        "null is 2 where a model decides on tokens, and nothing elsewhere",
+        low=0,
+    )
+    shrink_start_epoch: float = option(0.0, "the epoch until which every token is kept (EViT)", low=0)
+    shrink_epochs: float | None = option(
+        None,
+        "epochs over which the keep rate then falls, by a cosine, from 1 to the model's own; null trains at the "
+        "model's own from the beginning",
+        low=0,
+    )
+
+
+@dataclass
 class OptimConfig:
     name: str = option("adamw", "a timm optimiser")
     lr: float = option(1e-3, "highest learning rate", low=0)
@@ -88,7 +129,11 @@ class OptimConfig:
         None, "multiply the rate by this for each layer towards the input", low=0, high=1
     )
     lr_scale: dict[str, float] = option(  # noqa: RUF009
-        {}, 'factors of the rate by parameter name, such as {"*.conv_offset.*": 0.01}'
+        {}, 'factors of the rate by parameter name, such as {"*.conv_offset.*": 0.01}; all that match multiply'
+    )
+    freeze: list[str] = option([], "parameters that never learn, by name, such as [pos_embed, blocks.0.*]")  # noqa: RUF009
+    freeze_epochs: dict[str, float] = option(  # noqa: RUF009
+        {}, 'epochs before parameters begin to learn, such as {"*": 5, head.*: 0}; the last pattern that matches counts'
     )
     lr_for_batch: int | None = option(
         None, "all rates are meant for this many pictures a step, and scaled with the real number", low=1
@@ -138,6 +183,8 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    reduction: ReductionConfig = field(default_factory=ReductionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

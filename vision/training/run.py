@@ -26,6 +26,8 @@ from .build import build_model
 from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch, read_table
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
+from .distillation import make_teacher
+from .optimization import freeze
 from .plan import make_plan
 from .settings import ConfigError, nearest, to_yaml
 from .summary import Summary, summarize
@@ -45,6 +47,7 @@ def run(config: Config) -> dict[str, Any]:
     plan = make_plan(config, len(splits.train))
     seed_everything(mix_seed(config.seed))
     model = build_model(config, splits)
+    freeze(model, config.optim.freeze)
     summary = summarize(model, (splits.channels, splits.size, splits.size))
     _log.info(
         "model: %s, %.2f M parameters, %.3f GMACs", config.model.name, summary.parameters / 1e6, summary.macs / 1e9
@@ -53,8 +56,8 @@ def run(config: Config) -> dict[str, Any]:
         "plan: %d epochs of %d steps, %d pictures a step, highest learning rate %.3g",
         *(plan.epochs, plan.steps_per_epoch, plan.batch, config.optim.lr * plan.lr_factor),
     )
+    task = Task(model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits))
     folder = _make_folder(config)
-    task = Task(model, config, splits, plan=plan)
     if _is_first_process():
         (folder / "config.yaml").write_text(to_yaml(config))
         (folder / "summary.txt").write_text(f"{summary}\n")
@@ -65,6 +68,7 @@ def run(config: Config) -> dict[str, Any]:
         trainer = _make_trainer(config, folder, watch, task)
         if config.train.compile:
             model.compile()
+            task.objective.compile()
         trainer.fit(task, data, ckpt_path=config.resume, weights_only=True)
     best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
     task.load_state_dict(best["state_dict"])

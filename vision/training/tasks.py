@@ -7,7 +7,8 @@ Unusual:
 * torch, numpy and random are seeded anew before every step, from (seed, epoch, step, rank). Drop path, dropout and
   mixup are then the same in a resumed run, without random states in the checkpoint.
 * No hyper-parameters are saved, so that a checkpoint holds tensors, numbers and text and loads with
-  `weights_only=True`."""
+  `weights_only=True`.
+* The objective, with its teacher, is no module: nothing of it is trained, saved or moved by Lightning."""
 
 from __future__ import annotations
 
@@ -25,9 +26,12 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ..data.loading import mix_seed, seed_everything
 from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
+from .callbacks import KeepRateWarmup
 from .config import Config
-from .optimization import make_optimizer, make_scheduler
+from .distillation import Objective, Teacher, keep_rates
+from .optimization import hold_back, make_optimizer, make_scheduler
 from .plan import Plan
+from .settings import ConfigError
 
 
 class NonFiniteLossError(RuntimeError):
@@ -35,9 +39,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Task(pl.LightningModule):
-    """Trains `model` on batches (pictures, integer labels of pictures or pixels) with cross entropy."""
+    """Trains `model` on batches (pictures, integer labels of pictures or pixels) with cross entropy, and on what the
+    settings ask for besides (distillation.py)."""
 
-    def __init__(self, model: nn.Module, config: Config, splits: Splits, *, plan: Plan) -> None:
+    def __init__(
+        self, model: nn.Module, config: Config, splits: Splits, *, plan: Plan, teacher: Teacher | None = None
+    ) -> None:
         super().__init__()
         self.model, self.config, self.splits, self.plan = model, config, splits, plan
         self.metric = "mean_iou" if splits.dense else "accuracy"
@@ -54,9 +61,15 @@ class Task(pl.LightningModule):
         self.hard_loss = nn.CrossEntropyLoss(
             ignore_index=IGNORE_INDEX if splits.dense else -100, label_smoothing=smoothing
         )
+        self.objective = Objective(model, config, splits, teacher)
+        self.keep_rate_warmup = make_keep_rate_warmup(model, config, plan)
         # Kept in the checkpoint: an epoch that is interrupted and resumed reports the loss of all its steps.
         self.train_loss = MeanMetric()
         self.train_loss.persistent(True)
+        parts = ("labels", *self.objective.weights) if self.objective.weights else ()
+        self.train_parts = nn.ModuleDict({name: MeanMetric() for name in parts})
+        for metric in self.train_parts.values():
+            metric.persistent(True)  # pyright: ignore[reportCallIssue]
         self.val_loss = MeanMetric()
         ignored = IGNORE_INDEX if splits.dense else None
         self.result = torch.zeros(len(splits.classes), len(splits.classes), dtype=torch.int64)
@@ -66,6 +79,9 @@ class Task(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def on_fit_start(self) -> None:
+        self.objective.to(self.device)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_everything(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
 
@@ -73,15 +89,20 @@ class Task(pl.LightningModule):
         images, targets = self._laid_out(batch)
         if self.mix is not None:
             images, targets = self.mix(images, targets)
-            loss = SoftTargetCrossEntropy()(self.model(images), targets)
-        else:
-            loss = self.hard_loss(self.model(images), targets)
+        logits, parts = self.objective(images)
+        label_loss = SoftTargetCrossEntropy() if self.mix is not None else self.hard_loss
+        parts["labels"] = label_loss(logits, targets)
+        loss = self.config.distill.labels_weight * parts["labels"]
+        for name, weight in self.objective.weights.items():
+            loss = loss + weight * parts[name]
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}; last.ckpt is from before "
                 f"that. Try a lower optim.lr (now {self.config.optim.lr:g}) or optim.clip_grad=1"
             )
         self.train_loss.update(loss.detach())
+        for name, metric in self.train_parts.items():
+            metric.update(parts[name].detach())  # pyright: ignore[reportCallIssue]
         self.log("loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
         return loss
 
@@ -89,6 +110,9 @@ class Task(pl.LightningModule):
         rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
         values = {"train/loss": self.train_loss.compute().item(), "train/lr": max(rates), "epoch": self.current_epoch}
         self.train_loss.reset()
+        for name, metric in self.train_parts.items():
+            values[f"train/loss_{name}"] = metric.compute().item()  # pyright: ignore[reportCallIssue]
+            metric.reset()  # pyright: ignore[reportCallIssue]
         # Not through self.log: that reaches the loggers after last.ckpt is written, and a run that ends in between
         # would resume without this row.
         for logger in self.loggers:
@@ -135,9 +159,13 @@ class Task(pl.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         return images, targets
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [self.keep_rate_warmup] if self.keep_rate_warmup is not None else []
+
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.model, self.config.optim, self.plan)
         scheduler = make_scheduler(optimizer, self.config.schedule, self.plan)
+        hold_back(optimizer, 0, self.plan.steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -156,8 +184,34 @@ class Task(pl.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(num_updates=self.global_step, metric=metric)
+        hold_back(scheduler.optimizer, self.global_step, self.plan.steps_per_epoch)
 
 
 def _mixup(config: Config, num_classes: int) -> Mixup:
     augment = config.augment
     return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.label_smoothing, num_classes=num_classes)
+
+
+def make_keep_rate_warmup(model: nn.Module, config: Config, plan: Plan) -> KeepRateWarmup | None:
+    """The warm start that `reduction.shrink_epochs` asks for, of the backbone itself or under a head."""
+    reduction = config.reduction
+    if reduction.shrink_epochs is None:
+        if reduction.shrink_start_epoch:
+            raise ConfigError("reduction.shrink_start_epoch needs a number of epochs to shrink in: give shrink_epochs")
+        return None
+    key = f"reduction.shrink_epochs={reduction.shrink_epochs:g}"
+    backbone: Any = next((module for module in model.modules() if hasattr(module, "set_keep_rate")), None)
+    rates = [part.keep_rate for part in getattr(backbone, "reducers", ()) if hasattr(part, "keep_rate")]
+    if not rates or keep_rates(backbone) is not None:
+        raise ConfigError(f"{key}: {config.model.name} drops no tokens while it trains (EViT does); set it to null")
+    if config.train.compile:
+        raise ConfigError(
+            f"{key} changes the model at each step, so that train.compile=true would compile it each time"
+        )
+    return KeepRateWarmup(
+        backbone.set_keep_rate,
+        rates,
+        start_epoch=reduction.shrink_start_epoch,
+        epochs=reduction.shrink_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+    )
