@@ -39,7 +39,7 @@ class TokenState(NamedTuple):
     """What the blocks know of the tokens [batch, N, C] that they get, of [batch, N0, C] in the first block."""
 
     assign: Tensor
-    """[batch, N0] int64: the place of each token of the first block, prefix included, among those of now; -1: dropped."""
+    """[batch, N0] int64: the place of each token of the first block among those of now, prefix too; -1 if dropped."""
     size: Tensor | None
     """[batch, N]: how many tokens of the first block each one stands for; None while none was merged."""
     canvas: Tensor | None

@@ -29,14 +29,14 @@ def _check_slot(slot: Tensor, batch: int, tokens: int | None) -> None:
         )
 
 
-def merged_length(tokens: int, r: int, *, num_prefix: int = 1) -> int:
+def merged_length(tokens: int, r: int, num_prefix: int = 1) -> int:
     """How many of `tokens` are left when r are to merge into others, which no more than half after the prefix do."""
     if r < 0:
         raise ValueError(f"r, the number of tokens to merge, must be at least 0; got {r}")
     return tokens - _plain.at_most_half(tokens, r, num_prefix)
 
 
-def bipartite_match(metric: Tensor, r: int, *, num_prefix: int = 1) -> Tensor:
+def bipartite_match(metric: Tensor, r: int, num_prefix: int = 1) -> Tensor:
     """Find r tokens to merge and those to merge them into.
 
     After the prefix, every token at an even position looks for the one at an odd position that is most like it, by the
@@ -62,7 +62,7 @@ def bipartite_match(metric: Tensor, r: int, *, num_prefix: int = 1) -> Tensor:
     return _plain.match(metric, r, num_prefix)
 
 
-def merge_tokens(x: Tensor, slot: Tensor, length: int, *, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def merge_tokens(x: Tensor, slot: Tensor, length: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The mean, weighted by size, of the tokens that share a slot.
 
     Args:
@@ -101,7 +101,7 @@ def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
 
 
 def keep_tokens(
-    x: Tensor, score: Tensor, keep: int, *, num_prefix: int = 1, fuse: bool = False
+    x: Tensor, score: Tensor, keep: int, num_prefix: int = 1, fuse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Keep the prefix and the `keep` tokens of the highest score, in descending order of it.
 
@@ -162,7 +162,7 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None) -
 
 
 def attention_with_class_row(
-    q: Tensor, k: Tensor, v: Tensor, *, log_size: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention, and how much of it the first token, the class token, pays to each.
 
@@ -186,7 +186,7 @@ def attention_with_class_row(
 
 
 def attention_with_column_sums(
-    q: Tensor, k: Tensor, v: Tensor, *, log_size: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention, and how much of it all tokens together pay to each (SpAtten's importance).
 

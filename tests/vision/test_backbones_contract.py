@@ -56,7 +56,10 @@ def shallow_args(name: str, most: int = 2) -> dict[str, Any]:
     model = on_meta(name)
     accepted = inspect.signature(type(model).__init__).parameters
     if isinstance(model, HierarchicalBackbone) and "depths" in accepted:
-        return {"depths": tuple(min(len(stage.blocks), most) for stage in model.stages), "drop_path_rate": 0.0}
+        depths = tuple(min(len(stage.blocks), most) for stage in model.stages)
+        # Where tokens are chosen must lie within the depth.
+        locations = {"locations": tuple(range(depths[2]))} if "locations" in accepted else {}
+        return {"depths": depths, "drop_path_rate": 0.0, **locations}
     if isinstance(model, IsotropicBackbone) and "depth" in accepted:
         return {"depth": min(len(model.blocks), 2 * most), "drop_path_rate": 0.0}
     return {}
@@ -189,6 +192,8 @@ def test_head_and_widths(name: str) -> None:
     classifier = model.get_classifier()
     for layer in classifier if isinstance(classifier, tuple) else (classifier,):
         assert layer.weight.dtype == torch.float64 and layer.weight.device.type == "meta" and layer.training
+    if isinstance(classifier, tuple):
+        return  # DeiT's two classifiers have a token each: timm pools them whatever is asked
     model.reset_classifier(0, "")
     assert model.forward_head(features).shape == features.shape
     headless = minimal_on_meta(name, num_classes=0, global_pool="")
@@ -235,7 +240,9 @@ def test_weight_groups(name: str) -> None:
     assert all(decay[key] == 0 for key in tables) and 0.05 in decay.values()
     classifier = model.pretrained_cfg["classifier"]
     first = model.pretrained_cfg["first_conv"]
-    assert scale[f"{classifier}.weight"] == 1 and scale[f"{first}.weight"] == min(scale.values())
+    for head in [classifier] if isinstance(classifier, str) else classifier:
+        assert scale[f"{head}.weight"] == 1
+    assert scale[f"{first}.weight"] == min(scale.values())
     order = [key for key in names if "blocks." in key and key.endswith("weight")]
     assert [scale[key] for key in order] == sorted(scale[key] for key in order), "later blocks learn faster"
     blocks = {re.sub(r"(blocks\.\d+)\..*", r"\1", key) for key in order}
@@ -299,9 +306,12 @@ def test_pruned_models_keep_their_features_and_no_dead_weight(first: str, shared
     for index in range(tap_count(shared)):
         model = copy.deepcopy(shared)
         assert model.prune_intermediate_layers([index], prune_norm=True) == [index]
-        feature = model.forward_intermediates(x, indices=[index], intermediates_only=True)[0]
+        with torch.no_grad():
+            feature = model.forward_intermediates(x, indices=[index], intermediates_only=True)[0]
         assert_near(feature, every[index], 1e-5)
         assert model.num_features == shared.feature_info[index]["num_chs"]
+        model.train()  # what chooses tokens learns only then
+        feature = model.forward_intermediates(training_pictures(model), indices=[index], intermediates_only=True)[0]
         feature.square().mean().backward()
         assert [key for key, p in model.named_parameters() if p.grad is None] == []
     untouched = copy.deepcopy(shared)
@@ -337,6 +347,7 @@ def test_gradient_checkpointing_changes_nothing(shared: nn.Module) -> None:
     for enable in (False, True):
         model = copy.deepcopy(shared).train()
         model.set_grad_checkpointing(enable)
+        torch.manual_seed(0)  # for models that draw what they keep
         final, taps = model.forward_intermediates(x)
         out = model.forward_head(final)
         (out.square().mean() + sum(tap.square().mean() for tap in taps)).backward()
@@ -453,12 +464,15 @@ def test_compiles_without_graph_breaks(first: str) -> None:
     model = minimal(first).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = training_pictures(model)
+    torch.manual_seed(0)  # for models that draw what they keep
     out = compiled(x)
-    assert_near(out, model(x), 1e-5)
     out.square().mean().backward()
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    model(x).square().mean().backward()
+    torch.manual_seed(0)
+    want = model(x)
+    assert_near(out, want, 1e-5)
+    want.square().mean().backward()
     for a, b in zip(got, model.parameters(), strict=True):
         assert_near(a, b.grad)
 

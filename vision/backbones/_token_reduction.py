@@ -60,9 +60,6 @@ class TokenAttention(Attention):
 class TokenBlock(Block):
     """timm's pre-norm block around a reducer; maps (tokens [B, N, C], state) to (tokens [B, M, C], state)."""
 
-    attn: TokenAttention
-    reducer: TokenReducer
-
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:  # pyright: ignore
         x, state = self.reducer.before(x, state)
         normed = self.norm1(x)
@@ -77,9 +74,6 @@ class TokenBlock(Block):
 @register_notrace_module
 class TokenResPostBlock(ResPostBlock):
     """The same for timm's post-norm block."""
-
-    attn: TokenAttention
-    reducer: TokenReducer
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:  # pyright: ignore
         x, state = self.reducer.before(x, state)
@@ -152,6 +146,9 @@ class TokenReducedViT(IsotropicBackbone):
         method: what the reducers do.
         vit_args: as of timm's `VisionTransformer`.
     """
+
+    # TorchScript reads and compiles properties unless they are named here.
+    __jit_ignored_attributes__: ClassVar[list[str]] = ["keep_rates", "reducers"]
 
     def __init__(self, *, method: ReductionMethod, **vit_args: Any) -> None:
         super().__init__(**vit_args)
@@ -228,7 +225,7 @@ REDUCED: dict[type[VisionTransformer], type[TokenReducedViT]] = {
     VisionTransformer: TokenReducedViT,
     VisionTransformerDistilled: TokenReducedDistilledViT,
 }
-"""Our class for each class of models that can be reduced; families add theirs."""
+"""Our class for each class of models that can be reduced, the special behind the general; families add theirs."""
 
 
 def _reduced_block(block: nn.Module, reducer: TokenReducer) -> nn.Module:
@@ -299,7 +296,7 @@ def reduce_tokens(model: VisionTransformer, method: str | ReductionMethod, **set
 
 def restore_tokens(model: TokenReducedViT) -> VisionTransformer:
     """The way back: a plain model of timm on the same weights, without reducers."""
-    kind = next((plain for plain, reduced in REDUCED.items() if reduced is type(model)), None)
+    kind = next((plain for plain, reduced in reversed(REDUCED.items()) if isinstance(model, reduced)), None)
     if kind is None:
         raise ValueError(f"restore_tokens takes what reduce_tokens returned; got {type(model).__name__}")
     plain = view_as(model, kind)

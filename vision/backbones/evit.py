@@ -9,21 +9,26 @@ What is unusual:
   196, 139, 99, 71 at 0.7. The fused token can be dropped later like any other.
 * The fused token is the sum of the dropped ones times their attention, which is not divided by the sum of it.
 * Fusing gains 0.1 % at best (the authors' table); both ways have published weights, so `fuse_token` must fit the file.
+* The weights of `evit_deit_base_*` are DeiT's, trained with all tokens: a start for fine-tuning.
 * Fine-tuning starts with all tokens and lowers the rate over the epochs: `set_keep_rate`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import Tensor
 
 from ...mixers.token_reduction import AttentivePruning, TokenReducer
-from ._checkpoints import drive_url, refuse_drive
+from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, unwrap
 from ._token_reduction import METHODS, TokenReducedViT, stage_blocks
-from .tome import checkpoint_filter_fn
+from .tome import timm_cfg
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,25 @@ def _prefix(model: VisionTransformer) -> int:
 METHODS["evit"] = EViT
 
 
+class EViTVisionTransformer(TokenReducedViT):
+    """EViT as published: its positions are resized without antialiasing, timm's are with."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Patches [B, rows, columns, C] to tokens [B, 1 + rows * columns, C]."""
+        size = [x.shape[1], x.shape[2]]
+        grid = [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
+        positions = resample_abs_pos_embed(self.pos_embed, size, grid, antialias=False)
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)
+        return self.pos_drop(torch.cat([class_token, x.flatten(1, 2)], dim=1) + positions)
+
+
+def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: VisionTransformer) -> StateDict:
+    """Published names are ours; patches and positions resized to the model's."""
+    state_dict: StateDict = vit_filter_fn(unwrap(checkpoint), model, antialias=False)  # type: ignore[assignment]
+    refuse_mismatch(state_dict, model)
+    return state_dict
+
+
 def _create_evit(
     name: str,
     pretrained: bool,
@@ -74,19 +98,26 @@ def _create_evit(
     if pretrained:
         refuse_drive(name, kwargs)
     return build_model_with_cfg(
-        TokenReducedViT,
+        EViTVisionTransformer,
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         method=EViT(keep_rate, fuse_token, locations),
-        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
+        dynamic_img_size=True,
+        **{"dynamic_img_pad": True, **kwargs},
     )
+
+
+_PAPER = {
+    "paper_name": "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
+    "paper_ids": "arXiv:2202.07800",
+}
 
 
 def _cfg(drive_id: str) -> dict[str, Any]:
     return {
-        "url": drive_url(drive_id) if drive_id else "",
+        "url": drive_url(drive_id),
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "crop_pct": 0.875,
@@ -97,8 +128,7 @@ def _cfg(drive_id: str) -> dict[str, Any]:
         "classifier": "head",
         "license": "apache-2.0",
         "origin_url": "https://github.com/youweiliang/evit",
-        "paper_name": "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
-        "paper_ids": "arXiv:2202.07800",
+        **_PAPER,
     }
 
 
@@ -114,7 +144,9 @@ default_cfgs = generate_default_cfgs(
         "evit_deit_small_patch16_224.k07_in1k": _cfg("1VCZGphW34rFWZDXOoF7XO4EJfRLZ-YB8"),
         "evit_deit_small_patch16_224.k06_in1k": _cfg("1okYcKryyD6FFPG9v5r40R28SRNfVZ5X0"),
         "evit_deit_small_patch16_224.k05_in1k": _cfg("1qsPeLN5ytLO8pM7lUuj5bi6pyMhjiSJO"),
-        "evit_deit_base_patch16_224.untrained": _cfg(""),
+        "evit_deit_base_patch16_224.fb_in1k": timm_cfg(
+            "deit_base_patch16_224.fb_in1k", origin_url="https://github.com/facebookresearch/deit", **_PAPER
+        ),
     }
 )
 

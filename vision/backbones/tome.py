@@ -89,14 +89,26 @@ def _create_tome(
     )
 
 
-def timm_cfg(name: str) -> dict[str, Any]:
-    """The entry of timm's own model, for our model on the same weights."""
+def timm_cfg(name: str, **settings: Any) -> dict[str, Any]:
+    """The entry of timm's own model, for a model of ours on the same weights."""
     cfg = get_pretrained_cfg(name)
     assert cfg is not None, name
-    return cfg.to_dict(remove_source=False, remove_null=True)
+    return {**cfg.to_dict(remove_source=False, remove_null=True), **settings}
 
 
-def _trained(file: str, **settings: Any) -> dict[str, Any]:
+_PAPER = {"paper_name": "Token Merging: Your ViT But Faster", "paper_ids": "arXiv:2210.09461"}
+_ORIGINS = {
+    "deit": "https://github.com/facebookresearch/deit",
+    "vit": "https://github.com/google-research/vision_transformer",
+}
+
+
+def _plain(name: str) -> dict[str, Any]:
+    """timm's weights, trained without merging."""
+    return timm_cfg(name, origin_url=_ORIGINS[name.partition("_")[0]], **_PAPER)
+
+
+def _trained(file: str) -> dict[str, Any]:
     """Weights that were trained with merging."""
     return {
         "url": f"https://dl.fbaipublicfiles.com/tome/{file}",
@@ -110,23 +122,21 @@ def _trained(file: str, **settings: Any) -> dict[str, Any]:
         "classifier": "head",
         "license": "cc-by-nc-4.0",
         "origin_url": "https://github.com/facebookresearch/ToMe",
-        "paper_name": "Token Merging: Your ViT But Faster",
-        "paper_ids": "arXiv:2210.09461",
-        **settings,
+        **_PAPER,
     }
 
 
 default_cfgs = generate_default_cfgs(
     {
-        "tome_deit_tiny_patch16_224.fb_in1k": timm_cfg("deit_tiny_patch16_224.fb_in1k"),
+        "tome_deit_tiny_patch16_224.fb_in1k": _plain("deit_tiny_patch16_224.fb_in1k"),
         "tome_deit_tiny_patch16_224.r13_in1k": _trained("f367470145_deit_T_r13.pth"),
-        "tome_deit_small_patch16_224.fb_in1k": timm_cfg("deit_small_patch16_224.fb_in1k"),
+        "tome_deit_small_patch16_224.fb_in1k": _plain("deit_small_patch16_224.fb_in1k"),
         "tome_deit_small_patch16_224.r13_in1k": _trained("f367470145_deit_S_r13.pth"),
-        "tome_deit_small_distilled_patch16_224.fb_in1k": timm_cfg("deit_small_distilled_patch16_224.fb_in1k"),
-        "tome_deit_base_patch16_224.fb_in1k": timm_cfg("deit_base_patch16_224.fb_in1k"),
-        "tome_vit_small_patch16_224.augreg_in21k_ft_in1k": timm_cfg("vit_small_patch16_224.augreg_in21k_ft_in1k"),
-        "tome_vit_base_patch16_224.augreg_in21k_ft_in1k": timm_cfg("vit_base_patch16_224.augreg_in21k_ft_in1k"),
-        "tome_vit_large_patch16_224.augreg_in21k_ft_in1k": timm_cfg("vit_large_patch16_224.augreg_in21k_ft_in1k"),
+        "tome_deit_small_distilled_patch16_224.fb_in1k": _plain("deit_small_distilled_patch16_224.fb_in1k"),
+        "tome_deit_base_patch16_224.fb_in1k": _plain("deit_base_patch16_224.fb_in1k"),
+        "tome_vit_small_patch16_224.augreg_in21k_ft_in1k": _plain("vit_small_patch16_224.augreg_in21k_ft_in1k"),
+        "tome_vit_base_patch16_224.augreg_in21k_ft_in1k": _plain("vit_base_patch16_224.augreg_in21k_ft_in1k"),
+        "tome_vit_large_patch16_224.augreg_in21k_ft_in1k": _plain("vit_large_patch16_224.augreg_in21k_ft_in1k"),
         "tome_mae_vit_base_patch16_224.r16_in1k": _trained("f367082919_vit_B_16_r16.pth"),
         "tome_mae_vit_large_patch16_224.r8_in1k": _trained("f366894475_vit_L_16_r8.pth"),
         "tome_mae_vit_huge_patch14_224.r7_in1k": _trained("f366895717_vit_H_14_r7.pth"),
