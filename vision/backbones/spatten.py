@@ -1,0 +1,137 @@
+"""SpAtten: vision transformers whose blocks leave out ever more tokens and heads, by all the attention paid so far.
+
+Paper: Wang, Zhang, Han, "SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning" (HPCA
+2021, arXiv 2012.09852). It is about language models in hardware; there are no vision models and no weights of the
+authors'. The weights that are fetched are timm's DeiT, trained with all tokens and heads: fine-tune them, as the paper
+does. Any other ViT: `reduce_tokens(model, "spatten", keep_rate=0.7, head_keep_rate=0.9)`.
+
+What is unusual:
+* A token counts by the attention that it drew of all heads and queries in all blocks so far, a head by the magnitudes
+  that it put out. Both are sums for each picture; what is pruned stays out of all later blocks.
+* The first 15 % of the blocks have all tokens, the first 30 % all heads. From there the shares fall evenly, around
+  `keep_rate` and `head_keep_rate` as their mean: at 0.7 and 12 blocks from 0.97 to 0.43.
+* Class, distillation and register tokens stay.
+* Queries, keys and values of all heads are computed, since pictures of a batch differ in their heads; what is saved is
+  attention. Pruning of single values and the coarse first look at bits are the hardware's and not here.
+* With both rates at 1 these are plain transformers, bit by bit.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+from ...mixers.token_cascade import CascadePruning
+from ...mixers.token_reduction import TokenReducer
+from ._token_reduction import METHODS, TokenReducedViT
+from .tome import checkpoint_filter_fn, timm_cfg
+
+FIRST_WITH_ALL_TOKENS = 0.15
+FIRST_WITH_ALL_HEADS = 0.3
+
+
+def falling_rates(rate: float | Sequence[float], depth: int, untouched: float) -> list[float]:
+    """The share that each of `depth` blocks keeps.
+
+    Args:
+        rate: the mean over the blocks that prune; or the share of every block, which may not rise and begins with 1.
+        untouched: share of the blocks, rounded up, that keep all where `rate` is one number.
+    """
+    if isinstance(rate, int | float):
+        if not 0 < rate <= 1:
+            raise ValueError(f"keep rates are shares above 0 and up to 1; got {rate}")
+        whole = math.ceil(untouched * depth)
+        pruning = depth - whole
+        reach = min(rate, 1 - rate)
+        return [1.0] * whole + [rate + reach * (1 - (2 * i + 1) / pruning) for i in range(pruning)]
+    rates = [float(share) for share in rate]
+    falls = all(later <= earlier for earlier, later in itertools.pairwise(rates))
+    if len(rates) != depth or not falls or rates[0] != 1 or rates[-1] <= 0:
+        raise ValueError(
+            f"keep rates for every block are {depth} shares that never rise, from 1 (the first block has nothing to go "
+            f"by) to something above 0; got {rate}"
+        )
+    return rates
+
+
+@dataclass(frozen=True)
+class SpAtten:
+    """Cascade pruning; the rates as in `falling_rates`, that of the heads to the nearest whole number, at least one."""
+
+    keep_rate: float | Sequence[float] = 0.7
+    head_keep_rate: float | Sequence[float] = 0.9
+
+    merges: ClassVar[bool] = False
+
+    def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
+        depth = len(model.blocks)
+        tokens = falling_rates(self.keep_rate, depth, FIRST_WITH_ALL_TOKENS)
+        rates = falling_rates(self.head_keep_rate, depth, FIRST_WITH_ALL_HEADS)
+        blocks: Any = model.blocks
+        total = [block.attn.num_heads for block in blocks]
+        heads = [max(1, math.floor(rate * count + 0.5)) for rate, count in zip(rates, total, strict=True)]
+        return [
+            CascadePruning(
+                tokens[i] if i > 0 and tokens[i] < tokens[i - 1] else None,
+                heads[i] if heads[i] < total[i] else None,
+                scores_tokens=tokens[-1] < tokens[i],
+                scores_heads=heads[-1] < heads[i],
+                num_prefix=model.num_prefix_tokens,
+            )
+            for i in range(depth)
+        ]
+
+
+METHODS["spatten"] = SpAtten
+
+
+def _create_spatten(
+    name: str,
+    pretrained: bool,
+    *,
+    keep_rate: float | Sequence[float] = 0.7,
+    head_keep_rate: float | Sequence[float] = 0.9,
+    **kwargs: Any,
+) -> TokenReducedViT:
+    return build_model_with_cfg(
+        TokenReducedViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        method=SpAtten(keep_rate, head_keep_rate),
+        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
+    )
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    return timm_cfg(
+        name,
+        origin_url="https://github.com/facebookresearch/deit",
+        paper_name="SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning",
+        paper_ids="arXiv:2012.09852",
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "spatten_deit_tiny_patch16_224.fb_in1k": _cfg("deit_tiny_patch16_224.fb_in1k"),
+        "spatten_deit_small_patch16_224.fb_in1k": _cfg("deit_small_patch16_224.fb_in1k"),
+    }
+)
+
+
+@register_model
+def spatten_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> TokenReducedViT:
+    settings = {"embed_dim": 192, "num_heads": 3, **kwargs}
+    return _create_spatten("spatten_deit_tiny_patch16_224", pretrained, **settings)
+
+
+@register_model
+def spatten_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> TokenReducedViT:
+    settings = {"embed_dim": 384, "num_heads": 6, **kwargs}
+    return _create_spatten("spatten_deit_small_patch16_224", pretrained, **settings)
