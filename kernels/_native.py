@@ -32,6 +32,8 @@ _FUNCTIONS = {
     "mixerzoo_depthwise_weight_grad": [_pointer] * 4,
     "mixerzoo_scan_forward": [_pointer] * 4,
     "mixerzoo_scan_backward": [_pointer] * 4,
+    "mixerzoo_token_match": [_pointer] * 2,
+    "mixerzoo_token_merge": [_pointer] * 3,
 }
 
 BAD_GEOMETRY, NO_MEMORY = 1, 2

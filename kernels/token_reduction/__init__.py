@@ -17,7 +17,6 @@ What is unusual:
 * Tokens that did not merge come out of `merge_tokens` bit by bit as they went in.
 """
 
-from . import _plain as plain
 from ._functional import (
     attention_with_class_row,
     attention_with_column_sums,
@@ -36,7 +35,6 @@ __all__ = [
     "keep_tokens",
     "merge_tokens",
     "merged_length",
-    "plain",
     "scatter_tokens",
     "unmerge_tokens",
 ]

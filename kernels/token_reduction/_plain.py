@@ -1,7 +1,5 @@
 """Token reduction by PyTorch operators: on the CPU, for exporters, TorchScript, functional transforms and autograd.
 
-* The public functions check their arguments and come here. TorchScript cannot compile those, as it knows no
-  keyword-only arguments with defaults; it compiles these, which are public as `token_reduction.plain` for its sake.
 * No number of tokens decides which operators run, so a program that was exported holds for any.
 """
 
@@ -10,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._compat import is_exporting
+from .._runtime import wants_plain_ops
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -41,6 +40,9 @@ def at_most_half(tokens: int, r: int, num_prefix: int) -> int:
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
     """`bipartite_match`."""
+    metric = _wide(metric.detach())
+    if metric.dim() == 4:
+        metric = metric.mean(1)
     batch, tokens = metric.shape[0], metric.shape[1]
     position = torch.arange(tokens, device=metric.device)
     r = at_most_half(tokens, r, num_prefix)
@@ -48,7 +50,6 @@ def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
         return position.repeat(batch, 1)
     odd = num_prefix % 2
     of_a, of_b = num_prefix + odd, num_prefix + 1 - odd  # the first even and the first odd token after the prefix
-    metric = _wide(metric.detach())
     a, b = metric[:, of_a::2], F.normalize(metric[:, of_b::2], dim=-1)
     similarity, partner = torch.max(a @ b.transpose(1, 2), 2)
     best = _descending(similarity / torch.linalg.vector_norm(a, dim=-1).clamp(min=1e-12))
@@ -66,8 +67,28 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 
-def merge(x: Tensor, slot: Tensor, length: int, size: Tensor) -> tuple[Tensor, Tensor]:
+def merge(x: Tensor, slot: Tensor, length: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """`merge_tokens`. Weights are divided before the sum, so that of a token by itself it is exactly 1."""
+    if size is None:
+        size = torch.ones(slot.shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    if wants_plain_ops():
+        return _merge_traceably(x, slot, length, size)
+    batch = x.shape[0]
+    end = batch * length  # dropped tokens come last, and are in no bag
+    first = torch.arange(0, end, length, device=slot.device).unsqueeze(1)
+    flat = torch.where(slot < 0, end, slot + first).flatten()
+    by_slot, order = torch.sort(flat, stable=True)
+    bags = torch.searchsorted(by_slot, torch.arange(end + 1, device=slot.device))
+    total = size.new_zeros(end + 1).scatter_add(0, flat, size.flatten())
+    weight = size.flatten() / total.gather(0, flat)
+    rows = _wide(x).flatten(0, 1)
+    weight = weight.gather(0, order).to(rows.dtype)
+    merged = F.embedding_bag(order, rows, bags, mode="sum", per_sample_weights=weight, include_last_offset=True)
+    return merged.unflatten(0, [batch, length]).to(x.dtype), total[:-1].unflatten(0, [batch, length])
+
+
+def _merge_traceably(x: Tensor, slot: Tensor, length: int, size: Tensor) -> tuple[Tensor, Tensor]:
+    """In operators that ONNX and forward-mode differentiation have, too."""
     slot = torch.where(slot < 0, length, slot)  # dropped tokens meet in one place more, that is cut off
     total = size.new_zeros(x.shape[0], length + 1).scatter_add(1, slot, size)
     weight = size / total.gather(1, slot)
@@ -126,15 +147,13 @@ def attend_row(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: 
     return _attend(q, k, v, log_size, scale), row
 
 
-def attend_columns(
-    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, tile: int
-) -> tuple[Tensor, Tensor]:
-    """`attention_with_column_sums`, of `tile` queries at a time, or of all if 0."""
-    sums = torch.zeros([0])
-    if tile == 0:
-        sums = _probabilities(q, k, log_size, scale).sum(2)
-    else:
-        sums = _probabilities(q[:, :, :tile], k, log_size, scale).sum(2)
-        for first in range(tile, q.shape[2], tile):
-            sums = sums + _probabilities(q[:, :, first : first + tile], k, log_size, scale).sum(2)
-    return _attend(q, k, v, log_size, scale), sums
+def attend_columns(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention_with_column_sums`: the matrix for a few queries at a time, or for all where no loop may stand."""
+    out = _attend(q, k, v, log_size, scale)
+    if wants_plain_ops():
+        return out, _probabilities(q, k, log_size, scale).sum(2)
+    tile = 128
+    sums = _probabilities(q[:, :, :tile], k, log_size, scale).sum(2)
+    for first in range(tile, q.shape[2], tile):
+        sums = sums + _probabilities(q[:, :, first : first + tile], k, log_size, scale).sum(2)
+    return out, sums
