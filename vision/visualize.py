@@ -2,6 +2,7 @@
 
     python -m mixerzoo.vision.visualize --output docs/pictures
     python -m mixerzoo.vision.visualize effective_receptive_fields --models van_b0 resnet50 --pretrained
+    python -m mixerzoo.vision.visualize tokens evit_deit_small_patch16_224 picture.jpg --model-kwargs keep_rate=0.5
 
 * Neighborhoods: which keys a query attends to. Values are one-hot vectors of their own position, so each output of the
   operator is its row of the attention matrix.
@@ -9,6 +10,7 @@
   fields: that of the last stage, for models side by side, with the share of the image that holds most of it.
 * HiLo: its two paths over a picture, by hooks on a module at work; see diagrams.py.
 * Scan orders: the paths that the operators of the visual Mambas take over a picture; see scan_orders.py.
+* Tokens: which patches a model merges, keeps and drops on its way, over a picture; see token_pictures.py.
 
 Unusual: with random weights a receptive field shows the architecture alone, and says so; give trained weights with
 `--pretrained` or `--checkpoint`, and pictures of your own with `--folder`.
@@ -29,10 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.neighborhood_attention import na1d, na2d
-from ._loading import load_model, one_line
+from ._loading import KeyValue, load_model, one_line
 from .diagrams import hilo_paths
 from .receptive_field import ReceptiveField, open_branches, receptive_fields
 from .scan_orders import scan_orders
+from .token_pictures import SIDE, example_figures, token_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -267,15 +270,25 @@ class Setting:
     input_size: int | None
     folder: Path | None
     query: tuple[int, int] | None = None
+    tokens: Sequence[str] = ()
+    """What follows the word `tokens`: a model and its pictures."""
+    model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self, models: Sequence[str], count: int, side: int) -> Iterator[tuple[str, bool, nn.Module, Tensor]]:
         """Name, whether it is trained, the model, and images for it. Untrained weights and noise come from seed 0."""
         files = _checkpoints(self.checkpoints, models)
         for name in models:
-            torch.manual_seed(0)
-            trained = self.pretrained or name in files
-            model: Any = load_model(name, checkpoint=files.get(name), pretrained=trained and name not in files)
+            trained, model = self._load(name, files)
             yield name, trained, model, self._images(model, count, side)
+
+    def load_one(self, name: str) -> tuple[bool, nn.Module]:
+        return self._load(name, _checkpoints(self.checkpoints, [name]))
+
+    def _load(self, name: str, files: Mapping[str, Path]) -> tuple[bool, nn.Module]:
+        torch.manual_seed(0)
+        trained = self.pretrained or name in files
+        pretrained = trained and name not in files
+        return trained, load_model(name, checkpoint=files.get(name), pretrained=pretrained, **self.model_kwargs)
 
     def _images(self, model: Any, count: int, side: int) -> Tensor:
         if self.folder is None:
@@ -354,12 +367,26 @@ def _draw_scan_orders(setting: Setting) -> dict[str, Figure]:
     return {"scan_orders": scan_orders(_first_image(setting))}
 
 
+def _draw_tokens(setting: Setting) -> dict[str, Figure]:
+    side = setting.input_size or SIDE
+    if not setting.tokens:
+        return example_figures(side)
+    name, *given = setting.tokens
+    files: list[Path | str] = [*given]
+    if setting.folder is not None:
+        files += find_images(setting.folder, setting.images or 1)
+    trained, model = setting.load_one(name)
+    weights = "trained weights" if trained else "random weights"
+    return {f"tokens_{name}": token_figure(model, name, files or ["china.jpg"], weights=weights, side=side)}
+
+
 SUBJECTS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
     "neighborhoods": _draw_neighborhoods,
     "receptive_fields": _draw_stages,
     "effective_receptive_fields": _draw_last_stages,
     "hilo": _draw_hilo,
     "scan_orders": _draw_scan_orders,
+    "tokens": _draw_tokens,
 }
 
 
@@ -372,6 +399,8 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         input_size=arguments.input_size,
         folder=arguments.folder,
         query=None if arguments.query is None else tuple(arguments.query),
+        tokens=arguments.tokens,
+        model_kwargs=arguments.model_kwargs,
     )
     if setting.images is not None and setting.images < 1:
         raise ValueError(f"--images={setting.images}: at least one is needed")
@@ -379,35 +408,43 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         for name, figure in SUBJECTS[subject](setting).items():
             arguments.output.mkdir(parents=True, exist_ok=True)
             path = arguments.output / f"{name}.png"
-            _save(figure, path)
+            _save(figure, path, photographic=subject == "tokens")
             print(f"wrote {path}")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """As a PNG with a palette: a third of the bytes, and no difference to the eye."""
+def _save(figure: Figure, path: Path, *, photographic: bool) -> None:
+    """As a PNG with a palette, a third of the bytes: of all colours, or of the frequent ones for photographs."""
     from PIL import Image
 
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        path, optimize=True
-    )
+    method = Image.Quantize.MEDIANCUT if photographic else Image.Quantize.MAXCOVERAGE
+    Image.open(buffer).convert("RGB").quantize(256, method, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def _subject(name: str) -> str:
-    """Checked here because argparse's own choices refuse an empty list in Python 3.11."""
-    if name not in SUBJECTS:
-        raise argparse.ArgumentTypeError(f"choose from {', '.join(SUBJECTS)}; got {name!r}")
-    return name
+class _Subjects(argparse.Action):
+    """Subjects by name; what follows `tokens` is its model and its pictures.
+
+    Checked here because argparse's own choices refuse an empty list in Python 3.11.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        words: list[str] = [*(values or ())]
+        end = words.index("tokens") + 1 if "tokens" in words else len(words)
+        for name in words[:end]:
+            if name not in SUBJECTS:
+                raise argparse.ArgumentError(self, f"choose from {', '.join(SUBJECTS)}; got {name!r}")
+        namespace.subjects, namespace.tokens = words[:end], words[end:]
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixerzoo.vision.visualize",
-        description="Draw attention neighborhoods, receptive fields, HiLo's paths and the orders of scans.",
+        description="Draw attention neighborhoods, receptive fields, HiLo's paths, the orders of scans, and where "
+        "tokens go. After “tokens” may stand a model and pictures: tokens MODEL IMAGE.",
     )
     add = parser.add_argument
-    add("subjects", nargs="*", type=_subject, metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default all")
+    add("subjects", nargs="*", action=_Subjects, metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default all")
     add("--output", type=Path, default=Path("docs/pictures"), help="folder, default %(default)s")
     add("--models", nargs="+", help="timm models whose receptive fields to draw; each subject has its own default")
     add("--pretrained", action="store_true", help="published weights, fetched from their authors")
@@ -415,6 +452,7 @@ def parser() -> argparse.ArgumentParser:
     add("--images", type=int, help="to average over, default 8, or 2 for effective_receptive_fields")
     add("--folder", type=Path, help="images instead of noise: better for trained weights; diagrams take the first")
     add("--query", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="of HiLo's map, default 9 5")
+    add("--model-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="of the models: r=16")
     add("--input-size", type=int, help="side of the images, default 224, or 512 for effective_receptive_fields")
     return parser
 
