@@ -13,6 +13,7 @@ from .inception_dwconv import InceptionDWConv
 from .large_kernel_attention import LargeKernelAttention
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 from .ss2d import SS2D, AtrousSS2D, SelectiveScan2d
+from .token_predictor import PredictorLG
 from .wavelet_ss2d import WaveletSS2D
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "NeighborhoodAttention1d",
     "NeighborhoodAttention2d",
     "NeighborhoodAttention3d",
+    "PredictorLG",
     "SelectiveScan2d",
     "WaveletSS2D",
 ]
