@@ -112,7 +112,9 @@ class EET:
         if sorted(rates, reverse=True) != rates:
             raise ValueError(f"keep_rate is of the first block's patches, so it may not rise; got {self.keep_rate}")
         if self.locations is not None:
-            return dict(sorted(stage_blocks(self.locations, rates, depth).items()))
+            if sorted(self.locations) != list(self.locations):
+                raise ValueError(f"locations are blocks in order, as keep_rate is; got {self.locations}")
+            return stage_blocks(self.locations, rates, depth)
         if len(rates) != 3:
             raise ValueError(f"keep_rate needs three numbers, or locations as many as it has; got {self.keep_rate}")
         # Where a model is so shallow that two of them fall together, the later one counts.
