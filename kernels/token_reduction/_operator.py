@@ -186,18 +186,18 @@ def can_attend(q: Tensor) -> bool:
     """Whether the Triton kernels serve these queries."""
     if not runs_triton(q) or q.numel() == 0:
         return False
-    from . import _triton
+    from . import _triton_attention
 
-    return _triton.can_attend(q)
+    return _triton_attention.can_attend(q)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the operator does; for tensors that Triton runs on."""
-    from . import _triton
+    from . import _triton_attention
 
-    return _triton.attend(q, k, v, log_size, scale, sums)
+    return _triton_attention.attend(q, k, v, log_size, scale, sums)
 
 
 @_attention_with_evidence.register_fake
@@ -222,9 +222,9 @@ def _attention_with_evidence_backward(
     sums: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, and of log_size where there is one."""
-    from . import _triton
+    from . import _triton_attention
 
-    return _triton.attend_backward(grad, grad_evidence, q, k, v, log_size, out, evidence, lse, scale, sums)
+    return _triton_attention.attend_backward(grad, grad_evidence, q, k, v, log_size, out, evidence, lse, scale, sums)
 
 
 @_attention_with_evidence_backward.register_fake

@@ -35,7 +35,8 @@ def at_most_half(tokens: int, r: int, num_prefix: int) -> int:
     if torch.jit.is_scripting():
         return min(r, half)
     else:
-        return r if r == 0 else torch.sym_min(r, half)  # while exporting no guard on which of them is the smaller
+        smaller = torch.sym_min(r, half)  # while exporting no guard on which of them it is
+        return r if r == 0 else smaller  # pyright: ignore[reportReturnType]
 
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:

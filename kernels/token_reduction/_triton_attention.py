@@ -1,0 +1,282 @@
+# pyright: basic, reportCallIssue=false, reportArgumentType=false
+# pyright knows neither launches nor that Triton makes constants of plain numbers.
+"""Attention in Triton that also says how much of it the first token, or all of them, pay to each key.
+
+* `_attend_kernel` is attention with a running softmax; the logarithms of sizes are added to the logits of the keys. It
+  keeps the logarithm of each row's sum (`lse`), from which any part of the matrix can be made again.
+* `_evidence_kernel` does so, for some keys: for the first query alone, which takes one pass over the keys, or for all
+  queries, which takes their product once more. The matrix is never in memory.
+* Both can be differentiated: P being the matrix and g the gradient of the evidence, g is added to the first row of dP,
+  or to every row. What softmax subtracts from a row, its sum of P dP, follows from the result for the part that comes
+  from it; for g it is known for the first row, and takes another pass for all (`_query_grad_kernel`).
+
+Sums and probabilities are float32; float32 products are full. No GPU has timed any of this yet; the compiler's reports
+say that nothing spills (tests/kernels/aot_compile.py).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = {2: 128, 4: 64}
+"""Bytes an element -> channels of a head that fit registers; wider heads take plain operators."""
+
+
+@triton.jit
+def _rows(p_x, o_n, tokens, s_n, D: tl.constexpr, BD: tl.constexpr):
+    """[tokens, BD] as it is in memory, zeros outside."""
+    o_d = tl.arange(0, BD)
+    m_x = (o_n < tokens)[:, None] & (o_d < D)[None, :]
+    return tl.load(p_x + o_n.to(tl.int64)[:, None] * s_n + o_d[None, :], mask=m_x, other=0.0)
+
+
+@triton.jit
+def _store_rows(p_x, b_x, o_n, tokens, s_n, D: tl.constexpr, BD: tl.constexpr):
+    o_d = tl.arange(0, BD)
+    m_x = (o_n < tokens)[:, None] & (o_d < D)[None, :]
+    tl.store(p_x + o_n.to(tl.int64)[:, None] * s_n + o_d[None, :], b_x.to(p_x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _logits(b_q, b_k, p_bias, o_k, tokens, scale, HAS_BIAS: tl.constexpr):
+    """[queries, keys]; -inf for keys that do not exist."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale
+    if HAS_BIAS:
+        b_s += tl.load(p_bias + o_k, mask=o_k < tokens, other=0.0)[None, :]
+    return tl.where((o_k < tokens)[None, :], b_s, float("-inf"))
+
+
+@triton.jit
+def _attend_kernel(
+    p_q, p_k, p_v, p_bias, p_out, p_lse, tokens, heads, scale,
+    s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_on,
+    HAS_BIAS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    i_q, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    o_q = i_q * BQ + tl.arange(0, BQ)
+    b_q = _rows(p_q + i_b * s_qb + i_h * s_qh, o_q, tokens, s_qn, D, BD)
+    p_k += i_b * s_kb + i_h * s_kh
+    p_v += i_b * s_vb + i_h * s_vh
+    p_bias += i_b * tokens
+    b_max = tl.full([BQ], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BQ], tl.float32)
+    b_out = tl.zeros([BQ, BD], tl.float32)
+    for start in range(0, tokens, BK):
+        o_k = start + tl.arange(0, BK)
+        b_k = _rows(p_k, o_k, tokens, s_kn, D, BD)
+        b_s = _logits(b_q, b_k, p_bias, o_k, tokens, scale, HAS_BIAS)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # keys of size zero alone, so far
+        b_p = tl.exp(b_s - b_base[:, None])
+        b_decay = tl.exp(b_max - b_base)
+        b_v = _rows(p_v, o_k, tokens, s_vn, D, BD)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_out = b_out * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_max = b_new
+    _store_rows(p_out + i_b * s_ob + i_h * s_oh, b_out / b_sum[:, None], o_q, tokens, s_on, D, BD)
+    tl.store(p_lse + i_bh.to(tl.int64) * tokens + o_q, b_max + tl.log(b_sum), mask=o_q < tokens)
+
+
+@triton.jit
+def _evidence_kernel(
+    p_q, p_k, p_bias, p_lse, p_evidence, tokens, heads, scale, s_qb, s_qh, s_qn, s_kb, s_kh, s_kn,
+    SUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """For BK keys the attention that the first query, or all together, pay to each."""
+    i_k, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    o_k, o_d = i_k * BK + tl.arange(0, BK), tl.arange(0, BD)
+    p_q += i_b * s_qb + i_h * s_qh
+    p_bias += i_b * tokens
+    p_lse += i_bh.to(tl.int64) * tokens
+    b_k = _rows(p_k + i_b * s_kb + i_h * s_kh, o_k, tokens, s_kn, D, BD)
+    b_evidence = tl.zeros([BK], tl.float32)
+    if SUMS:
+        for start in range(0, tokens, BQ):
+            o_q = start + tl.arange(0, BQ)
+            b_q = _rows(p_q, o_q, tokens, s_qn, D, BD)
+            b_lse = tl.load(p_lse + o_q, mask=o_q < tokens, other=float("inf"))  # exp(-inf) outside
+            b_s = _logits(b_q, b_k, p_bias, o_k, tokens, scale, HAS_BIAS)
+            b_evidence += tl.sum(tl.exp(b_s - b_lse[:, None]), 0)
+    else:
+        b_q = tl.load(p_q + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], 1) * scale
+        if HAS_BIAS:
+            b_s += tl.load(p_bias + o_k, mask=o_k < tokens, other=0.0)
+        b_evidence = tl.exp(b_s - tl.load(p_lse))
+    tl.store(p_evidence + i_bh.to(tl.int64) * tokens + o_k, b_evidence, mask=o_k < tokens)
+
+
+@triton.jit
+def _grad_of_logits(b_p, b_grad, b_v, b_given, o_q, b_delta, SUMS: tl.constexpr):
+    """P (dP - delta) for a tile; `b_given` is the gradient of the evidence."""
+    b_grad_p = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")
+    if SUMS:
+        b_grad_p += b_given[None, :]
+    else:
+        b_grad_p += tl.where((o_q == 0)[:, None], b_given[None, :], 0.0)
+    return b_p * (b_grad_p - b_delta[:, None])
+
+
+@triton.jit
+def _query_grad_kernel(
+    p_grad, p_given, p_q, p_k, p_v, p_bias, p_lse, p_delta, p_grad_q, tokens, heads, scale,
+    s_ob, s_oh, s_on, s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gn,
+    SUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries; with SUMS the rest of delta, too."""
+    i_q, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    o_q, o_row = i_q * BQ + tl.arange(0, BQ), i_bh.to(tl.int64) * tokens
+    m_q = o_q < tokens
+    b_q = _rows(p_q + i_b * s_qb + i_h * s_qh, o_q, tokens, s_qn, D, BD)
+    b_grad = _rows(p_grad + i_b * s_ob + i_h * s_oh, o_q, tokens, s_on, D, BD)
+    b_lse = tl.load(p_lse + o_row + o_q, mask=m_q, other=float("inf"))
+    b_delta = tl.load(p_delta + o_row + o_q, mask=m_q, other=0.0)
+    p_k += i_b * s_kb + i_h * s_kh
+    p_v += i_b * s_vb + i_h * s_vh
+    p_bias += i_b * tokens
+    p_given += o_row
+    if SUMS:
+        for start in range(0, tokens, BK):
+            o_k = start + tl.arange(0, BK)
+            b_k = _rows(p_k, o_k, tokens, s_kn, D, BD)
+            b_p = tl.exp(_logits(b_q, b_k, p_bias, o_k, tokens, scale, HAS_BIAS) - b_lse[:, None])
+            b_delta += tl.sum(b_p * tl.load(p_given + o_k, mask=o_k < tokens, other=0.0)[None, :], 1)
+        tl.store(p_delta + o_row + o_q, b_delta, mask=m_q)
+    b_grad_q = tl.zeros([BQ, BD], tl.float32)
+    for start in range(0, tokens, BK):
+        o_k = start + tl.arange(0, BK)
+        b_k = _rows(p_k, o_k, tokens, s_kn, D, BD)
+        b_v = _rows(p_v, o_k, tokens, s_vn, D, BD)
+        b_given = tl.load(p_given + o_k, mask=o_k < tokens, other=0.0)
+        b_p = tl.exp(_logits(b_q, b_k, p_bias, o_k, tokens, scale, HAS_BIAS) - b_lse[:, None])
+        b_grad_s = _grad_of_logits(b_p, b_grad, b_v, b_given, o_q, b_delta, SUMS)
+        b_grad_q += tl.dot(b_grad_s.to(b_k.dtype), b_k, input_precision="ieee")
+    _store_rows(p_grad_q + i_b * s_gb + i_h * s_gh, b_grad_q * scale, o_q, tokens, s_gn, D, BD)
+
+
+@triton.jit
+def _key_grad_kernel(
+    p_grad, p_given, p_q, p_k, p_v, p_bias, p_lse, p_delta, p_grad_k, p_grad_v, p_grad_bias, tokens, heads, scale,
+    s_ob, s_oh, s_on, s_qb, s_qh, s_qn, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gn,
+    SUMS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BK keys, values, and of their biases in this head."""
+    i_k, i_bh = tl.program_id(0), tl.program_id(1)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    o_k, o_row = i_k * BK + tl.arange(0, BK), i_bh.to(tl.int64) * tokens
+    b_k = _rows(p_k + i_b * s_kb + i_h * s_kh, o_k, tokens, s_kn, D, BD)
+    b_v = _rows(p_v + i_b * s_vb + i_h * s_vh, o_k, tokens, s_vn, D, BD)
+    b_given = tl.load(p_given + o_row + o_k, mask=o_k < tokens, other=0.0)
+    p_q += i_b * s_qb + i_h * s_qh
+    p_grad += i_b * s_ob + i_h * s_oh
+    p_bias += i_b * tokens
+    b_grad_k, b_grad_v = tl.zeros([BK, BD], tl.float32), tl.zeros([BK, BD], tl.float32)
+    b_grad_bias = tl.zeros([BK], tl.float32)
+    for start in range(0, tokens, BQ):
+        o_q = start + tl.arange(0, BQ)
+        b_q = _rows(p_q, o_q, tokens, s_qn, D, BD)
+        b_grad = _rows(p_grad, o_q, tokens, s_on, D, BD)
+        b_lse = tl.load(p_lse + o_row + o_q, mask=o_q < tokens, other=float("inf"))
+        b_delta = tl.load(p_delta + o_row + o_q, mask=o_q < tokens, other=0.0)
+        b_p = tl.exp(_logits(b_q, b_k, p_bias, o_k, tokens, scale, HAS_BIAS) - b_lse[:, None])
+        b_grad_v += tl.dot(tl.trans(b_p).to(b_grad.dtype), b_grad, input_precision="ieee")
+        b_grad_s = _grad_of_logits(b_p, b_grad, b_v, b_given, o_q, b_delta, SUMS)
+        b_grad_k += tl.dot(tl.trans(b_grad_s).to(b_q.dtype), b_q, input_precision="ieee")
+        b_grad_bias += tl.sum(b_grad_s, 0)
+    o_grad = i_b * s_gb + i_h * s_gh
+    _store_rows(p_grad_k + o_grad, b_grad_k * scale, o_k, tokens, s_gn, D, BD)
+    _store_rows(p_grad_v + o_grad, b_grad_v, o_k, tokens, s_gn, D, BD)
+    if HAS_BIAS:
+        tl.store(p_grad_bias + o_row + o_k, b_grad_bias, mask=o_k < tokens)
+
+
+def can_attend(q: Tensor) -> bool:
+    """Whether the kernels serve heads of this width."""
+    return q.shape[3] <= WIDEST[q.dtype.itemsize]
+
+
+def _blocks(q: Tensor) -> dict[str, Any]:
+    """Tiles are smaller without tensor cores, where each thread needs its products' factors."""
+    block = 64 if q.dtype.itemsize == 2 else 32
+    dim = q.shape[3]
+    return {
+        **{"D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "BQ": block, "BK": block},
+        **{"num_warps": 4 if dim <= 64 else 8, "num_stages": 1},
+    }  # fmt: skip
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """With channels that lie beside each other; the other axes may lie as they like."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _tokens_first(q: Tensor) -> Tensor:
+    """[batch, heads, tokens, dim], laid out so that heads and dim are one axis when the tokens are in front again."""
+    batch, heads, tokens, dim = q.shape
+    return torch.empty(batch, tokens, heads, dim, device=q.device, dtype=q.dtype).transpose(1, 2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, sums: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, the evidence, and the logarithms of the rows' sums."""
+    q, k, v = _dense(q, k, v)
+    batch, heads, tokens, _ = q.shape
+    out = _tokens_first(q)
+    evidence, lse = (torch.empty(batch, heads, tokens, device=q.device, dtype=torch.float32) for _ in range(2))
+    bias = lse if log_size is None else log_size.float().contiguous()  # never read if None
+    blocks = {"HAS_BIAS": log_size is not None, **_blocks(q)}
+    _attend_kernel[(triton.cdiv(tokens, blocks["BQ"]), batch * heads)](
+        q, k, v, bias, out, lse, tokens, heads, scale, *_strides(q, k, v, out), **blocks
+    )
+    _evidence_kernel[(triton.cdiv(tokens, blocks["BK"]), batch * heads)](
+        q, k, bias, lse, evidence, tokens, heads, scale, *_strides(q, k), SUMS=sums, **blocks
+    )
+    return out, evidence, lse
+
+
+def attend_backward(
+    grad: Tensor,
+    grad_evidence: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_size: Tensor | None,
+    out: Tensor,
+    evidence: Tensor,
+    lse: Tensor,
+    scale: float,
+    sums: bool,
+) -> list[Tensor]:
+    """Gradients of q, k, v, and of log_size where there is one."""
+    grad, q, k, v = _dense(grad, q, k, v)
+    batch, heads, tokens, _ = q.shape
+    given = grad_evidence.float().contiguous()
+    delta = (grad.float() * out.float()).sum(3)
+    if not sums:
+        delta[:, :, 0] += (given * evidence).sum(2)
+    delta, lse = delta.contiguous(), lse.contiguous()
+    bias = lse if log_size is None else log_size.float().contiguous()
+    grad_q, grad_k, grad_v = _tokens_first(q), _tokens_first(q), _tokens_first(q)
+    grad_bias = torch.empty(delta.shape, device=q.device, dtype=torch.float32)
+    blocks = {"SUMS": sums, "HAS_BIAS": log_size is not None, **_blocks(q)}
+    strides = _strides(grad, q, k, v, grad_q)
+    inputs = grad, given, q, k, v, bias, lse, delta
+    grid = triton.cdiv(tokens, blocks["BQ"]), batch * heads
+    _query_grad_kernel[grid](*inputs, grad_q, tokens, heads, scale, *strides, **blocks)
+    _key_grad_kernel[grid](*inputs, grad_k, grad_v, grad_bias, tokens, heads, scale, *strides, **blocks)
+    grads = [grad_q, grad_k, grad_v]
+    return grads if log_size is None else [*grads, grad_bias.sum(1).to(log_size.dtype)]
