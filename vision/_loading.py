@@ -43,7 +43,7 @@ def load_model(
         if facts.get("model", name) != name:
             raise ValueError(f"{checkpoint} holds a {facts['model']}, not a {name}")
         model_kwargs = facts.get("model_kwargs", {}) | model_kwargs
-        overlay = _overlay(name, state, facts, num_classes, model_kwargs)
+        overlay = weights_overlay(name, state, facts, num_classes, model_kwargs)
         num_classes = overlay.get("num_classes") if num_classes is None else num_classes
         model_kwargs.setdefault("in_chans", overlay["input_size"][0])
         image_size = overlay["input_size"][1:] if image_size is None else image_size
@@ -75,7 +75,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return inner or state, facts
 
 
-def _overlay(
+def weights_overlay(
     name: str, state: dict[str, Tensor], facts: dict[str, Any], num_classes: int | None, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Changes to a model's pretrained_cfg that make timm load `state`, and all of it.

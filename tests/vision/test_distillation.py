@@ -214,8 +214,11 @@ TEACHER = "distill.teacher=test_vit"
         ([TEACHER, "distill.kwargs={colour: 3}"], "distill.teacher=test_vit: cannot build test_vit"),
         (["reduction.shrink_epochs=2"], "test_vit drops no tokens while it trains (EViT does)"),
         (["reduction.shrink_start_epoch=2"], "give shrink_epochs"),
-        (["model.start_from=nowhere.ckpt"], "a file that exists, or a timm model, is needed"),
-        (["model.start_from=test_vit", "model.pretrained=true"], "not for a model that has model.pretrained"),
+        (["model.start_from=nowhere.ckpt"], "no model is called 'nowhere.ckpt'; a file, or a timm model, is needed"),
+        (
+            ["model.start_from=test_vit", "model.pretrained=true"],
+            "model.pretrained and model.checkpoint name weights too; give one",
+        ),
         (["optim.freeze=[hed.*]"], "optim.freeze: no parameter is called hed.*"),
         (['optim.freeze=["*"]'], "leaves no parameter that could learn"),
         (["optim.freeze_epochs={hed: 1}"], "optim.freeze_epochs: no parameter is called hed"),
@@ -286,8 +289,10 @@ def test_weights_of_another_model_are_the_start(configs: Path, tmp_path: Path) -
     assert all(torch.equal(value, state[f"model.{name}"]) for name, value in model.state_dict().items())
     three = build_model(load([*start, "model=test_vit", "model.kwargs={img_size: 16}"], configs), _splits(3))
     assert torch.equal(three.state_dict()["cls_token"], state["model.cls_token"])
-    with pytest.raises(ConfigError, match="have no counterpart in test_convnext, such as "):
+    with pytest.raises(ConfigError, match=r"and the weights of \S+dense.ckpt: .{1,200}$"):
         build_model(load([*start, "model=test_convnext"], configs), _splits())
+    with pytest.raises(ConfigError, match="of its tensors have no counterpart in test_resnet, as "):
+        build_model(load([*start, "model=test_resnet"], configs), _splits(3))
 
 
 def test_the_keep_rate_falls_as_evits(recorded: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import backbones as backbones  # registers the models
-from .._loading import load_model, read_checkpoint
+from .._loading import load_model, read_checkpoint, weights_overlay
 from ..data.splits import Splits
 from ..segmentation import FPNHead, Segmenter
 from ..segmentation.segmenter import feature_channels
@@ -38,52 +39,55 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
             model: nn.Module = Segmenter(backbone, head)
         else:
             model = timm.create_model(config.model.name, num_classes=len(splits.classes), **arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError) as error:
-        raise ConfigError(f"model.name={config.model.name} cannot be made with {arguments}: {error}") from error
-    if config.model.start_from is not None:
-        _start_from(model, config, splits)
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
+        given = {name: value for name, value in arguments.items() if name != "pretrained_cfg_overlay"}
+        source = config.model.start_from or config.model.checkpoint
+        weights = f" and the weights of {source}" if source else ""
+        raise ConfigError(f"model.name={config.model.name} cannot be made with {given}{weights}: {error}") from error
+    if config.model.start_from is not None and not splits.dense:
+        _check_start(model, config, arguments["pretrained_cfg_overlay"]["state_dict"])
     _try(model, config, splits)
     return model
 
 
-def _start_from(model: nn.Module, config: Config, splits: Splits) -> None:
-    """Copies another model's weights. All of them must have a place here, except those of a classifier of other size;
-    what has no counterpart there (predictors, say) stays as it is made."""
-    source = str(config.model.start_from)
-    key = f"model.start_from={source}"
-    if splits.dense or config.model.pretrained or config.model.checkpoint is not None:
-        where = "segmentation" if splits.dense else "a model that has model.pretrained or model.checkpoint"
-        raise ConfigError(f"{key}: not for {where}; set it to null")
+def _other_weights(config: Config, splits: Splits, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What makes timm load another model's weights: under the names of this model's filter, a fitting head included."""
+    model = config.model
+    if model.pretrained or model.checkpoint is not None:
+        raise ConfigError(
+            f"model.start_from={model.start_from}: model.pretrained and model.checkpoint name weights too; give one"
+        )
+    source = str(model.start_from)
     try:
         if Path(source).is_file():
-            state = read_checkpoint(Path(source))[0]
+            state, facts = read_checkpoint(Path(source))
         else:
             size = (splits.size, splits.size)
             donor = load_model(source, pretrained=True, image_size=size, in_chans=splits.channels)
-            state = donor.state_dict()
+            state, facts = donor.state_dict(), {}
+        overlay = weights_overlay(model.name, state, facts, None, arguments)
     except ValueError as error:
-        raise ConfigError(f"{key}: {error}; a file that exists, or a timm model, is needed") from error
+        raise ConfigError(f"model.start_from={source}: {error}; a file, or a timm model, is needed") from error
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _check_start(model: nn.Module, config: Config, state: Mapping[str, Any]) -> None:
+    """timm's own models take what has their names and keep silent about the rest; ours refuse by themselves."""
     own = model.state_dict()
-    heads = _classifiers(model)
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    homeless = sorted(name for name in state.keys() - fitting.keys() if not name.startswith(heads))
-    if homeless:
-        raise ConfigError(
-            f"{key}: {len(homeless)} of its tensors have no counterpart in {config.model.name}, such as {homeless[0]}"
-        )
-    model.load_state_dict(own | fitting)
-    fresh = [name for name in own if name not in fitting]
-    _log.info("start: %d tensors of %s; %d are new%s", len(fitting), source, len(fresh), _some(fresh))
-
-
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-    names = cfg.get("classifier") or ()
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    key = f"model.start_from={config.model.start_from}"
+    if not type(model).__module__.startswith("mixerzoo."):
+        cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+        classifiers = cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+        if homeless := sorted(name for name in state.keys() - own.keys() if not name.startswith(heads)):
+            raise ConfigError(
+                f"{key}: {len(homeless)} of its tensors have no counterpart in {config.model.name}, as {homeless[0]}"
+            )
+    _log.info("start: weights of %s%s", config.model.start_from, _some([name for name in own if name not in state]))
 
 
 def _some(names: list[str]) -> str:
-    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+    return f"; new or renamed: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else ""
 
 
 def check_name(name: str) -> None:
@@ -103,7 +107,8 @@ def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
     defaults = timm.get_pretrained_cfg(config.model.name)
     if defaults is not None and defaults.fixed_input_size:
         arguments["img_size"] = splits.size
-    return arguments | config.model.kwargs
+    arguments |= config.model.kwargs
+    return arguments | (_other_weights(config, splits, arguments) if config.model.start_from is not None else {})
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from timm.layers import NormMlpClassifierHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,19 +75,19 @@ def ratio_loss(decisions: Sequence[Tensor], keep_rates: Sequence[float]) -> Tens
 
 
 def answer_with_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, K], and the last map as tokens [B, N, C], after the last norm where the model has one for tokens."""
+    """Logits [B, K], and the last map as tokens [B, N, C], after the last norm: ConvNeXt has it in the head, where it
+    comes after pooling; here it comes before."""
     network: Any = model
     features, maps = network.forward_intermediates(images, indices=1, norm=True)
-    return network.forward_head(features), maps[-1].flatten(2).transpose(1, 2)
+    last = maps[-1]
+    if isinstance(getattr(network, "head", None), NormMlpClassifierHead):
+        last = network.head.norm(last)
+    return network.forward_head(features), last.flatten(2).transpose(1, 2)
 
 
 def keep_rates(model: nn.Module) -> list[float] | None:
     """The share of the tokens that each stage should keep, of a model that decides on tokens; None for all others."""
-    network: Any = model
-    try:
-        return list(network.keep_rates) if hasattr(network, "forward_decided") else None
-    except ValueError:  # the model can reduce its tokens, but its method learns no decisions
-        return None
+    return list(getattr(model, "keep_rates", ())) or None
 
 
 class Teacher:
