@@ -224,8 +224,7 @@ def test_models_of_another_make_are_refused() -> None:
         reduce_tokens(make(attn_drop_rate=0.1), "tome")
     with pytest.raises(ValueError, match="got ResNet"):
         reduce_tokens(timm.create_model("resnet10t"), "tome")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="decides nothing"):
-        _ = reduce_tokens(make(), "tome").keep_rates
+    assert reduce_tokens(make(), "evit").keep_rates == []  # it learns nothing about what to keep
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ Unusual:
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import register_notrace_module
@@ -100,17 +100,17 @@ class DynamicStage(Stage):
 class DynamicBackbone(HierarchicalBackbone):
     """A pyramid one stage of which is a `DynamicStage`."""
 
+    __jit_unused_properties__: ClassVar[list[str]] = ["keep_rates"]  # TorchScript compiles all others
+
     def final_tokens(self, x: Tensor) -> Tensor:
         """What `forward_features` gives as normed tokens [B, N, C]."""
         raise NotImplementedError
 
-    def _deciding(self) -> list[DynamicBlock]:
-        return [m for m in self.modules() if isinstance(m, DynamicBlock) and m.predictor is not None]
-
     @property
     def keep_rates(self) -> list[float]:
         """The share of the positions that each predictor is to keep."""
-        return [block.keep_ratio for block in self._deciding()]
+        blocks = [module for module in self.modules() if isinstance(module, DynamicBlock)]
+        return [block.keep_ratio for block in blocks if block.predictor is not None]
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def forward_decided(self, x: Tensor) -> Decided:

@@ -101,11 +101,13 @@ def stage_blocks(locations: Sequence[int] | None, rates: float | Sequence[float]
 
     Args:
         locations: blocks, from 0; None for a quarter, a half and three quarters of the depth, as all the papers do.
+            Where a model is so shallow that two of these fall together, the later one counts.
         rates: one number, or one a location.
     """
     blocks = [depth * i // 4 for i in (1, 2, 3)] if locations is None else list(locations)
     shares = [rates] * len(blocks) if isinstance(rates, int | float) else list(rates)
-    if len(set(blocks)) != len(blocks) or any(not 0 <= block < depth for block in blocks):
+    repeated = locations is not None and len(set(blocks)) != len(blocks)
+    if repeated or any(not 0 <= block < depth for block in blocks):
         raise ValueError(f"locations are blocks of the model, each once, from 0 to {depth - 1}; got {blocks}")
     if len(shares) != len(blocks):
         raise ValueError(f"keep_rate needs one number or one a location, {len(blocks)}; got {rates}")
@@ -147,8 +149,8 @@ class TokenReducedViT(IsotropicBackbone):
         vit_args: as of timm's `VisionTransformer`.
     """
 
-    # TorchScript reads and compiles properties unless they are named here.
-    __jit_ignored_attributes__: ClassVar[list[str]] = ["keep_rates", "reducers"]
+    # TorchScript compiles all other properties, and reads all of them: they must not raise.
+    __jit_unused_properties__: ClassVar[list[str]] = ["keep_rates", "reducers"]
 
     def __init__(self, *, method: ReductionMethod, **vit_args: Any) -> None:
         super().__init__(**vit_args)
@@ -168,11 +170,9 @@ class TokenReducedViT(IsotropicBackbone):
 
     @property
     def keep_rates(self) -> list[float]:
-        """The share of the first block's patches that each stage of a pruning method is to keep."""
-        rates = getattr(self.method, "target_rates", None)
-        if rates is None:
-            raise ValueError(f"{type(self.method).__name__} decides nothing: it has no keep rates to train towards")
-        return rates()
+        """The share of the first block's patches that each stage should keep, if the method learns what to keep."""
+        learning = [reducer for reducer in self.reducers if hasattr(reducer, "predictor")]
+        return [reducer.keep_rate for reducer in learning]  # type: ignore[misc]
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_keep_rate(self, rate: float | Sequence[float]) -> None:
