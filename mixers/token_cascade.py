@@ -30,7 +30,8 @@ def _at_least_one(count: int) -> int:
     if torch.jit.is_scripting():
         return max(count, 1)
     else:
-        return torch.sym_max(count, 1)  # type: ignore[return-value]  # while exporting no guard on which is larger
+        larger = torch.sym_max(count, 1)  # while exporting no guard on which of them it is
+        return larger  # pyright: ignore[reportReturnType]
 
 
 class ContentPruning(TokenReducer):
