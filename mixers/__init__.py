@@ -11,7 +11,9 @@ from .gated_linear_attention import GatedLinearAttention2d
 from .hilo import HiLo
 from .inception_dwconv import InceptionDWConv
 from .large_kernel_attention import LargeKernelAttention
+from .lookup_attention import GatherAttention, TransposedAttention
 from .neighborhood_attention import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
+from .semantic_tokens import CrossAttention, WindowCrossAttention, pool_to_tokens
 from .ss2d import SS2D, AtrousSS2D, SelectiveScan2d
 from .token_predictor import PredictorLG
 from .wavelet_ss2d import WaveletSS2D
@@ -20,9 +22,11 @@ __all__ = [
     "SS2D",
     "AtrousSS2D",
     "BidirectionalMamba",
+    "CrossAttention",
     "DepthwiseConv2d",
     "DilatedReparamBlock",
     "GatedLinearAttention2d",
+    "GatherAttention",
     "HiLo",
     "InceptionDWConv",
     "LargeKernelAttention",
@@ -31,5 +35,8 @@ __all__ = [
     "NeighborhoodAttention3d",
     "PredictorLG",
     "SelectiveScan2d",
+    "TransposedAttention",
     "WaveletSS2D",
+    "WindowCrossAttention",
+    "pool_to_tokens",
 ]

@@ -7,7 +7,7 @@ kept.
 What is unusual:
 * Windows are spread evenly from edge to edge of a map and overlap where they have to. That one rule gives the windows
   of the published classifier (10 wide, 4 apart on a map of 14) and detector (21 wide, 7 apart on a padded map), and
-  needs no padding on any other map. A window that is larger than the map is the map.
+  needs no padding on any other map. Of a window that is larger than the map only the map is seen.
 * Pooling is adaptive, so that windows that do not fill a map evenly still have no empty bin.
 * Keys and values are projected before windows are cut, once a position; the published code projects every copy of a
   position in overlapping windows, 81 of them in the detector's recovery.
@@ -19,14 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels._runtime import is_exporting
-
-
-def _at_most(a: int, b: int) -> int:
-    """The smaller of two lengths; never a branch, since they may be symbols while exporting."""
-    if torch.jit.is_scripting():
-        return min(a, b)
-    else:
-        return torch.sym_min(a, b)  # pyright: ignore[reportReturnType]
 
 
 def _max_along(x: Tensor, dim: int, bins: int, longest: int) -> Tensor:
@@ -58,29 +50,37 @@ def pool_to_tokens(x: Tensor, window_size: int, tokens: int) -> Tensor:
 
 
 def _window_positions(length: int, windows: int, side: int, device: torch.device) -> Tensor:
-    """Where on an axis the positions of evenly spread windows lie, [windows * side]."""
+    """Where on an axis the positions of evenly spread windows lie, [windows * side]; beyond it if it is too short."""
     number = torch.arange(windows, device=device)
     first = number * (length - side) // (windows - 1 + 1 // windows)  # a single window divides 0 by 1
-    return (first[:, None] + torch.arange(side, device=device)).flatten()
+    return (first.clamp(min=0)[:, None] + torch.arange(side, device=device)).flatten()
 
 
-def spread_windows(x: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """`rows` x `columns` square windows of a map [B, H, W, C], the first and the last at its edges.
-
-    Returns:
-        [B * rows * columns, positions, C]
-    """
-    height, width = _at_most(side, x.shape[1]), _at_most(side, x.shape[2])
-    x = x.index_select(1, _window_positions(x.shape[1], rows, height, x.device))
-    x = x.index_select(2, _window_positions(x.shape[2], columns, width, x.device))
-    x = x.reshape(x.shape[0], rows, height, columns, width, x.shape[3])
+def cut_windows(x: Tensor, rows: int, columns: int, side: int) -> Tensor:
+    """The `rows` x `columns` windows that tile a map [B, H, W, C], as [B * rows * columns, side * side, C]."""
+    x = x.reshape(x.shape[0], rows, side, columns, side, x.shape[3])
     return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
-def join_windows(windows: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """Windows [B * rows * columns, side * side, C] that do not overlap, as the map [B, H, W, C] that they tile."""
-    x = windows.reshape(-1, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
+def join_windows(windows: Tensor, batch: int, rows: int, columns: int, side: int) -> Tensor:
+    """The map [B, H, W, C] of which `windows` were cut."""
+    x = windows.reshape(batch, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
+
+
+def spread_windows(x: Tensor, rows: int, columns: int, side: int) -> tuple[Tensor, Tensor]:
+    """`rows` x `columns` square windows of a map [B, H, W, C], the first and the last at its edges.
+
+    Returns:
+        The windows [B * rows * columns, side * side, C]; and [rows * columns, side * side], false for positions of a
+        window that reaches out of the map, where the last row or column is repeated.
+    """
+    height, width = x.shape[1], x.shape[2]
+    row = _window_positions(height, rows, side, x.device)
+    column = _window_positions(width, columns, side, x.device)
+    inside = ((row < height)[:, None] & (column < width))[None, :, :, None]
+    x = x.index_select(1, row.clamp(max=height - 1)).index_select(2, column.clamp(max=width - 1))
+    return cut_windows(x, rows, columns, side), cut_windows(inside, rows, columns, side)[..., 0]
 
 
 class CrossAttention(nn.Module):
@@ -128,7 +128,7 @@ class WindowCrossAttention(CrossAttention):
 
     Args:
         window_size: side of the windows that tile the query's map; its height and width must be multiples.
-        key_window_size: side of as many windows, spread evenly over the other map.
+        key_window_size: side of as many windows, spread evenly over the other map. If equal, they tile it, too.
         sees_query: whether a window attends to the positions of the query's window, too, and to them first.
     """
 
@@ -159,19 +159,31 @@ class WindowCrossAttention(CrossAttention):
         side = self.window_size
         if not is_exporting() and (query.shape[1] % side or query.shape[2] % side):
             raise ValueError(f"the query's map must be whole windows of {side} x {side}; got {list(query.shape)}")
-        rows, columns = query.shape[1] // side, query.shape[2] // side
-        queries = spread_windows(self.q(query), rows, columns, side)
-        keys_values = spread_windows(self.kv(context), rows, columns, self.key_window_size)
+        batch, rows, columns = query.shape[0], query.shape[1] // side, query.shape[2] // side
+        queries = cut_windows(self.q(query), rows, columns, side)
+        keys_values, seen = self._keys_values(context, rows, columns, mask)
         if self.sees_query:
-            own = spread_windows(self.kv(query), rows, columns, side)
-            keys_values = torch.cat([own, keys_values], dim=1)
-        if mask is not None:
-            seen = spread_windows(mask[None, :, :, None], rows, columns, self.key_window_size)[..., 0]
-            seen = seen | ~seen.any(1, keepdim=True)
-            seen = F.pad(seen, [side * side, 0], value=1.0) if self.sees_query else seen
-            mask = seen.repeat(query.shape[0], 1)[:, None, None].expand(-1, 1, side * side, -1)
-        out = join_windows(self._attend(queries, keys_values, mask), rows, columns, side)
+            keys_values = torch.cat([cut_windows(self.kv(query), rows, columns, side), keys_values], dim=1)
+        if seen is not None:
+            if self.sees_query:
+                seen = F.pad(seen, [side * side, 0], value=1.0)
+            seen = seen.repeat(batch, 1)[:, None, None].expand(-1, 1, side * side, -1)
+        out = join_windows(self._attend(queries, keys_values, seen), batch, rows, columns, side)
         return self.proj_drop(self.proj(out))
+
+    def _keys_values(
+        self, context: Tensor, rows: int, columns: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The windows of the projected context; and what is seen of them, None if everything."""
+        side = self.key_window_size
+        if side == self.window_size and mask is None:
+            return cut_windows(self.kv(context), rows, columns, side), None
+        windows, seen = spread_windows(self.kv(context), rows, columns, side)
+        if mask is not None:
+            seen = spread_windows(mask[None, :, :, None], rows, columns, side)[0][..., 0] & seen
+            return windows, seen | ~seen.any(1, keepdim=True)
+        too_small = is_exporting() or context.shape[1] < side or context.shape[2] < side
+        return windows, seen if too_small else None
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, key_window_size={self.key_window_size}, sees_query={self.sees_query}"

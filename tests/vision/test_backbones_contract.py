@@ -21,6 +21,7 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.backbones import HierarchicalBackbone, IsotropicBackbone
+from mixerzoo.vision.backbones._token_reduction import TokenReducedViT
 from timm.models import model_entrypoint
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def shallow_args(name: str, most: int = 2) -> dict[str, Any]:
         # Where tokens are chosen must lie within the depth.
         locations = {"locations": tuple(range(depths[2]))} if "locations" in accepted else {}
         return {"depths": depths, "drop_path_rate": 0.0, **locations}
-    if isinstance(model, IsotropicBackbone) and "depth" in accepted:
+    if isinstance(model, IsotropicBackbone) and ("depth" in accepted or isinstance(model, TokenReducedViT)):
         return {"depth": min(len(model.blocks), 2 * most), "drop_path_rate": 0.0}
     return {}
 
@@ -88,7 +89,7 @@ def minimal_on_meta(tagged: str, **kwargs: Any) -> nn.Module:
 
 
 def tap_count(model: nn.Module) -> int:
-    return len(model.stages if hasattr(model, "stages") else model.blocks)
+    return len(model.feature_info)
 
 
 def uncovered(model: nn.Module) -> int:

@@ -54,6 +54,10 @@ class IsotropicBackbone(VisionTransformer):
             grid = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
         return self.norm_pre(self.patch_drop(self._pos_embed(x))), grid
 
+    def _take(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """The blocks that `indices` mean, among those of which `feature_info` tells, and the last of them."""
+        return feature_take_indices(min(len(self.blocks), len(self.feature_info)), indices)  # type: ignore[arg-type]
+
     def forward_features(self, x: Tensor) -> Tensor:
         x, grid = self._embed(x)
         state = self.initial_state(x, grid)
@@ -88,7 +92,7 @@ class IsotropicBackbone(VisionTransformer):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC'; got {output_fmt!r}")
-        taken, last = feature_take_indices(len(self.blocks), indices)  # type: ignore[arg-type]
+        taken, last = self._take(indices)
         x, grid = self._embed(x)
         state = self.initial_state(x, grid, dense=True)
         intermediates = []
@@ -102,6 +106,19 @@ class IsotropicBackbone(VisionTransformer):
                     patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
                 intermediates.append((patches, prefix) if return_prefix_tokens else patches)
         return intermediates if intermediates_only else (self.final_tokens(x, state), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what those intermediates do not need; returns their absolute indices.
+
+        Blocks behind the last one of which `feature_info` tells belong to the head.
+        """
+        taken, last = self._take(indices)
+        rest = self.blocks[last + 1 :] if not prune_head and last + 1 == len(self.feature_info) else []
+        super().prune_intermediate_layers(taken, prune_norm, prune_head)
+        self.blocks = nn.ModuleList([*self.blocks, *rest])
+        return taken
 
     def get_intermediate_layers(
         self,

@@ -39,7 +39,7 @@ from timm.layers import (
     register_notrace_module,
 )
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging, WindowAttention
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,19 +47,24 @@ from ...kernels._runtime import is_exporting
 from ...mixers.semantic_tokens import (
     CrossAttention,
     WindowCrossAttention,
+    cut_windows,
     join_windows,
     pool_to_tokens,
-    spread_windows,
 )
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
 
-for _name in ("pool_to_tokens", "_surrounded", "_seen"):  # they compute with lengths, which FX has no values of
+for _name in ("pool_to_tokens", "_part_of", "_seen"):  # they compute with lengths, which FX has no values of
     torch.fx.wrap(_name)
 
 _WINDOW = 7
 _TOKENS = 3  # a window's semantic tokens along each axis
 _UNIT = ("window", "generate", "refine", "local", "mix", "recover")  # the six blocks of a unit, in order
+
+
+def _beyond(length: int, side: int) -> int:
+    """What an axis lacks to whole windows. Written so that the sum is a multiple for the exporter, too."""
+    return (length + side - 1) // side * side - length
 
 
 class Stem(nn.Module):
@@ -72,14 +77,31 @@ class Stem(nn.Module):
         self.conv2 = ConvNormAct(dim // 2, dim, 3, **args)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, -x.shape[3] % 4, 0, -x.shape[2] % 4])
+        x = F.pad(x, [0, _beyond(x.shape[3], 4), 0, _beyond(x.shape[2], 4)])
         return self.conv2(self.conv1(x)).permute(0, 2, 3, 1)
 
 
-def _turned(x: Tensor, down: int, across: int) -> Tensor:
-    """A map whose position (down, across) comes first, wrapped around: `torch.roll`, for symbols too."""
-    rows = (torch.arange(x.shape[1], device=x.device) + down) % x.shape[1]
-    columns = (torch.arange(x.shape[2], device=x.device) + across) % x.shape[2]
+class PatchMerging(nn.Module):
+    """Swin's: each 2 x 2 positions of a map [B, H, W, C] to one of [B, H / 2, W / 2, 2 C], rounded up."""
+
+    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, [0, 0, 0, _beyond(x.shape[2], 2), 0, _beyond(x.shape[1], 2)])
+        x = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3])
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
+def _part_of(x: Tensor, down: int, across: int, height: int, width: int) -> Tensor:
+    """`height` x `width` positions of a map that is thought to go on periodically, from (down, across) on.
+
+    Unlike rolling and slicing it leaves the exporter no doubt of the size.
+    """
+    rows = (torch.arange(height, device=x.device) + down) % x.shape[1]
+    columns = (torch.arange(width, device=x.device) + across) % x.shape[2]
     return x.index_select(1, rows).index_select(2, columns)
 
 
@@ -93,7 +115,7 @@ def _wrapping_mask(x: Tensor, down: int, across: int, side: int) -> Tensor:
     """Positions of a window that only the wrapping brought together, as Swin masks them: [windows, queries, keys]."""
     rows, columns = _parts(x.shape[1], down, side, x.device), _parts(x.shape[2], across, side, x.device)
     part = (3 * rows[:, None] + columns)[None, :, :, None]
-    part = spread_windows(part, x.shape[1] // side, x.shape[2] // side, side)
+    part = cut_windows(part, x.shape[1] // side, x.shape[2] // side, side)
     return (part != part.transpose(1, 2)).to(x.dtype) * -100.0
 
 
@@ -136,8 +158,8 @@ class WindowBlock(nn.Module):
         return self.shift if self.shifts_single else self.shift * (1 - 1 // windows)
 
     def _attend(self, x: Tensor) -> Tensor:
-        height, width, side = x.shape[1], x.shape[2], self.window_size
-        below, right = -height % side, -width % side
+        batch, height, width, side = x.shape[0], x.shape[1], x.shape[2], self.window_size
+        below, right = _beyond(height, side), _beyond(width, side)
         padded = is_exporting() or below > 0 or right > 0
         if padded:
             x = F.pad(x, [0, 0, 0, right, 0, below])
@@ -146,12 +168,10 @@ class WindowBlock(nn.Module):
         mask: Tensor | None = None
         if self.shift > 0:
             mask = _wrapping_mask(x, down, across, side)
-            x = _turned(x, down, across)
-        windows = self.attn(spread_windows(x, rows, columns, side), mask)
-        x = join_windows(windows, rows, columns, side)
-        if self.shift > 0:
-            x = _turned(x, -down, -across)
-        return x[:, :height, :width] if padded else x
+            x = _part_of(x, down, across, height + below, width + right)
+        windows = self.attn(cut_windows(x, rows, columns, side), mask)
+        x = join_windows(windows, batch, rows, columns, side)
+        return _part_of(x, -down, -across, height, width) if padded or self.shift > 0 else x
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self._attend(self.norm1(x)))
@@ -289,7 +309,7 @@ class WindowedSemanticUnit(SemanticUnit):
     def forward(self, x: Tensor) -> Tensor:
         x = self.window(x)
         height, width, window, tokens_side = x.shape[1], x.shape[2], self.window_size, self.tokens
-        below, right = -height % window, -width % window
+        below, right = _beyond(height, window), _beyond(width, window)
         x = F.pad(x, [0, 0, 0, right, 0, below])
 
         around = _surrounded(x, window)
@@ -302,7 +322,7 @@ class WindowedSemanticUnit(SemanticUnit):
         tokens = self.mix(tokens, tokens)
         around = _surrounded(tokens, 8 * tokens_side)
         seen = _seen(around, tokens.shape[1], tokens.shape[2], below, right)
-        return self.recover(x, around, seen)[:, :height, :width]
+        return _part_of(self.recover(x, around, seen), 0, 0, height, width)
 
 
 class STViTR(HierarchicalBackbone):

@@ -42,10 +42,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels._runtime import is_exporting
 from ...mixers import BidirectionalMamba
 from ._checkpoints import StateDict, refuse_mismatch, rename, unwrap
 from ._isotropic import IsotropicBackbone
+from ._positions import resample_positions
+
+torch.fx.wrap("resample_positions")
 
 
 def _beyond(length: int, patch_size: int, stride: int) -> int:
@@ -88,16 +90,6 @@ class OverlappingPatchEmbed(PatchEmbed):
         below = _beyond(x.shape[2], self.patch_size[0], self.stride[0])  # pyright: ignore[reportArgumentType]
         right = _beyond(x.shape[3], self.patch_size[1], self.stride[1])  # pyright: ignore[reportArgumentType]
         return self.proj(F.pad(x, [0, right, 0, below])).permute(0, 2, 3, 1)
-
-
-@torch.fx.wrap  # timm's own marking is seen only once a module of this file has been entered
-def _positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """A position embedding [1, rows * columns, C] of `grid` for a grid of `size`."""
-    if is_exporting() or size[0] != grid[0] or size[1] != grid[1]:
-        raster = table.unflatten(1, [grid[0], grid[1]]).permute(0, 3, 1, 2).float()
-        raster = F.interpolate(raster, [size[0], size[1]], mode="bicubic", antialias=True)
-        return raster.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
-    return table
 
 
 @torch.fx.wrap
@@ -211,7 +203,7 @@ class Vim(IsotropicBackbone):
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, rows, columns, C] to the stream [B, rows * columns + 1, C], the class token in its middle."""
-        positions = _positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, (x.shape[1], x.shape[2]))  # pyright: ignore
+        positions = resample_positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, (x.shape[1], x.shape[2]))  # pyright: ignore
         patches = x.flatten(1, 2) + positions
         token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # pyright: ignore
         middle = patches.shape[1] // 2

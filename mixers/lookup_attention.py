@@ -1,0 +1,91 @@
+"""Lookup attention: a few compressed tokens gather from many, and give back through the same attention transposed.
+
+Paper: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens" (ECCV 2024, arXiv
+2407.12753), where the pair is called multi-head bidirectional cross-attention (MHBC). No official code.
+
+What is unusual:
+* The way back has neither queries nor keys of its own: those of the way there change places. Nothing but them has to be
+  kept in between, so that both ways are ordinary fused attention and no matrix of weights is ever made.
+* The paper does not say how the transposed weights are normalised, and the reproductions differ. The default is a
+  softmax of the transposed logits: what a lookup token receives is a mean of compressed tokens. With
+  `renormalize=False` it is the sum weighted by the attention they paid to it, little for a token that nobody looked at.
+"""
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GatherAttention(nn.Module):
+    """Compressed tokens [B, M, C] attend to lookup tokens [B, N, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, compressed: Tensor, lookup: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is gathered [B, M, C], and the queries [B, heads, M, head_dim] and keys [B, heads, N, head_dim]."""
+        query = self.q(compressed).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+        key, value = self.kv(lookup).unflatten(-1, [2, self.num_heads, self.head_dim]).transpose(1, 3).unbind(2)
+        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(out)), query, key
+
+
+class TransposedAttention(nn.Module):
+    """Compressed tokens [B, M, C] go to lookup tokens [B, N, C] by the attention they gathered with, transposed.
+
+    Args:
+        renormalize: whether the weights of each lookup token are made to sum to one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        renormalize: bool = True,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
+        self.num_heads, self.head_dim, self.renormalize = num_heads, dim // num_heads, renormalize
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, compressed: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """`query` and `key` are those that `GatherAttention` returned."""
+        value = self.v(compressed).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
+        if self.renormalize:
+            out = F.scaled_dot_product_attention(key, query, value)
+        else:
+            weights = (query * self.head_dim**-0.5 @ key.transpose(-2, -1)).softmax(-1)
+            out = weights.transpose(-2, -1).to(value.dtype) @ value
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, renormalize={self.renormalize}"
+
+
+register_notrace_module(GatherAttention)  # as decorators they would hide the classes' types
+register_notrace_module(TransposedAttention)
