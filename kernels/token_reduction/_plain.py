@@ -119,13 +119,13 @@ def keep(x: Tensor, score: Tensor, count: int, num_prefix: int, fuse: bool) -> t
     position = torch.arange(candidates, device=x.device)
     places = torch.where(position < count, num_prefix + position, -1).expand(batch, -1)
     slot = torch.zeros_like(order).scatter(1, order, places)
-    prefix, patches = x[:, :num_prefix], x[:, num_prefix:]
-    parts = [prefix, _rows(patches, order[:, :count])]
+    of_prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
+    # Both at once: while exporting, a length of their own of those that are kept would be taken for never 1.
+    parts = [_rows(x, torch.cat([of_prefix, num_prefix + order], 1)[:, : num_prefix + count])]
     if fuse:
-        wide = _wide(patches)
+        wide = _wide(x[:, num_prefix:])
         weight = torch.where(slot < 0, score.to(wide.dtype), 0.0)
         parts.append((weight.unsqueeze(1) @ wide).to(x.dtype))
-    of_prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
     return torch.cat(parts, 1), torch.cat([of_prefix, slot], 1)
 
 
