@@ -214,7 +214,9 @@ class TokenReducedViT(IsotropicBackbone):
         """Classify, and tell what the losses of a method with decisions need; in training mode nothing is dropped."""
         *_, (x, state) = self._walk(x)
         x = self.final_tokens(x, state)
-        return Decided(self.forward_head(x), x[:, self.num_prefix_tokens :], state.decisions, state.policy)
+        prefix = self.num_prefix_tokens
+        mask = None if state.policy is None else state.policy[:, prefix:]
+        return Decided(self.forward_head(x), x[:, prefix:], state.decisions, mask)
 
 
 class TokenReducedDistilledViT(TokenReducedViT, VisionTransformerDistilled):
@@ -243,7 +245,7 @@ def _reduced_block(block: nn.Module, reducer: TokenReducer) -> nn.Module:
     kind: type[Any] = TokenBlock if type(block) is Block else TokenResPostBlock
     reduced = view_as(block, kind)
     reduced.attn = view_as(attention, TokenAttention)
-    reduced.reducer = reducer
+    reduced.reducer = reducer.train(block.training)
     return reduced
 
 

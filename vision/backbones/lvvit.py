@@ -126,7 +126,7 @@ class TokenReducedLVViT(TokenReducedViT, LVViT):
         if decided.mask is None or self.num_classes == 0:
             return decided
         of_patches = self.aux_head(decided.tokens)
-        kept = of_patches.masked_fill(decided.mask[:, self.num_prefix_tokens :, None] == 0, -torch.inf).amax(1)
+        kept = of_patches.masked_fill(decided.mask[:, :, None] == 0, -torch.inf).amax(1)
         every = of_patches.amax(1)
         kept = torch.where(kept.isinf(), every, kept)  # of a picture that keeps none, all of them
         return decided._replace(logits=decided.logits + 0.5 * (kept - every))
