@@ -39,14 +39,14 @@ def _seconds(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def time_calls(
+def time_rounds(
     calls: Mapping[str, Call],
     *,
     rounds: int,
     least_seconds: float = 0.0,
     around: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
-) -> dict[str, float]:
-    """Median seconds of each call; short ones repeat within a turn until `least_seconds` pass.
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; short ones repeat within a turn until `least_seconds` pass.
 
     `around(name)` is entered for each turn, outside the time that counts.
     """
@@ -60,7 +60,24 @@ def time_calls(
         for name, call in calls.items():
             with around(name):
                 seconds[name].append(_seconds(call, repeats[name]))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def time_calls(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    least_seconds: float = 0.0,
+    around: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
+) -> dict[str, float]:
+    """Median seconds of each call, as `time_rounds` measures them."""
+    times = time_rounds(calls, rounds=rounds, least_seconds=least_seconds, around=around)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times as fast ours is, as the median over rounds: what slows a whole round down does not count."""
+    return statistics.median(other / own for own, other in zip(ours, theirs, strict=True))
 
 
 def resident(field: str) -> int:
