@@ -497,9 +497,13 @@ def test_exports_with_dynamic_sizes(first: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = minimal(first)
     scale = 4 if model.feature_info[-1]["reduction"] > 32 else 1  # wavelets halve the last map once more
-    program = torch.export.export(model, (picture(scale * 96, scale * 128, batch=2),), dynamic_shapes=(DYNAMIC,))
+    # Counts of tokens that are cut to rates are long symbols, half a minute a trace: one such model stands for all.
+    is_free = not isinstance(model, TokenReducedViT) or first.startswith("tome")
+    sizes = DYNAMIC if is_free else {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (picture(scale * 96, scale * 128, batch=2),), dynamic_shapes=(sizes,))
     assert not [node for node in program.graph.nodes if "mixerzoo" in str(node.target)], "standard operators only"
-    images = [picture(scale * height, scale * width, batch) for batch, height, width in UNTRACED]
+    untraced = UNTRACED if is_free else [(1, 96, 128), (3, 96, 128)]
+    images = [picture(scale * height, scale * width, batch) for batch, height, width in untraced]
     module = program.module()
     for x in images:
         assert_near(module(x), model(x))
