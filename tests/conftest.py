@@ -243,3 +243,15 @@ def golden() -> Callable[[str], Golden]:
 def operator_case() -> Callable[[str, str], OperatorCase]:
     """Of the file `tests/goldens/<file>.json`, the case of that name."""
     return OperatorCase
+
+
+@pytest.fixture(scope="session")
+def load_drawn() -> Callable[[torch.nn.Module, str], None]:
+    """Gives a module the weights that records call by that prefix and its own names."""
+
+    def load(module: torch.nn.Module, prefix: str) -> None:
+        shapes = {prefix + name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+        drawn = draw_state({"state": shapes})
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in drawn.items()})
+
+    return load

@@ -4,11 +4,16 @@ TorchScript compiles the plain operators under them, without the checks; and as 
 defaults, there are none here.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from .. import _runtime
 from . import _operator, _plain
+
+_T = TypeVar("_T")
 
 
 def _check_tokens(name: str, x: Tensor) -> None:
@@ -34,6 +39,14 @@ def _check_slot(slot: Tensor, batch: int, tokens: int | None) -> None:
             f"slot must be int64 [{batch}, {tokens or 'tokens'}], as bipartite_match and keep_tokens give it; "
             f"got shape {list(slot.shape)}, {slot.dtype}"
         )
+
+
+def _without_autocast(function: Callable[..., _T], x: Tensor, *arguments: object) -> _T:
+    """Products in the precision that the inputs have: choices and sums are not what autocast is for."""
+    if not _runtime.is_autocast(x):
+        return function(x, *arguments)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x, *arguments)
 
 
 def merged_length(tokens: int, r: int, num_prefix: int = 1) -> int:
@@ -73,7 +86,7 @@ def bipartite_match(metric: Tensor, r: int, num_prefix: int = 1) -> Tensor:
         _check_r(metric.shape[-2], r, num_prefix)
         merging = _plain.at_most_half(metric.shape[-2], r, num_prefix)
         if not (_operator.runs_triton(metric) or _operator.runs_native(metric)) or merging == 0:
-            return _plain.match(metric, r, num_prefix)
+            return _without_autocast(_plain.match, metric, r, num_prefix)
         metric = metric.detach()
         if _runtime.needs_operator(metric):
             return torch.ops.mixerzoo.match_tokens(metric, merging, num_prefix)
@@ -158,7 +171,7 @@ def keep_tokens(x: Tensor, score: Tensor, keep: int, num_prefix: int = 1, fuse: 
         if keep < 0 or keep > candidates:
             raise ValueError(f"keep must be from 0 to the {candidates} candidates; got {keep}")
         if not _operator.runs_triton(x):
-            return _plain.keep(x, score, keep, num_prefix, fuse)
+            return _without_autocast(_plain.keep, x, score, keep, num_prefix, fuse)
         if _runtime.needs_operator(x, score):
             return torch.ops.mixerzoo.keep_tokens(x, score, keep, num_prefix, fuse)
         return _operator.select(x, score, keep, num_prefix, fuse)

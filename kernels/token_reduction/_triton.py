@@ -250,7 +250,7 @@ def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
     block = 32
     _partner_kernel[(triton.cdiv(sides[1], block), batch)](
         metric, best, partner, heads, *metric.stride()[:3], *sides,
-        D=dim, BD=_power_of_two(dim), BA=block, BB=block, num_warps=4,
+        D=dim, BD=_power_of_two(dim), BA=block, BB=16, num_warps=4,
     )  # fmt: skip
     pairs = _power_of_two(max(sides[1], sides[3], num_prefix))
     _slot_kernel[(batch,)](

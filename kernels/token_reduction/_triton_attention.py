@@ -205,12 +205,12 @@ def can_attend(q: Tensor) -> bool:
 
 
 def _blocks(q: Tensor) -> dict[str, Any]:
-    """Tiles are smaller without tensor cores, where each thread needs its products' factors."""
-    block = 64 if q.dtype.itemsize == 2 else 32
-    dim = q.shape[3]
+    """Tiles are smaller without tensor cores, where each thread needs its products' factors, and of wide heads."""
+    dim, half = q.shape[3], q.dtype.itemsize == 2
+    block = 64 if half and dim <= 64 else 32
     return {
         **{"D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "BQ": block, "BK": block},
-        **{"num_warps": 4 if dim <= 64 else 8, "num_stages": 1},
+        **{"num_warps": 4, "num_stages": 1},
     }  # fmt: skip
 
 
@@ -277,6 +277,7 @@ def attend_backward(
     inputs = grad, given, q, k, v, bias, lse, delta
     grid = triton.cdiv(tokens, blocks["BQ"]), batch * heads
     _query_grad_kernel[grid](*inputs, grad_q, tokens, heads, scale, *strides, **blocks)
+    blocks["num_warps"] = 8 if blocks["BQ"] > 32 else 4  # two results and four operands in registers
     _key_grad_kernel[grid](*inputs, grad_k, grad_v, grad_bias, tokens, heads, scale, *strides, **blocks)
     grads = [grad_q, grad_k, grad_v]
     return grads if log_size is None else [*grads, grad_bias.sum(1).to(log_size.dtype)]

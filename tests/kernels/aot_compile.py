@@ -29,6 +29,8 @@ from mixerzoo.kernels.neighborhood_attention import _triton as neighborhood_atte
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
 from mixerzoo.kernels.selective_scan import _triton as selective_scan
 from mixerzoo.kernels.selective_scan._plain import to_integers
+from mixerzoo.kernels.token_reduction import _triton as token_reduction
+from mixerzoo.kernels.token_reduction import _triton_attention as evidence_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -178,6 +180,26 @@ def _gated(batch: int, head_dim: int, value_dim: int, dtype: torch.dtype, *, dir
     gated_linear_attention.backward(value, *inputs, 1.0)
 
 
+def _reduce_tokens(tokens: int, dtype: torch.dtype) -> None:
+    """As a ViT-S calls it, keys with their heads, sizes, EViT's fused token."""
+    x = torch.empty(2, tokens, 384, device="meta", dtype=dtype)
+    key = torch.empty(2, tokens, 3, 6, 64, device="meta", dtype=dtype).permute(2, 0, 3, 1, 4)[1]
+    size = torch.empty(2, tokens, device="meta")
+    slot = token_reduction.match(key, 13, 1)
+    token_reduction.merge(x, slot, tokens - 13, size)
+    token_reduction.merge(x, slot, tokens - 13, None)
+    token_reduction.keep(x, size[:, 1:], tokens // 2, 1, True)
+    token_reduction.keep(x, size[:, 1:], tokens // 2, 1, False)
+
+
+def _attend_with_evidence(head_dim: int, dtype: torch.dtype, *, sums: bool) -> None:
+    """Without sizes, and with them."""
+    q, k, v = torch.empty(2, 197, 3, 3, head_dim, device="meta", dtype=dtype).permute(2, 0, 3, 1, 4)
+    for log_size in (None, torch.empty(2, 197, device="meta")):
+        out, evidence, lse = evidence_attention.attend(q, k, v, log_size, 1.0, sums)
+        evidence_attention.attend_backward(out, evidence, q, k, v, log_size, out, evidence, lse, 1.0, sums)
+
+
 def _cases() -> dict[str, Callable[[], None]]:
     """Every configuration that ships, at the windows of the models, and every kind of geometry at the usual one."""
     one, five, seven = (Window(size, 1, 1, False) for size in (1, 5, 7))
@@ -194,6 +216,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         "volume": lambda: _attend((16, 16, 16), (five, five, five), 32, half, rpb=True),
     }
     enough = gated_linear_attention.ENOUGH_PROGRAMS
+    cases["tokens-many-half"] = lambda: _reduce_tokens(token_reduction.MOST_TOKENS, half)
     cases["gla-half"] = lambda: _gated(enough, 32, 64, half)
     cases["gla-causal-half"] = lambda: _gated(1, 32, 64, half, directions=1)
     cases["scan-16-half"] = lambda: _scan((1, 197), 384, 12, 16, BIDIRECTIONAL, half)
@@ -211,6 +234,12 @@ def _cases() -> dict[str, Callable[[], None]]:
         cases[f"scan-{kind}"] = lambda t=dtype: _scan((56, 56), 192, 6, 1, CROSS[:2], t)
         cases[f"gla-narrow-{kind}"] = lambda t=dtype: _gated(1, 16, 32, t)
         cases[f"gla-wide-{kind}"] = lambda t=dtype: _gated(enough, *gated_linear_attention.WIDEST[t.itemsize], t)
+        for head_dim in (64, evidence_attention.WIDEST[dtype.itemsize]):
+            for sums in (False, True):
+                cases[f"evidence-{head_dim}-{'sums' if sums else 'row'}-{kind}"] = lambda d=head_dim, t=dtype, s=sums: (
+                    _attend_with_evidence(d, t, sums=s)
+                )
+        cases[f"tokens-{kind}"] = lambda t=dtype: _reduce_tokens(197, t)
         cases[f"lka-{kind}"] = lambda t=dtype: _gate(64, 56, t)
     return cases
 
