@@ -28,6 +28,7 @@ PAGES = ("README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROO
 TINY = {"depths": "[1,1,1,1]", "embed_dim": "8", "num_heads": "[1,1,1,1]"}
 TRAIN = ["train.batch_size=4", "train.limit_batches=1", "train.progress=false", "data.size=32", "data.limit=32"]
 PUBLISHED = [*TRAIN, "data.workers=0", "train.epochs=1", "train.total_batch=4", "schedule.warmup_epochs=0"]
+REDUCED = [*TRAIN, "train.epochs=1", "data=digits", "data.size=28"]
 TRAIN += [f"model.kwargs.{key}={value}" for key, value in TINY.items()]
 
 
@@ -169,6 +170,8 @@ def _small(words: list[str], folder: Path) -> list[str]:
             names = {argument.split("=")[0] for argument in arguments}
             if any(argument.startswith("recipe=") and argument.endswith("_imagenet") for argument in arguments):
                 return [sys.executable, *words[1:], *PUBLISHED]
+            if "recipe=token_reduction" in arguments:
+                return [sys.executable, *words[1:], *REDUCED]
             data = ["data.scenes=8"] if "recipe" in names else [] if names & {"data", "resume"} else ["data=digits"]
             resumed = ["train.epochs=4"] if "resume" in names else ["train.epochs=1", *data, *TRAIN]
             return [sys.executable, *words[1:], *resumed]

@@ -416,3 +416,34 @@ def test_a_backbone_under_a_head_is_warmed_up_too(configs: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.compile=true would compile it each time"):
         make_keep_rate_warmup(model, load([*arguments, "train.compile=true"], configs), make_plan(config, 320))
     assert distillation.keep_rates(model) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("tome_deit_tiny_patch16_224", "model.kwargs.r=3"),
+        ("evit_deit_small_patch16_224", "reduction.shrink_epochs=1"),
+        ("dynamicvit_deit_small_patch16_224", "model.kwargs.keep_rate=0.5"),
+    ],
+)
+def test_segmentation_trains_on_models_with_fewer_tokens(
+    name: str, given: str, configs: Path, tmp_path: Path, no_pictures: None
+) -> None:
+    """Every map has all positions, and what can learn does."""
+    arguments = [
+        *("recipe=segmentation", f"model={name}", "data.scenes=12", "data.size=32", "train.batch_size=4"),
+        *("train.epochs=1", "train.progress=false", "train.limit_batches=3", "head.channels=8"),
+        *("model.kwargs={img_size: 32, patch_size: 4, embed_dim: 24, depth: 4, num_heads: 2}", given),
+        *("optim.weight_decay=0", "schedule.warmup_epochs=0"),
+    ]
+    config = load([*arguments, f"out={tmp_path / 'run'}"], configs)
+    results = run(config)
+    assert 0 <= results["test"]["mean_iou"] <= 1
+    splits = run_module.load_data(config)
+    run_module.seed_everything(run_module.mix_seed(config.seed))
+    before = build_model(config, splits)
+    after = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    same = {n for n, p in before.named_parameters() if torch.equal(p, after[f"model.{n}"])}
+    assert all("predictor" in n for n in same), same
+    assert before.backbone(torch.randn(2, splits.channels, 32, 32))[-1].shape[-2:] == (8, 8)

@@ -72,6 +72,13 @@ def settings(repository: Path) -> Load:
         ("mobilemamba_imagenet", "mobilemamba_b2", 0.03, 0.8, 1.0),
         ("vig_imagenet", "vig_base", 0.5, 0.8, 1.0),
         ("vig_imagenet", "vig_h_base", 0.6, 0.8, 1.0),
+        ("tome_imagenet", "tome_deit_tiny_patch16_224", 0.1, 0.8, 1.0),
+        ("evit_imagenet", "evit_deit_base_patch16_224", 0.1, 0.8, 1.0),
+        ("evit_finetune", "evit_deit_small_patch16_224", 0.0, 0.8, 1.0),
+        ("dynamicvit_finetune", "dynamicvit_deit_small_patch16_224", 0.0, 0.8, 1.0),
+        ("dynamicvit_finetune", "dynamicvit_deit_base_patch16_224", 0.2, 0.8, 1.0),
+        ("dynamicvit_hierarchical_finetune", "dynamicvit_convnext_small", 0.2, 0.8, 1.0),
+        ("dynamicvit_hierarchical_finetune", "dynamicvit_swin_base", 0.5, 0.8, 1.0),
     ],
 )
 def test_each_size_has_its_own_settings(
@@ -102,6 +109,11 @@ def test_each_size_has_its_own_settings(
         ("efficientvmamba_imagenet", IMAGENET, 1024, 1e-3, 300),
         ("mobilemamba_imagenet", IMAGENET, 1024, 1.5e-3, 300),
         ("vig_imagenet", IMAGENET, 1024, 1e-3, 300),
+        ("tome_imagenet", IMAGENET, 1024, 1e-3, 300),
+        ("evit_imagenet", IMAGENET, 2048, 2e-3, 300),
+        ("evit_finetune", IMAGENET, 2048, 8e-5, 30),
+        ("dynamicvit_finetune", IMAGENET, 1024, 1e-3, 30),
+        ("dynamicvit_hierarchical_finetune", IMAGENET, 4096, 4e-3, 120),
     ],
 )
 def test_one_device_or_eight_take_the_same_steps(
@@ -145,9 +157,10 @@ def test_every_pattern_of_a_recipe_names_a_model(repository: Path) -> None:
 def test_a_recipe_begins_with_weights_that_are_published(repository: Path, settings: Load) -> None:
     for file in (repository / "configs" / "recipes").glob("*_*.yaml"):
         model = settings(file.stem).model
-        cfg = timm.get_pretrained_cfg(model.name)
-        assert model.pretrained == (not file.stem.endswith("_imagenet"))
-        assert cfg is not None and (cfg.has_weights or not model.pretrained), file.stem
+        begins = model.pretrained or model.start_from is not None
+        cfg = timm.get_pretrained_cfg(model.start_from or model.name)
+        assert begins == file.stem.endswith(("_finetune", "_segmentation")), file.stem
+        assert cfg is not None and (cfg.has_weights or not begins), file.stem
 
 
 def test_offset_convolutions_of_litv2_learn_slowly(settings: Load) -> None:
@@ -170,6 +183,39 @@ def test_the_first_layers_of_unireplknet_are_fine_tuned_as_slowly_as_published(s
     assert min(group["lr_scale"] for group in groups) == pytest.approx(0.8**13, rel=0.05)
 
 
+DECIDING = ("dynamicvit_finetune", "dynamicvit_hierarchical_finetune")
+
+
+@pytest.mark.parametrize("recipe", DECIDING)
+def test_every_size_of_dynamicvit_has_its_own_teacher(recipe: str, settings: Load) -> None:
+    """The dense model from whose weights it starts, with the same tokens; predictors and fast ways learn faster."""
+    family = "dynamicvit_deit_[sb]*" if recipe == "dynamicvit_finetune" else "dynamicvit_[cs]*"
+    for name in timm.list_models(family):
+        config = settings(recipe, f"model={name}")
+        assert config.distill.teacher == config.model.start_from is not None
+        assert (config.distill.logits_weight, config.distill.tokens_weight) == (0.5, 0.5)
+        want = 10.0 if recipe == "dynamicvit_hierarchical_finetune" else 5.0 if "base" in name else 2.0
+        assert config.reduction.ratio_weight == want
+    with torch.device("meta"):
+        model = timm.create_model(settings(recipe).model.name)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optim = settings(recipe).optim
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=None, lr_scale=optim.lr_scale)
+    scales = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
+    for name, scale in scales.items():
+        added = "predictor" in name or "fast" in name
+        assert scale == pytest.approx(1.0 if added else 0.01 if recipe == "dynamicvit_finetune" else 0.2), name
+
+
+def test_evit_warms_up_from_scratch_only(settings: Load) -> None:
+    scratch, fine = settings("evit_imagenet").reduction, settings("evit_finetune").reduction
+    assert (scratch.shrink_start_epoch, scratch.shrink_epochs, fine.shrink_epochs) == (10, 100, None)
+    assert (
+        settings("evit_finetune", "model=evit_deit_base_patch16_224").model.start_from
+        == "deit_base_patch16_224.fb_in1k"
+    )
+
+
 SMALLEST = {
     "van_finetune": "van_b0",
     "unireplknet_finetune": "unireplknet_a",
@@ -178,7 +224,10 @@ SMALLEST = {
 CLASSIFICATION = [
     f"{family}_{task}" for family in ("litv2", "unireplknet", "van", "vim") for task in ("finetune", "imagenet")
 ]
-CLASSIFICATION += [f"{family}_imagenet" for family in ("efficientvmamba", "mobilemamba", "vig", "vmamba")]
+CLASSIFICATION += [
+    f"{family}_imagenet" for family in ("efficientvmamba", "evit", "mobilemamba", "tome", "vig", "vmamba")
+]
+CLASSIFICATION += ["evit_finetune", *DECIDING]
 DRY = ["model.pretrained=false", "train.limit_batches=2", "train.progress=false", "data.workers=0", "data.size=64"]
 DRY += ["train.batch_size=2", "train.total_batch=4", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0"]
 """A fresh model, four pictures in one optimiser step. Everything else is as shipped."""
@@ -195,6 +244,20 @@ def _picture(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
+def _stand_in(config: Config, path: Path) -> list[str]:
+    """Fresh weights of a model made small in place of the published ones that it starts from."""
+    if config.model.start_from is None:
+        return []
+    convolutional = "convnext" in config.model.start_from
+    shape = {"depths": (1, 1, 4, 1)} if convolutional else {"depth": 4}
+    kwargs = shape if convolutional else {**shape, "img_size": 64}
+    torch.save(timm.create_model(config.model.start_from, num_classes=2, **kwargs).state_dict(), path)
+    [(name, value)] = [(name, str(value).replace("(", "[").replace(")", "]")) for name, value in shape.items()]
+    given = [f"model.start_from={path}", f"model.kwargs.{name}={value}"]
+    teaches = [f"distill.checkpoint={path}", f"distill.kwargs.{name}={value}"]
+    return [*given, *(teaches if config.distill.teacher else [])]
+
+
 @pytest.mark.parametrize("recipe", CLASSIFICATION)
 def test_a_classification_recipe_trains_on_a_folder(
     recipe: str, settings: Load, tmp_path: Path, no_pictures: None
@@ -205,6 +268,7 @@ def test_a_classification_recipe_trains_on_a_folder(
         pixels = rng.integers(0, 256, (72, 80, 3), dtype=np.uint8)
         _picture(tmp_path / "data" / split / ("cat", "dog")[index % 2] / f"{index}.png", pixels)
     model = [f"model={SMALLEST[recipe]}"] if recipe in SMALLEST else []
+    model += _stand_in(settings(recipe), tmp_path / "dense.pth")
     arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.epochs=1", *model, *DRY]
     results = run(settings(recipe, *arguments))
     assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1

@@ -13,8 +13,9 @@ from mixerzoo.vision.training.settings import ConfigError, find_checkpoint, load
 FAMILIES = ("litv2", "unireplknet", "van", "vim")
 PUBLISHED = [f"{family}_{task}" for family in FAMILIES for task in ("finetune", "imagenet", "segmentation")]
 PUBLISHED += ["efficientvmamba_imagenet", "mobilemamba_imagenet", "vig_imagenet"]
-PUBLISHED += ["vmamba_imagenet", "vmamba_segmentation"]
-RECIPES = ("classification", *sorted(PUBLISHED), "segmentation")
+PUBLISHED += ["vmamba_imagenet", "vmamba_segmentation", "evit_imagenet", "evit_finetune", "tome_imagenet"]
+PUBLISHED += ["dynamicvit_finetune", "dynamicvit_hierarchical_finetune"]
+RECIPES = ("classification", *sorted(PUBLISHED), "segmentation", "token_reduction")
 
 
 @pytest.fixture
