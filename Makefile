@@ -17,10 +17,10 @@ NATIVE := $(wildcard kernels/*.cpp kernels/*/*.cpp kernels/*/*.h)
 PYTEST := OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast test-slow lint format bench pictures clean
+.PHONY: help install train test test-fast test-slow test-exhaustive lint format bench pictures clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## make .venv with everything the commands below need
 
@@ -43,6 +43,9 @@ test-fast: $(STAMP)  ## run the tests that take seconds; ARGS="-k export"
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(PYTEST) -m slow $(ARGS)
+
+test-exhaustive: $(STAMP)  ## run what the slow tests only sample: every family compiled and exported, an hour
+	$(PYTEST) -m exhaustive $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

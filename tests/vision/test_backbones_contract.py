@@ -46,6 +46,19 @@ def _first_of_each_group() -> list[str]:
 
 FIRST = _first_of_each_group()
 
+SAMPLE = {  # one for each operator and each base class, in the slow tests; the others have the mark "exhaustive"
+    "dynamicvit_deit_256_patch16_224",
+    "litv2_s",
+    "nat_mini",
+    "stvitr_swin_small",
+    "tome_deit_tiny_patch16_224",
+    "unireplknet_a",
+    "vig_tiny",
+    "vim_tiny",
+    "vmamba_tiny_s1l8",
+}
+assert set(FIRST) >= SAMPLE
+
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
     return timm.create_model(name, device="meta", dtype=torch.float32, **kwargs).eval()
@@ -258,6 +271,15 @@ def first(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def _expensive(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive)
+
+
+@pytest.fixture(params=[_expensive(name) for name in FIRST])
+def sampled(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def shared(first: str) -> Iterator[nn.Module]:
     """A shallow model that tests may run but not change."""
@@ -460,9 +482,8 @@ def test_torchscript_and_fx(shared: nn.Module, tmp_path: Path) -> None:
         assert torch.equal(traced(x)["out"], shared(x))
 
 
-@pytest.mark.slow
-def test_compiles_without_graph_breaks(first: str) -> None:
-    model = minimal(first).train()
+def test_compiles_without_graph_breaks(sampled: str) -> None:
+    model = minimal(sampled).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = training_pictures(model)
     torch.manual_seed(0)  # for models that draw what they keep
@@ -478,10 +499,9 @@ def test_compiles_without_graph_breaks(first: str) -> None:
         assert_near(a, b.grad)
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_compiles_with_inductor(first: str) -> None:
-    model, x = minimal(first), picture()
+def test_compiles_with_inductor(sampled: str) -> None:
+    model, x = minimal(sampled), picture()
     torch._dynamo.reset()
     assert_near(torch.compile(model, fullgraph=True)(x), model(x))
 
@@ -490,15 +510,14 @@ DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.ex
 UNTRACED = [(1, 64, 64), (3, 113, 75), (2, 224, 160)]  # a map of one position cannot be a symbol
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_exports_with_dynamic_sizes(first: str, tmp_path: Path) -> None:
+def test_exports_with_dynamic_sizes(sampled: str, tmp_path: Path) -> None:
     """As a program, and as ONNX from the same trace: tracing is what takes long."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = minimal(first)
+    model = minimal(sampled)
     scale = 4 if model.feature_info[-1]["reduction"] > 32 else 1  # wavelets halve the last map once more
     # Counts of tokens that are cut to rates are long symbols, half a minute a trace: one such model stands for all.
-    is_free = not isinstance(model, TokenReducedViT) or first.startswith("tome")
+    is_free = not isinstance(model, TokenReducedViT) or sampled.startswith("tome")
     sizes = DYNAMIC if is_free else {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (picture(scale * 96, scale * 128, batch=2),), dynamic_shapes=(sizes,))
     assert not [node for node in program.graph.nodes if "mixerzoo" in str(node.target)], "standard operators only"
