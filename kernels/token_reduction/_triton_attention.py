@@ -204,13 +204,14 @@ def can_attend(q: Tensor) -> bool:
     return q.shape[3] <= WIDEST[q.dtype.itemsize]
 
 
-def _blocks(q: Tensor) -> dict[str, Any]:
-    """Tiles are smaller without tensor cores, where each thread needs its products' factors, and of wide heads."""
+def _blocks(q: Tensor, *, is_key_grad: bool = False) -> dict[str, Any]:
+    """Tiles are smaller without tensor cores, where each thread needs its products' factors, of wide heads, and where
+    two results and four operands are in registers at once."""
     dim, half = q.shape[3], q.dtype.itemsize == 2
     block = 64 if half and dim <= 64 else 32
     return {
-        **{"D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "BQ": block, "BK": block},
-        **{"num_warps": 4, "num_stages": 1},
+        **{"D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "BQ": 32 if is_key_grad else block, "BK": block},
+        **{"num_warps": 4 if half else 8, "num_stages": 1},
     }  # fmt: skip
 
 
@@ -277,7 +278,8 @@ def attend_backward(
     inputs = grad, given, q, k, v, bias, lse, delta
     grid = triton.cdiv(tokens, blocks["BQ"]), batch * heads
     _query_grad_kernel[grid](*inputs, grad_q, tokens, heads, scale, *strides, **blocks)
-    blocks["num_warps"] = 8 if blocks["BQ"] > 32 else 4  # two results and four operands in registers
+    blocks |= _blocks(q, is_key_grad=True)
+    grid = triton.cdiv(tokens, blocks["BK"]), batch * heads
     _key_grad_kernel[grid](*inputs, grad_k, grad_v, grad_bias, tokens, heads, scale, *strides, **blocks)
     grads = [grad_q, grad_k, grad_v]
     return grads if log_size is None else [*grads, grad_bias.sum(1).to(log_size.dtype)]
