@@ -102,9 +102,9 @@ def kept_count(tokens: int, ratio: float) -> int:
     if torch.jit.is_scripting():
         return max(int(tokens * ratio), 1)
     elif isinstance(tokens, torch.SymInt):
-        return torch.sym_max((tokens * _numerator(ratio)) // (1 << _FRACTION_BITS), 1)
+        return torch.sym_max((tokens * _numerator(ratio)) // (1 << _FRACTION_BITS), 1)  # type: ignore[return-value]
     else:
-        return torch.sym_max(torch.sym_int(tokens * ratio), 1)
+        return torch.sym_max(torch.sym_int(tokens * ratio), 1)  # type: ignore[return-value]
 
 
 def _numerator(ratio: float) -> int:

@@ -51,7 +51,7 @@ class DynamicBlock(nn.Module):
         """The route of a map's positions; only for a block that has a predictor."""
         predictor = self.predictor
         assert predictor is not None
-        log_probabilities = predictor(self.tokens(x))
+        log_probabilities = predictor(self.tokens(x))  # type: ignore[operator]
         return draw_decision(log_probabilities) if self.training else log_probabilities[:, :, 0]
 
     def either(self, x: Tensor, route: Tensor) -> Tensor:
@@ -65,7 +65,6 @@ class DynamicBlock(nn.Module):
         return unmerge_tokens(torch.cat(ways, 1), place)
 
 
-@register_notrace_module
 class DynamicStage(Stage):
     """A stage of ordinary blocks, then of dynamic ones; arguments as of `Stage`."""
 
@@ -95,6 +94,9 @@ class DynamicStage(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_routed(x)[0]
+
+
+register_notrace_module(DynamicStage)
 
 
 class DynamicBackbone(HierarchicalBackbone):

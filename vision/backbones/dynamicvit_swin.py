@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates, register_notrace_module
+from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ class FastPath(nn.Module):
         return self.fc1(x)
 
 
-@register_notrace_module
 class DynamicSwinBlock(DynamicBlock, WindowBlock):
     """Swin's block with two ways behind attention; [B, H, W, C].
 

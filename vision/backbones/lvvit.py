@@ -34,16 +34,17 @@ class ConvPatchEmbed(PatchEmbed):
     The image is filled up with zeros to whole patches. Arguments as of timm's `PatchEmbed`.
     """
 
+    patch_size: tuple[int, int]  # type: ignore[assignment]
+
     def __init__(
         self, *, in_chans: int, embed_dim: int, bias: bool = True, device: Any = None, dtype: Any = None, **kwargs: Any
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, bias=bias, **kwargs, **dd)
-        if self.patch_size[0] % 2 or self.patch_size[1] % 2:
-            raise ValueError(
-                f"patches are halved by the first convolution; patch_size must be even, got {self.patch_size}"
-            )
-        half = (self.patch_size[0] // 2, self.patch_size[1] // 2)
+        rows, columns = self.patch_size
+        if rows % 2 or columns % 2:
+            raise ValueError(f"the first convolution halves patches; patch_size must be even, got {self.patch_size}")
+        half = (rows // 2, columns // 2)
         self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(64, **dd)
         self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False, **dd)
@@ -90,7 +91,7 @@ class LVViT(VisionTransformer):
         if self.num_classes == 0:
             self.aux_head = nn.Identity()
             return
-        like = self.cls_token
+        like = next(self.parameters())
         self.aux_head = nn.Linear(self.embed_dim, self.num_classes, device=like.device, dtype=like.dtype)
         trunc_normal_(self.aux_head.weight, std=0.02)
         nn.init.zeros_(self.aux_head.bias)
