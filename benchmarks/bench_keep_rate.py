@@ -54,6 +54,7 @@ class Contender(NamedTuple):
     method: str
     rate: float
     model: nn.Module
+    accuracy: float
 
 
 class Point(NamedTuple):
@@ -64,8 +65,9 @@ class Point(NamedTuple):
     pictures_per_second: float
 
 
-def train(folder: Path, model: str, more: Sequence[str]) -> nn.Module:
-    """What train.py makes of the recipe and these settings: the model with its best weights, in evaluation mode."""
+def train(folder: Path, model: str, more: Sequence[str]) -> tuple[nn.Module, float]:
+    """What train.py makes of the recipe and these settings: the model with its best weights, in evaluation mode, and
+    its accuracy on the test pictures."""
     given = ["recipe=token_reduction", f"model={model}", f"out={folder}", "train.progress=false", *more]
     config = load(given, CONFIGS)
     results = run(config)
@@ -74,25 +76,27 @@ def train(folder: Path, model: str, more: Sequence[str]) -> nn.Module:
     trained = build_model(config, load_data(config))
     state = load_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
     trained.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
-    return trained.eval()
+    return trained.eval(), results["test"]["accuracy"]
 
 
-def train_all(folder: Path, rates: Sequence[float], more: Sequence[str]) -> Iterator[Contender]:
+def train_all(folder: Path, rates: Sequence[float], splits: Splits, more: Sequence[str]) -> Iterator[Contender]:
     """The dense model; the same after more steps; then each method at each rate."""
-    dense: Any = train(folder / "dense", DENSE, more)
-    yield Contender("dense", 1.0, dense)
-    shape = (dense.patch_embed.proj.in_channels, *dense.patch_embed.img_size)
+    trained = train(folder / "dense", DENSE, more)
+    dense: Any = trained[0]
+    yield Contender("dense", 1.0, *trained)
+    shape = (splits.channels, splits.size, splits.size)
     require_same(dense, reduce_tokens(dense, "evit", keep_rate=1.0), shape)
     weights = folder / "dense" / "checkpoints" / "best.ckpt"
     for rate in (1.0, *rates):
         start = [*FINETUNE, *more, f"model.start_from={weights}", f"model.kwargs.keep_rate={rate}"]
         shrink = ["reduction.shrink_epochs=null"] if rate == 1 else []
         evit = train(folder / f"evit_{rate}", EVIT, [*start, *shrink])
-        yield Contender("EViT", rate, evit)
+        yield Contender("EViT", rate, *evit)
         if rate < 1:
-            yield Contender("ToMe", rate, merge_like(dense, evit, shape))
+            merging = merge_like(dense, evit[0], shape)
+            yield Contender("ToMe", rate, merging, measure_accuracy(merging, splits))
             start.append(f"distill.checkpoint={weights}")
-            yield Contender("DynamicViT", rate, train(folder / f"dynamicvit_{rate}", DYNAMIC, start))
+            yield Contender("DynamicViT", rate, *train(folder / f"dynamicvit_{rate}", DYNAMIC, start))
 
 
 @torch.no_grad()
@@ -130,7 +134,7 @@ def measure(contenders: Sequence[Contender], splits: Splits, batch: int, rounds:
             c.method,
             c.rate,
             summarize(c.model, shape).macs,
-            measure_accuracy(c.model, splits),
+            c.accuracy,
             batch / seconds[f"{c.method} {c.rate}"],
         )
         for c in contenders
@@ -192,6 +196,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("settings", nargs="*", help="of every run, as train.py takes them, such as data.limit=8000")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rates", type=float, nargs="+", default=list(KEEP_RATES))
     parser.add_argument("--rounds", type=int, default=20)
@@ -208,11 +213,10 @@ def main() -> int:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     start = time.monotonic()
-    more = list(QUICK) if arguments.quick else []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.runs or Path(temporary)
-        contenders = list(train_all(folder, arguments.rates, more))
+    more = [*(QUICK if arguments.quick else ()), *arguments.settings]
     splits = load_data(load(["recipe=token_reduction", *more], CONFIGS))
+    with tempfile.TemporaryDirectory() as temporary:
+        contenders = list(train_all(arguments.runs or Path(temporary), arguments.rates, splits, more))
     batch = 16 if arguments.quick else BATCH
     points = measure(contenders, splits, batch, 1 if arguments.quick else arguments.rounds)
     machine = describe_machine(arguments.threads, f"timm {timm.__version__}", describe_native())

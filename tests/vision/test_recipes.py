@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mixerzoo.vision  # noqa: F401  # registers the models
 import numpy as np
@@ -12,10 +14,11 @@ import timm
 import torch
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.distillation import Objective, make_teacher
 from mixerzoo.vision.training.optimization import parameter_groups
 from mixerzoo.vision.training.plan import make_plan
 from mixerzoo.vision.training.run import run
-from mixerzoo.vision.training.settings import load
+from mixerzoo.vision.training.settings import ConfigError, load
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -205,6 +208,29 @@ def test_every_size_of_dynamicvit_has_its_own_teacher(recipe: str, settings: Loa
     for name, scale in scales.items():
         added = "predictor" in name or "fast" in name
         assert scale == pytest.approx(1.0 if added else 0.01 if recipe == "dynamicvit_finetune" else 0.2), name
+
+
+@pytest.mark.parametrize("name", ["dynamicvit_lvvit_small", "dynamicvit_deit_256_patch16_224"])
+def test_models_whose_dense_weights_nobody_serves_ask_for_a_file(name: str, settings: Load, tmp_path: Path) -> None:
+    """With one, the dense model in it is start and teacher."""
+    recipe = ("dynamicvit_finetune", f"model={name}")
+    with pytest.raises(ConfigError, match=r"distill\.checkpoint has no value"):
+        settings(*recipe, "model.start_from=somewhere")
+    with pytest.raises(ConfigError, match=r"model\.start_from has no value"):
+        settings(*recipe, "distill.checkpoint=somewhere")
+    small: dict[str, Any] = {"depth": 4, "img_size": 32}
+    config = settings(*recipe, "model.start_from=x", f"distill.checkpoint={tmp_path / 'dense.pth'}")
+    assert config.distill.tokens_loss == ("kl" if "lvvit" in name else "mse")
+    config.distill.kwargs |= small
+    assert config.distill.teacher is not None
+    dense = timm.create_model(config.distill.teacher, num_classes=3, **config.distill.kwargs)
+    torch.save(dense.state_dict(), tmp_path / "dense.pth")
+    splits: Any = SimpleNamespace(
+        classes=("a", "b", "c"), size=32, channels=3, dense=False, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    student = timm.create_model(name, num_classes=3, **{**config.model.kwargs, **small}).train()
+    _, parts = Objective(student, config, splits, make_teacher(config.distill, splits))(torch.randn(2, 3, 32, 32))
+    assert parts.keys() == {"ratio", "logits", "tokens"} and all(part.isfinite() for part in parts.values())
 
 
 def test_evit_warms_up_from_scratch_only(settings: Load) -> None:
