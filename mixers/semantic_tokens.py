@@ -49,38 +49,52 @@ def pool_to_tokens(x: Tensor, window_size: int, tokens: int) -> Tensor:
     return _max_along(_max_along(x, 1, rows, longest), 2, columns, longest)
 
 
-def _window_positions(length: int, windows: int, side: int, device: torch.device) -> Tensor:
-    """Where on an axis the positions of evenly spread windows lie, [windows * side]; beyond it if it is too short."""
-    number = torch.arange(windows, device=device)
-    first = number * (length - side) // (windows - 1 + 1 // windows)  # a single window divides 0 by 1
-    return (first.clamp(min=0)[:, None] + torch.arange(side, device=device)).flatten()
+# Windows are cut and joined by the flat numbers of positions: no axis of a tensor is as long as there are windows along
+# an axis of the map, since the exporter would take a trace of one window for a promise of one. For the same reason
+# batch and windows are one axis before they are split, never compared.
 
 
-def cut_windows(x: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """The `rows` x `columns` windows that tile a map [B, H, W, C], as [B * rows * columns, side * side, C]."""
-    x = x.reshape(x.shape[0], rows, side, columns, side, x.shape[3])
-    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+def cut_windows(x: Tensor, side: int) -> Tensor:
+    """The windows that tile a map [B, H, W, C], row by row, as [B * windows, side * side, C]."""
+    batch, height, width, dim = x.shape
+    number, columns = torch.arange(height * width, device=x.device), width // side
+    window, inside = number // (side * side), number % (side * side)
+    row, column = window // columns * side + inside // side, window % columns * side + inside % side
+    x = x.flatten(1, 2).index_select(1, row * width + column).flatten(0, 1)
+    return x.reshape(batch * (height // side) * columns, side * side, dim)
 
 
-def join_windows(windows: Tensor, batch: int, rows: int, columns: int, side: int) -> Tensor:
+def join_windows(windows: Tensor, batch: int, height: int, width: int, side: int) -> Tensor:
     """The map [B, H, W, C] of which `windows` were cut."""
-    x = windows.reshape(batch, rows, columns, side, side, windows.shape[-1]).transpose(2, 3)
-    return x.flatten(3, 4).flatten(1, 2)
+    number = torch.arange(height * width, device=windows.device)
+    row, column = number // width, number % width
+    window = row // side * (width // side) + column // side
+    x = windows.flatten(0, 1).reshape(batch, height * width, windows.shape[-1])
+    x = x.index_select(1, window * (side * side) + row % side * side + column % side)
+    return x.reshape(batch, height, width, windows.shape[-1])
+
+
+def _spread_positions(length: int, windows: int, side: int, device: torch.device) -> Tensor:
+    """Where on an axis the positions of evenly spread windows lie, [windows * side]; beyond it if it is too short."""
+    number = torch.arange(windows * side, device=device)
+    # Divided by the windows but one; 0 is divided by 1 if there is but one.
+    first = number // side * (length - side) // (windows - 1 + 1 // windows)
+    return first.clamp(min=0) + number % side
 
 
 def spread_windows(x: Tensor, rows: int, columns: int, side: int) -> tuple[Tensor, Tensor]:
     """`rows` x `columns` square windows of a map [B, H, W, C], the first and the last at its edges.
 
     Returns:
-        The windows [B * rows * columns, side * side, C]; and [rows * columns, side * side], false for positions of a
-        window that reaches out of the map, where the last row or column is repeated.
+        The windows [B * rows * columns, side * side, C]; and [B * rows * columns, side * side], false for positions of
+        a window that reaches out of the map, where the last row or column is repeated.
     """
     height, width = x.shape[1], x.shape[2]
-    row = _window_positions(height, rows, side, x.device)
-    column = _window_positions(width, columns, side, x.device)
-    inside = ((row < height)[:, None] & (column < width))[None, :, :, None]
+    row = _spread_positions(height, rows, side, x.device)
+    column = _spread_positions(width, columns, side, x.device)
+    inside = ((row < height)[:, None] & (column < width))[None, :, :, None].expand(x.shape[0], -1, -1, -1)
     x = x.index_select(1, row.clamp(max=height - 1)).index_select(2, column.clamp(max=width - 1))
-    return cut_windows(x, rows, columns, side), cut_windows(inside, rows, columns, side)[..., 0]
+    return cut_windows(x, side), cut_windows(inside, side)[..., 0]
 
 
 class CrossAttention(nn.Module):
@@ -159,17 +173,16 @@ class WindowCrossAttention(CrossAttention):
         side = self.window_size
         if not is_exporting() and (query.shape[1] % side or query.shape[2] % side):
             raise ValueError(f"the query's map must be whole windows of {side} x {side}; got {list(query.shape)}")
-        batch, rows, columns = query.shape[0], query.shape[1] // side, query.shape[2] // side
-        queries = cut_windows(self.q(query), rows, columns, side)
-        keys_values, seen = self._keys_values(context, rows, columns, mask)
+        queries = cut_windows(self.q(query), side)
+        keys_values, seen = self._keys_values(context, query.shape[1] // side, query.shape[2] // side, mask)
         if self.sees_query:
-            keys_values = torch.cat([cut_windows(self.kv(query), rows, columns, side), keys_values], dim=1)
+            keys_values = torch.cat([cut_windows(self.kv(query), side), keys_values], dim=1)
         if seen is not None:
             if self.sees_query:
                 seen = F.pad(seen, [side * side, 0], value=1.0)
-            seen = seen.repeat(batch, 1)[:, None, None].expand(-1, 1, side * side, -1)
-        out = join_windows(self._attend(queries, keys_values, seen), batch, rows, columns, side)
-        return self.proj_drop(self.proj(out))
+            seen = seen[:, None, None].expand(-1, 1, side * side, -1)
+        out = self._attend(queries, keys_values, seen)
+        return self.proj_drop(self.proj(join_windows(out, query.shape[0], query.shape[1], query.shape[2], side)))
 
     def _keys_values(
         self, context: Tensor, rows: int, columns: int, mask: Tensor | None
@@ -177,10 +190,11 @@ class WindowCrossAttention(CrossAttention):
         """The windows of the projected context; and what is seen of them, None if everything."""
         side = self.key_window_size
         if side == self.window_size and mask is None:
-            return cut_windows(self.kv(context), rows, columns, side), None
+            return cut_windows(self.kv(context), side), None
         windows, seen = spread_windows(self.kv(context), rows, columns, side)
         if mask is not None:
-            seen = spread_windows(mask[None, :, :, None], rows, columns, side)[0][..., 0] & seen
+            mask = mask[None, :, :, None].expand(context.shape[0], -1, -1, -1)
+            seen = spread_windows(mask, rows, columns, side)[0][..., 0] & seen
             return windows, seen | ~seen.any(1, keepdim=True)
         too_small = is_exporting() or context.shape[1] < side or context.shape[2] < side
         return windows, seen if too_small else None

@@ -112,10 +112,13 @@ def _parts(length: int, turned: int, side: int, device: torch.device) -> Tensor:
 
 
 def _wrapping_mask(x: Tensor, down: int, across: int, side: int) -> Tensor:
-    """Positions of a window that only the wrapping brought together, as Swin masks them: [windows, queries, keys]."""
+    """Positions of a window that only the wrapping brought together, as Swin masks them: [windows, queries, keys].
+
+    While exporting for the windows of all pictures, so that no axis has as many as one picture has.
+    """
     rows, columns = _parts(x.shape[1], down, side, x.device), _parts(x.shape[2], across, side, x.device)
     part = (3 * rows[:, None] + columns)[None, :, :, None]
-    part = cut_windows(part, x.shape[1] // side, x.shape[2] // side, side)
+    part = cut_windows(part.expand(x.shape[0] if is_exporting() else 1, -1, -1, -1), side)
     return (part != part.transpose(1, 2)).to(x.dtype) * -100.0
 
 
@@ -169,8 +172,8 @@ class WindowBlock(nn.Module):
         if self.shift > 0:
             mask = _wrapping_mask(x, down, across, side)
             x = _part_of(x, down, across, height + below, width + right)
-        windows = self.attn(cut_windows(x, rows, columns, side), mask)
-        x = join_windows(windows, batch, rows, columns, side)
+        windows = self.attn(cut_windows(x, side), mask)
+        x = join_windows(windows, batch, height + below, width + right, side)
         return _part_of(x, -down, -across, height, width) if padded or self.shift > 0 else x
 
     def forward(self, x: Tensor) -> Tensor:
