@@ -48,11 +48,11 @@ class HashingViT(VisionTransformer):
         self._reset_hash()
 
     def _reset_hash(self) -> None:
-        if self.bits == 0 or self.num_classes == 0:
+        if self.bits and self.num_classes:
+            like = next(self.parameters())
+            self.head_hash = nn.Linear(self.num_classes, self.bits, device=like.device, dtype=like.dtype)
+        else:
             self.head_hash = nn.Identity()
-            return
-        like = next(self.parameters())
-        self.head_hash = nn.Linear(self.num_classes, self.bits, device=like.device, dtype=like.dtype)
         self.head_hash.train(self.training)
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
