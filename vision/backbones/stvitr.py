@@ -251,7 +251,7 @@ class SemanticUnit(nn.Module):
         self.window_size, self.tokens = _WINDOW, _TOKENS
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         args: dict[str, Any] = {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop, **dd}
-        rates = dict(zip(_UNIT, drop_paths, strict=True))
+        rates: dict[str, float] = dict(zip(_UNIT, drop_paths, strict=True))
 
         def block(name: str, shortcut: bool = True) -> SemanticBlock:
             kind = WindowCrossAttention if name in self.windows else CrossAttention
@@ -424,7 +424,8 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackb
         *((rf"layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(len(model.stages))),
     ]
     depth = len(_UNIT)
-    for number in range(depth * len(model.stages[2].blocks) if len(model.stages) > 2 else 0):
+    units: Any = model.stages[2].blocks if len(model.stages) > 2 else ()
+    for number in range(depth * len(units)):
         ours = f"stages.2.blocks.{number // depth}.{_UNIT[number % depth]}."
         rules += [
             (rf"layers\.2\.blocks\.{number}\.layer_scale_(\d)", rf"{ours}ls\1.gamma"),
