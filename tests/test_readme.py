@@ -66,6 +66,14 @@ def test_python_blocks_run_and_print_what_is_shown() -> None:
     assert shown
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if any(block[0] == "python" for block in _blocks(page))])
+def test_python_blocks_of_a_page_run(page: str) -> None:
+    namespace: dict[str, object] = {}
+    for language, content in _blocks(page):
+        if language == "python":
+            exec(compile(content, page, "exec"), namespace)
+
+
 def test_first_python_block_is_short() -> None:
     (_, first), *_ = _blocks("README.md")
     assert len([line for line in first.splitlines() if line]) <= 8
