@@ -30,6 +30,8 @@ from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, u
 from ._token_reduction import METHODS, TokenReducedViT, stage_blocks
 from .tome import timm_cfg
 
+torch.fx.wrap("resample_abs_pos_embed")
+
 
 @dataclass(frozen=True)
 class EViT:
