@@ -209,10 +209,12 @@ def _blocks(q: Tensor, *, is_key_grad: bool = False) -> dict[str, Any]:
     two results and four operands are in registers at once."""
     dim, half = q.shape[3], q.dtype.itemsize == 2
     block = 64 if half and dim <= 64 else 32
-    return {
-        **{"D": dim, "BD": max(16, 1 << (dim - 1).bit_length()), "BQ": 32 if is_key_grad else block, "BK": block},
-        **{"num_warps": 4 if half else 8, "num_stages": 1},
-    }  # fmt: skip
+    warps = 4 if half else 8
+    queries, keys = block, block
+    if is_key_grad:
+        queries, keys, warps = 32, 32 if half else 16, 4
+    width = max(16, 1 << (dim - 1).bit_length())
+    return {"D": dim, "BD": width, "BQ": queries, "BK": keys, "num_warps": warps, "num_stages": 1}
 
 
 def _dense(*tensors: Tensor) -> list[Tensor]:
