@@ -190,7 +190,7 @@ def token_figure(model: nn.Module, name: str, files: Sequence[Path | str], *, we
         raise ValueError(f"with these settings {name} neither merges nor drops a token")
     method = getattr(reducing, "method", None)
     title = f"{name}, {weights}" + (f"\n{method}" if method is not None else "")
-    return draw_tokens(pictures, traces, title, reducing.num_prefix_tokens)
+    return draw_tokens(pictures, traces, title, getattr(reducing, "num_prefix_tokens", 0))
 
 
 @torch.no_grad()

@@ -152,6 +152,19 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         draw(timm.create_model("tome_deit_tiny_patch16_224", r=0, **TINY), "tome")
 
 
+@pytest.mark.parametrize("name", ["dynamicvit_convnext_tiny", "dynamicvit_swin_tiny"])
+def test_pyramids_draw_which_positions_get_the_mlp(name: str) -> None:
+    kwargs: dict[str, Any] = {"depths": (1, 1, 4, 1), "locations": (1, 2, 3), "keep_rate": 0.9}
+    kwargs |= {"dims": (8, 16, 32, 64)} if "convnext" in name else {"embed_dim": 24, "num_heads": (1, 1, 2, 2)}
+    model: Any = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        stages = model.trace_tokens(torch.randn(2, 3, 224, 224))
+    assert [stage.block for stage in stages] == [1, 2, 3]
+    assert [(stage.assign >= 0).sum(1).tolist() for stage in stages] == [[176] * 2, [137] * 2, [98] * 2]
+    text = _texts(token_figure(model, name, ["flower.jpg"], weights="random weights", side=64))
+    assert "of 24 patches" in text
+
+
 @torch.no_grad()
 def test_the_example_keeps_what_looks_like_the_middle() -> None:
     """A picture of one colour with a square of another: in all stages the square stays, and the rest goes first."""

@@ -23,7 +23,7 @@ from ...kernels.token_reduction import keep_tokens, unmerge_tokens
 from ...mixers.token_predictor import draw_decision, kept_count
 from ._checkpoints import StateDict
 from ._hierarchical import HierarchicalBackbone, Stage
-from ._token_reduction import Decided
+from ._token_reduction import Decided, TokenStage
 
 
 class DynamicBlock(nn.Module):
@@ -128,6 +128,22 @@ class DynamicBackbone(HierarchicalBackbone):
             routes = [_kept(score, rate) for score, rate in zip(routes, self.keep_rates, strict=True)]
         x = self.norm(x)
         return Decided(self.forward_head(x), self.final_tokens(x), routes, None)
+
+    @torch.jit.ignore  # pyright: ignore[reportArgumentType]
+    def trace_tokens(self, x: Tensor) -> list[TokenStage]:
+        """For each block with a predictor: positions that get the MLP from there on stay in place, the rest is -1."""
+        predicting = [
+            i
+            for stage in self.stages
+            for i, block in enumerate(stage.blocks)
+            if getattr(block, "predictor", None) is not None
+        ]
+        decisions = self.forward_decided(x).decisions
+        places = torch.arange(decisions[0].shape[1], device=x.device)
+        return [
+            TokenStage(block, torch.where(kept > 0, places, -1), None)
+            for block, kept in zip(predicting, decisions, strict=True)
+        ]
 
 
 def _kept(score: Tensor, rate: float) -> Tensor:
