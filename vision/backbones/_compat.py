@@ -8,5 +8,5 @@ __all__ = ["feature_take_indices"]
 
 # What `torch.fx.wrap("resample_abs_pos_embed")` would do in timm's file: FX has no sizes to compare, and there timm's
 # ViTs with dynamic_img_size compare them.
-_of_timm = vars(vision_transformer)
+_of_timm = vision_transformer.__dict__
 _wrapped_fns_to_patch[(id(_of_timm), "resample_abs_pos_embed")] = _of_timm
