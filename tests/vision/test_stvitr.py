@@ -193,7 +193,7 @@ def test_recovery_writes_tokens_back_to_the_map() -> None:
     assert torch.equal(unit(x)[0, 0, 0], far)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @torch.no_grad()
 def test_detector_runs_everywhere(tmp_path: Path) -> None:
     """What the contract asks of the first model of a file, of the other graph."""
