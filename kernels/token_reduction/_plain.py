@@ -66,7 +66,7 @@ def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """[batch, n, dim] and [batch, m] to [batch, m, dim].
 
-    On the CPU `gather` reads an index a number; by whole rows it is many times as fast, but exporters write the sizes down.
+    `gather` reads an index for every number; whole rows are ten times as fast, but exporters would fix their count.
     """
     batch, tokens, dim = x.shape
     if wants_plain_ops():
