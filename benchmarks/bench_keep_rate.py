@@ -48,6 +48,7 @@ QUICK = ("data=digits", "data.size=28", "data.limit=64", "train.epochs=1", "trai
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COLOURS = {"dense": "#343a40", "ToMe": "#2ca02c", "EViT": "#1f77b4", "DynamicViT": "#d62728"}
+LABEL_HEIGHTS = {"ToMe": -11, "EViT": 5, "DynamicViT": -11}  # of the rates beside the points, which lie close together
 
 
 class Contender(NamedTuple):
@@ -178,8 +179,9 @@ def draw(points: Sequence[Point], path: Path) -> None:
         left.plot([point.rate for point in own], values, **style)
         right.plot([point.pictures_per_second for point in own], values, **style)
         for point, value in zip(own[1:], values[1:], strict=True):
+            text = {"color": COLOURS[method], "fontsize": 7, "ha": "center", "textcoords": "offset points"}
             place = (point.pictures_per_second, value)
-            right.annotate(f"{point.rate:g}", place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+            right.annotate(f"{point.rate:g}", place, xytext=(0, LABEL_HEIGHTS[method]), **text)
     for axes in (left, right):
         for point, marker in ((base, "s"), (more, "D")):
             place = point.rate if axes is left else point.pictures_per_second
