@@ -194,6 +194,8 @@ def test_rates_change_without_new_weights() -> None:
     for wrong in (0.0, 1.5, [0.5, 0.5]):
         with pytest.raises(ValueError, match="set_keep_rate needs shares above 0 and up to 1, 3 or one"):
             reduced.set_keep_rate(wrong)
+    with pytest.raises(ValueError, match="ToMe has no keep rate to change"):
+        reduce_tokens(make(), "tome").set_keep_rate(0.5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ Unusual:
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from timm.layers import Attention, register_notrace_module
@@ -60,6 +60,10 @@ class TokenAttention(Attention):
 class TokenBlock(Block):
     """timm's pre-norm block around a reducer; maps (tokens [B, N, C], state) to (tokens [B, M, C], state)."""
 
+    if TYPE_CHECKING:  # TorchScript cannot read these
+        attn: TokenAttention
+        reducer: TokenReducer
+
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:  # pyright: ignore
         x, state = self.reducer.before(x, state)
         normed = self.norm1(x)
@@ -74,6 +78,10 @@ class TokenBlock(Block):
 @register_notrace_module
 class TokenResPostBlock(ResPostBlock):
     """The same for timm's post-norm block."""
+
+    if TYPE_CHECKING:
+        attn: TokenAttention
+        reducer: TokenReducer
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:  # pyright: ignore
         x, state = self.reducer.before(x, state)
@@ -179,7 +187,9 @@ class TokenReducedViT(IsotropicBackbone):
         """Change what the pruning blocks keep, without new weights; a rate for each of them, or one for all."""
         pruning = [reducer for reducer in self.reducers if hasattr(reducer, "keep_rate")]
         rates = [rate] * len(pruning) if isinstance(rate, int | float) else list(rate)
-        if not pruning or len(rates) != len(pruning) or not all(0 < rate <= 1 for rate in rates):
+        if not pruning:
+            raise ValueError(f"{type(self.method).__name__} has no keep rate to change; make the model anew")
+        if len(rates) != len(pruning) or not all(0 < rate <= 1 for rate in rates):
             raise ValueError(f"set_keep_rate needs shares above 0 and up to 1, {len(pruning)} or one; got {rate}")
         for reducer, share in zip(pruning, rates, strict=True):
             reducer.keep_rate = share  # type: ignore[assignment]
@@ -292,7 +302,7 @@ def reduce_tokens(model: VisionTransformer, method: str | ReductionMethod, **set
             "is wrapped (features_only, compile); Eva's rotary positions and hierarchical models are not known"
         )
     reduced = view_as(model, kind)
-    reduced._install(method)
+    reduced._install(cast(ReductionMethod, method))
     return reduced
 
 
@@ -301,7 +311,7 @@ def restore_tokens(model: TokenReducedViT) -> VisionTransformer:
     kind = next((plain for plain, reduced in reversed(REDUCED.items()) if isinstance(model, reduced)), None)
     if kind is None:
         raise ValueError(f"restore_tokens takes what reduce_tokens returned; got {type(model).__name__}")
-    plain = view_as(model, kind)
+    plain: Any = view_as(model, kind)
     blocks = [_plain_block(block) for block in model.blocks]
     plain.blocks = nn.ModuleList(blocks) if issubclass(kind, IsotropicBackbone) else nn.Sequential(*blocks)
     del plain.method, plain.merges

@@ -76,8 +76,8 @@ class EViTVisionTransformer(TokenReducedViT):
         """Patches [B, rows, columns, C] to tokens [B, 1 + rows * columns, C]."""
         size = [x.shape[1], x.shape[2]]
         grid = [self.patch_embed.grid_size[0], self.patch_embed.grid_size[1]]
-        positions = resample_abs_pos_embed(self.pos_embed, size, grid, antialias=False)
-        class_token = self.cls_token.expand(x.shape[0], -1, -1)
+        positions = resample_abs_pos_embed(self.pos_embed, size, grid, antialias=False)  # pyright: ignore
+        class_token = self.cls_token.expand(x.shape[0], -1, -1)  # pyright: ignore
         return self.pos_drop(torch.cat([class_token, x.flatten(1, 2)], dim=1) + positions)
 
 
