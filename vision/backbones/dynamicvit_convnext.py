@@ -30,16 +30,19 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 
 class PatchConv2d(nn.Conv2d):
-    """A convolution whose stride is its kernel, of a map that is filled up to whole patches below and on the right."""
+    """A convolution whose stride is its kernel; what is missing to whole patches below and on the right is zeros.
+
+    It always pads by all but one position, which the stride leaves out again where it is too much: while exporting, the
+    size of the output stays a simple symbol.
+    """
 
     def __init__(self, in_chans: int, dim: int, size: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__(in_chans, dim, size, stride=size, device=device, dtype=dtype)
         self.size = size
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.Conv2d
-        height, width = input.shape[2], input.shape[3]
-        whole = F.pad(input, (0, -width % self.size, 0, -height % self.size))
-        return F.conv2d(whole, self.weight, self.bias, self.stride)
+        padded = F.pad(input, (0, self.size - 1, 0, self.size - 1))
+        return F.conv2d(padded, self.weight, self.bias, self.stride)
 
 
 class PlainBlock(ConvNeXtBlock):
