@@ -86,7 +86,7 @@ def _differentiate_merge(ctx, grad, grad_total):
     of_slot = torch.where(slot < 0, 1.0, total.gather(1, slot.clamp(min=0)))
     weight = (1 / of_slot) if size is None else size / of_slot
     grad_x = at_tokens * weight.unsqueeze(2).to(grad.dtype) if ctx.needs_input_grad[0] else None
-    if not values:
+    if size is None or not values:
         return grad_x, None, None, None
     x, merged = values
     away = (x - _plain.unmerge(merged, slot)).to(total.dtype)

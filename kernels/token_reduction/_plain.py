@@ -35,8 +35,10 @@ def at_most_half(tokens: int, r: int, num_prefix: int) -> int:
     if torch.jit.is_scripting():
         return min(r, half)
     else:
-        smaller = torch.sym_min(r, half)  # while exporting no guard on which of them it is
-        return r if r == 0 else smaller  # pyright: ignore[reportReturnType]
+        if r == 0:
+            return r
+        # While exporting no guard on which of them is the smaller; Dynamo of torch 2.11 takes no plain numbers.
+        return min(r, half) if isinstance(half, int) else torch.sym_min(r, half)  # pyright: ignore[reportReturnType]
 
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
