@@ -6,8 +6,6 @@ variants first. Those are made shallower where that is all a check needs.
 """
 
 import copy
-import functools
-import inspect
 import json
 import re
 import subprocess
@@ -20,119 +18,25 @@ import mixerzoo.vision
 import pytest
 import timm
 import torch
-from mixerzoo.vision.backbones import HierarchicalBackbone, IsotropicBackbone
-from mixerzoo.vision.backbones._token_reduction import TokenReducedViT
+from backbones import (
+    FIRST,
+    NAMES,
+    TAGGED,
+    assert_near,
+    fits,
+    minimal_on_meta,
+    on_meta,
+    picture,
+    shallow,
+    shallow_args,
+    tap_count,
+    training_pictures,
+    uncovered,
+)
+from mixerzoo.vision.backbones import HierarchicalBackbone
 from timm.models import model_entrypoint
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-
-NAMES = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("mixerzoo.")]
-TAGGED = sorted(
-    tagged
-    for name in NAMES
-    for tagged in timm.list_models(f"{name}.*", include_tags=True)
-    if tagged.split(".")[0] == name
-)
-
-
-def _first_of_each_group() -> list[str]:
-    groups = {}
-    for module in sorted({model_entrypoint(name).__module__ for name in NAMES}):
-        for name in sys.modules[module].__all__:  # register_model appends to it, in the order of the file
-            if name in NAMES:
-                groups.setdefault((module, name.split("_")[0]), name)
-    return list(groups.values())
-
-
-FIRST = _first_of_each_group()
-
-SAMPLE = {  # one for each operator and each base class, in the slow tests; the others have the mark "exhaustive"
-    "dynamicvit_deit_256_patch16_224",
-    "litv2_s",
-    "nat_mini",
-    "stvitr_swin_small",
-    "tome_deit_tiny_patch16_224",
-    "unireplknet_a",
-    "vig_tiny",
-    "vim_tiny",
-    "vmamba_tiny_s1l8",
-}
-assert set(FIRST) >= SAMPLE
-
-
-def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    return timm.create_model(name, device="meta", dtype=torch.float32, **kwargs).eval()
-
-
-@functools.cache
-def shallow_args(name: str, most: int = 2) -> dict[str, Any]:
-    """Arguments that leave a model its widths and at most so many blocks a stage, twice as many without stages."""
-    model = on_meta(name)
-    accepted = inspect.signature(type(model).__init__).parameters
-    if isinstance(model, HierarchicalBackbone) and "depths" in accepted:
-        depths = tuple(min(len(stage.blocks), most) for stage in model.stages)
-        # Where tokens are chosen must lie within the depth.
-        locations = {"locations": tuple(range(depths[2]))} if "locations" in accepted else {}
-        return {"depths": depths, "drop_path_rate": 0.0, **locations}
-    if isinstance(model, IsotropicBackbone) and ("depth" in accepted or isinstance(model, TokenReducedViT)):
-        return {"depth": min(len(model.blocks), 2 * most), "drop_path_rate": 0.0}
-    return {}
-
-
-def shallow(name: str, **kwargs: Any) -> nn.Module:
-    """With weights large enough that every part shows in the output."""
-    model = timm.create_model(name, **{**shallow_args(name), **kwargs}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=max(parameter[0].numel(), 1) ** -0.5)
-            else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def minimal(name: str) -> nn.Module:
-    """One block a stage, two in all without stages: what is traced block by block takes its time."""
-    return shallow(name, **shallow_args(name, 1))
-
-
-def minimal_on_meta(tagged: str, **kwargs: Any) -> nn.Module:
-    """For what does not depend on the number of blocks."""
-    return on_meta(tagged, **shallow_args(tagged.split(".")[0], 1), **kwargs)
-
-
-def tap_count(model: nn.Module) -> int:
-    return len(model.feature_info)
-
-
-def uncovered(model: nn.Module) -> int:
-    """By how many pixels the patches of a model without stages overlap: so much less of an image counts."""
-    proj = model.patch_embed.proj if isinstance(model, IsotropicBackbone) else None
-    return proj.kernel_size[0] - proj.stride[0] if isinstance(proj, nn.Conv2d) else 0
-
-
-def fits(side: int, image: int, reduction: int, first: int) -> bool:
-    """Whether a map's side fits the image's: rounded up, or down behind the stem as the official LITv2 does."""
-    stem = -(-image // first)
-    return side in (-(-image // reduction), max(stem // (reduction // first), 1))
-
-
-def picture(height: int = 64, width: int = 64, batch: int = 1, channels: int = 3) -> Tensor:
-    return torch.randn(batch, channels, height, width)
-
-
-def training_pictures(model: nn.Module) -> Tensor:
-    """Two, with more than one position on the smallest map: batch norms need two values, scans two steps."""
-    side = max(64, 2 * model.feature_info[-1]["reduction"])
-    return picture(side, side, batch=2)
-
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
-    """Equal but for rounding, which is measured against the largest value."""
-    assert got.shape == want.shape
-    error = (got - want).abs().max() / want.abs().max().clamp(min=1e-12)
-    assert error < tolerance, f"relative error {error:.1e}"
-
 
 # Names and files
 
@@ -268,15 +172,6 @@ def test_weight_groups(name: str) -> None:
 
 @pytest.fixture(params=FIRST, scope="module")
 def first(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def _expensive(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive)
-
-
-@pytest.fixture(params=[_expensive(name) for name in FIRST])
-def sampled(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -480,58 +375,3 @@ def test_torchscript_and_fx(shared: nn.Module, tmp_path: Path) -> None:
     for x in (picture(), picture(50, 40, batch=2)):
         assert_near(scripted(x), shared(x), 1e-5)
         assert torch.equal(traced(x)["out"], shared(x))
-
-
-def test_compiles_without_graph_breaks(sampled: str) -> None:
-    model = minimal(sampled).train()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = training_pictures(model)
-    torch.manual_seed(0)  # for models that draw what they keep
-    out = compiled(x)
-    out.square().mean().backward()
-    got = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    torch.manual_seed(0)
-    want = model(x)
-    assert_near(out, want, 1e-5)
-    want.square().mean().backward()
-    for a, b in zip(got, model.parameters(), strict=True):
-        assert_near(a, b.grad)
-
-
-@torch.no_grad()
-def test_compiles_with_inductor(sampled: str) -> None:
-    model, x = minimal(sampled), picture()
-    torch._dynamo.reset()
-    assert_near(torch.compile(model, fullgraph=True)(x), model(x))
-
-
-DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-UNTRACED = [(1, 64, 64), (3, 113, 75), (2, 224, 160)]  # a map of one position cannot be a symbol
-
-
-@torch.no_grad()
-def test_exports_with_dynamic_sizes(sampled: str, tmp_path: Path) -> None:
-    """As a program, and as ONNX from the same trace: tracing is what takes long."""
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = minimal(sampled)
-    scale = 4 if model.feature_info[-1]["reduction"] > 32 else 1  # wavelets halve the last map once more
-    # Counts of tokens that are cut to rates are long symbols, half a minute a trace: one such model stands for all.
-    is_free = not isinstance(model, TokenReducedViT) or sampled.startswith("tome")
-    sizes = DYNAMIC if is_free else {0: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(model, (picture(scale * 96, scale * 128, batch=2),), dynamic_shapes=(sizes,))
-    assert not [node for node in program.graph.nodes if "mixerzoo" in str(node.target)], "standard operators only"
-    untraced = UNTRACED if is_free else [(1, 96, 128), (3, 96, 128)]
-    images = [picture(scale * height, scale * width, batch) for batch, height, width in untraced]
-    module = program.module()
-    for x in images:
-        assert_near(module(x), model(x))
-
-    # Unoptimised, which takes half the time; test_export.py has the files that users get.
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
-    assert onnx_program is not None
-    onnx_program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    for x in images:
-        (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        assert_near(torch.as_tensor(logits), model(x))
