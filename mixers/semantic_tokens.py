@@ -74,12 +74,19 @@ def join_windows(windows: Tensor, batch: int, height: int, width: int, side: int
     return x.reshape(batch, height, width, windows.shape[-1])
 
 
+def _spare(length: int, side: int) -> int:
+    """Positions of an axis that one window leaves over; none if it is too short."""
+    if torch.jit.is_scripting():
+        return max(length - side, 0)
+    else:
+        return torch.sym_max(length - side, 0)  # type: ignore[return-value]  # while exporting no guard on the larger
+
+
 def _spread_positions(length: int, windows: int, side: int, device: torch.device) -> Tensor:
     """Where on an axis the positions of evenly spread windows lie, [windows * side]; beyond it if it is too short."""
     number = torch.arange(windows * side, device=device)
     # Divided by the windows but one; 0 is divided by 1 if there is but one.
-    first = number // side * (length - side) // (windows - 1 + 1 // windows)
-    return first.clamp(min=0) + number % side
+    return number // side * _spare(length, side) // (windows - 1 + 1 // windows) + number % side
 
 
 def spread_windows(x: Tensor, rows: int, columns: int, side: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +186,7 @@ class WindowCrossAttention(CrossAttention):
             keys_values = torch.cat([cut_windows(self.kv(query), side), keys_values], dim=1)
         if seen is not None:
             if self.sees_query:
-                seen = F.pad(seen, [side * side, 0], value=1.0)
+                seen = torch.cat([torch.ones_like(seen[:, :1]).expand(-1, side * side), seen], dim=1)
             seen = seen[:, None, None].expand(-1, 1, side * side, -1)
         out = self._attend(queries, keys_values, seen)
         return self.proj_drop(self.proj(join_windows(out, query.shape[0], query.shape[1], query.shape[2], side)))

@@ -154,7 +154,7 @@ class TokenMerging(TokenReducer):
         bias: Tensor | None = None
         if self.proportional and size is not None:
             bias = size.log()[:, None, None, :].to(query.dtype)
-        return F.scaled_dot_product_attention(query, key, value, bias), key.mean(dim=1)
+        return F.scaled_dot_product_attention(query, key, value, bias), key
 
     def between(self, x: Tensor, state: TokenState, evidence: Tensor | None) -> tuple[Tensor, TokenState]:
         length = merged_length(x.shape[1], self.r, num_prefix=self.num_prefix)

@@ -24,7 +24,9 @@ from .training.summary import summarize
 # github.com/SHI-Labs/Neighborhood-Attention-Transformer; the READMEs of github.com/ziplab/LITv2,
 # github.com/AILab-CVC/UniRepLKNet, github.com/Visual-Attention-Network/VAN-Classification and
 # github.com/TerryPei/EfficientVMamba; van_b4, whose weights the authors do not host, from mmpretrain; VMamba from
-# assets/performance.md of github.com/MzeroMiko/VMamba. Ours load those weights, and give those outputs.
+# assets/performance.md of github.com/MzeroMiko/VMamba; of the models with fewer tokens the READMEs of
+# github.com/facebookresearch/ToMe, youweiliang/evit, raoyongming/DynamicViT, zihangJiang/TokenLabeling and
+# changsn/STViT-R. Ours load those weights, and give those outputs.
 STATED_TOP1 = {
     "nat_mini.in1k": 81.8,
     "nat_tiny.in1k": 83.2,
@@ -94,6 +96,25 @@ STATED_TOP1 = {
     "efficientvmamba_tiny.in1k": 76.5,
     "efficientvmamba_small.in1k": 78.7,
     "efficientvmamba_base.in1k": 81.8,
+    "tome_mae_vit_base_patch16_224.r16_in1k": 81.9,
+    "tome_mae_vit_large_patch16_224.r8_in1k": 85.1,
+    "tome_mae_vit_huge_patch14_224.r7_in1k": 86.5,
+    "evit_deit_small_patch16_224.k07_fuse_in1k": 79.5,
+    "dynamicvit_deit_256_patch16_224.r07_in1k": 76.5,
+    "dynamicvit_deit_small_patch16_224.r07_in1k": 79.3,
+    "dynamicvit_deit_base_patch16_224.r07_in1k": 81.4,
+    "dynamicvit_lvvit_small.r07_in1k": 83.1,
+    "dynamicvit_lvvit_medium.r07_in1k": 83.8,
+    "dynamicvit_convnext_tiny.r07_in1k": 81.6,
+    "dynamicvit_convnext_small.r07_in1k": 82.6,
+    "dynamicvit_convnext_base.r07_in1k": 83.5,
+    "dynamicvit_swin_tiny.r07_in1k": 80.9,
+    "dynamicvit_swin_small.r07_in1k": 83.2,
+    "dynamicvit_swin_base.r07_in1k": 83.4,
+    "lvvit_small.in1k": 83.3,
+    "lvvit_medium.in1k": 84.0,
+    "stvitr_swin_small.in1k": 82.7,
+    "stvitr_swin_base.in1k": 83.2,
 }
 
 

@@ -3,7 +3,7 @@
 * `mixerzoo::match_tokens`, `merge_tokens`, `keep_tokens`, `unmerge_tokens`, and `attention_with_evidence`, for the row
   and for the sums. Backwards of merging and keeping gather rows, that of unmerging merges: no atomics anywhere.
 * The operators are for Triton and for the native CPU kernels. Where neither runs, the public functions call `_plain`,
-  which autograd, Inductor and exporters can look into.
+  which autograd and exporters can look into.
 """
 
 import torch
@@ -19,12 +19,13 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def runs_native(x: Tensor) -> bool:
-    """Whether the compiled CPU kernels serve `x`. Compilers see PyTorch's operators instead, which they fuse with what
-    comes before and after."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    """Whether the compiled CPU kernels serve `x`. Compilers take the operators on trust: whether there is a library is
+    asked when they run."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or _runtime.wants_plain_ops():
         return False
-    is_interpreted = _runtime.INTERPRET and _runtime.runs_triton(x)
-    return not is_interpreted and _native.is_available() and not _runtime.wants_plain_ops()
+    if torch.compiler.is_compiling():
+        return True
+    return not (_runtime.INTERPRET and _runtime.runs_triton(x)) and _native.is_available()
 
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:

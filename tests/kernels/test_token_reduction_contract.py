@@ -61,7 +61,8 @@ def test_exported_graphs_hold_standard_operators_alone_and_take_any_size(tmp_pat
             torch.testing.assert_close(torch.as_tensor(b), right, atol=1e-5, rtol=1e-5)
 
 
-def test_compilers_see_standard_operators_on_the_cpu() -> None:
+def test_compilers_see_the_native_operators_on_the_cpu() -> None:
+    """Matching and merging, which Inductor makes 10 % of a model slower; it fuses the rest with what is around."""
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
@@ -70,7 +71,7 @@ def test_compilers_see_standard_operators_on_the_cpu() -> None:
 
     x = torch.randn(2, 21, 8)
     compiled = torch.compile(Reducing(), backend=backend, fullgraph=True)(x)
-    assert not [name for name in seen if "mixerzoo" in name]
+    assert {name for name in seen if "mixerzoo" in name} == {"mixerzoo.match_tokens", "mixerzoo.merge_tokens"}
     for a, b in zip(compiled, Reducing()(x), strict=True):
         torch.testing.assert_close(a, b)
 

@@ -53,6 +53,7 @@ from ...mixers.semantic_tokens import (
 )
 from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, unwrap
 from ._hierarchical import HierarchicalBackbone, Stage
+from .dinat_s import PatchMerging
 
 for _name in ("pool_to_tokens", "_part_of", "_seen"):  # they compute with lengths, which FX has no values of
     torch.fx.wrap(_name)
@@ -79,20 +80,6 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, [0, _beyond(x.shape[3], 4), 0, _beyond(x.shape[2], 4)])
         return self.conv2(self.conv1(x)).permute(0, 2, 3, 1)
-
-
-class PatchMerging(nn.Module):
-    """Swin's: each 2 x 2 positions of a map [B, H, W, C] to one of [B, H / 2, W / 2, 2 C], rounded up."""
-
-    def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, 0, 0, _beyond(x.shape[2], 2), 0, _beyond(x.shape[1], 2)])
-        x = x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3])
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
 def _part_of(x: Tensor, down: int, across: int, height: int, width: int) -> Tensor:
@@ -359,9 +346,7 @@ class STViTR(HierarchicalBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(depths) != 4 or len(num_heads) != 4:
-            raise ValueError(
-                f"there are four stages, each with an entry in depths and num_heads; got {depths} and {num_heads}"
-            )
+            raise ValueError(f"depths and num_heads have an entry for each of four stages; got {depths}, {num_heads}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         args: dict[str, Any] = {"mlp_ratio": mlp_ratio, "proj_drop": proj_drop_rate, **dd}
         counts = [depth * (len(_UNIT) if i == 2 else 1) for i, depth in enumerate(depths)]
