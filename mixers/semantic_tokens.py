@@ -79,7 +79,7 @@ def _spare(length: int, side: int) -> int:
     if torch.jit.is_scripting():
         return max(length - side, 0)
     else:
-        return torch.sym_max(length - side, 0)  # type: ignore[return-value]  # while exporting no guard on the larger
+        return torch.sym_max(length - side, 0)  # pyright: ignore[reportReturnType]  # no guard while exporting
 
 
 def _spread_positions(length: int, windows: int, side: int, device: torch.device) -> Tensor:

@@ -348,6 +348,7 @@ def test_exported_graphs_hold_standard_operators_alone() -> None:
     torch.testing.assert_close(program.module()(other), module(other), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @in_each_format
 def test_backward_operators_pass_opcheck(memory_format: str, implementation: str) -> None:
     x, w5, w7d3, w1, b5, _, b1 = (tensor.float() for tensor in make_attention(2, 3, (3, 4)))

@@ -154,6 +154,7 @@ def test_views_of_a_fused_projection_are_read_in_place() -> None:
     torch.testing.assert_close(mixed, na2d(query, key, value, 3), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_backward_repeats_bit_for_bit() -> None:
     case = CASES["map"]
     inputs = {key: tensor.float() for key, tensor in case.inputs().items()}

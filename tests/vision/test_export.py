@@ -22,6 +22,7 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
         return model(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_features_at_untraced_shapes(format: Any, tmp_path: Path) -> None:
     model = timm.create_model("test_convnext2")
@@ -58,6 +59,7 @@ def test_onnx_file_describes_itself(tmp_path: Path) -> None:
     assert [entry.version for entry in proto.opset_import if entry.domain == ""] == [20]
 
 
+@pytest.mark.slow
 def test_pt2_needs_torch_alone_and_describes_itself(tmp_path: Path) -> None:
     model = timm.create_model("test_convnext2").eval()
     export_model(model, tmp_path / "model.pt2", format="pt2", image_size=(64, 64))
@@ -79,6 +81,7 @@ def test_safetensors_folder_opens_in_timm(tmp_path: Path) -> None:
     torch.testing.assert_close(again(image), model(image), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_fixed_size_model_keeps_its_size_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "vit.pt2"
     small = ["--input-size", "96,64", "--model-kwargs", "depth=1", "embed_dim=48"]
@@ -88,6 +91,7 @@ def test_fixed_size_model_keeps_its_size_and_says_so(tmp_path: Path, capsys: pyt
     assert program(torch.randn(4, 3, 96, 64)).shape == (4, 1000)
 
 
+@pytest.mark.slow
 def test_static_export_has_one_shape(tmp_path: Path) -> None:
     model = timm.create_model("test_convnext2")
     report = export_model(model, tmp_path / "m.pt2", format="pt2", image_size=(64, 64), dynamic=False)
@@ -233,6 +237,7 @@ class _PatchesOfTheMap(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_smallest_size_is_one_that_the_file_takes(tmp_path: Path) -> None:
     model = timm.create_model("test_convnext2").eval()
     model.stages = nn.Sequential(*model.stages, _PatchesOfTheMap())  # at 1/32 of the image

@@ -157,6 +157,7 @@ def test_every_pattern_of_a_recipe_names_a_model(repository: Path) -> None:
             assert timm.list_models(str(pattern)), f"{file.name}: {pattern}"
 
 
+@pytest.mark.slow
 def test_a_recipe_begins_with_weights_that_are_published(repository: Path, settings: Load) -> None:
     for file in (repository / "configs" / "recipes").glob("*_*.yaml"):
         model = settings(file.stem).model
@@ -284,6 +285,7 @@ def _stand_in(config: Config, path: Path) -> list[str]:
     return [*given, *(teaches if config.distill.teacher else [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", CLASSIFICATION)
 def test_a_classification_recipe_trains_on_a_folder(
     recipe: str, settings: Load, tmp_path: Path, no_pictures: None
@@ -300,6 +302,7 @@ def test_a_classification_recipe_trains_on_a_folder(
     assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [f"{family}_segmentation" for family in ("litv2", "unireplknet", "van", "vim", "vmamba")]
 )

@@ -215,5 +215,5 @@ def test_detector_runs_everywhere(tmp_path: Path) -> None:
 
 
 def test_four_stages_are_needed() -> None:
-    with pytest.raises(ValueError, match="there are four stages"):
+    with pytest.raises(ValueError, match="for each of four stages"):
         timm.create_model("stvitr_swin_small", depths=(2, 2, 3), device="meta")
