@@ -135,7 +135,7 @@ class DynamicBackbone(HierarchicalBackbone):
         predicting = [
             i
             for stage in self.stages
-            for i, block in enumerate(stage.blocks)
+            for i, block in enumerate(stage.blocks)  # pyright: ignore[reportArgumentType]
             if getattr(block, "predictor", None) is not None
         ]
         decisions = self.forward_decided(x).decisions
