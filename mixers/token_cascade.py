@@ -18,20 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.token_reduction import attention_with_class_row, attention_with_column_sums, keep_tokens
+from .token_predictor import kept_count
 from .token_reduction import TokenReducer, TokenState, after_pruning
 
 
 def _wide(x: Tensor) -> Tensor:
     """Half precision to float32, in which importance is added up."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-
-
-def _at_least_one(count: int) -> int:
-    if torch.jit.is_scripting():
-        return max(count, 1)
-    else:
-        larger = torch.sym_max(count, 1)  # while exporting no guard on which of them it is
-        return larger  # pyright: ignore[reportReturnType]
 
 
 class ContentPruning(TokenReducer):
@@ -65,7 +58,7 @@ class ContentPruning(TokenReducer):
     def after(self, x: Tensor, state: TokenState, evidence: Tensor | None) -> tuple[Tensor, TokenState]:
         if evidence is None:
             return x, state
-        keep = _at_least_one(math.floor(self.keep_rate * (state.assign.shape[1] - self.num_prefix)))
+        keep = kept_count(state.assign.shape[1] - self.num_prefix, self.keep_rate)
         kept, slot = keep_tokens(x, evidence, keep, num_prefix=self.num_prefix)
         return kept, after_pruning(state, x, slot)
 

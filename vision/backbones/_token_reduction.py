@@ -15,11 +15,12 @@ Unusual:
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from timm.layers import Attention, register_notrace_module
+from timm.models import build_model_with_cfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -227,6 +228,24 @@ class TokenReducedViT(IsotropicBackbone):
         prefix = self.num_prefix_tokens
         mask = None if state.policy is None else state.policy[:, prefix:]
         return Decided(self.forward_head(x), x[:, prefix:], state.decisions, mask)
+
+
+R = TypeVar("R", bound=TokenReducedViT)
+
+
+def create_reduced(
+    kind: type[R], name: str, pretrained: bool, method: ReductionMethod, filter_fn: Callable[..., Any], **kwargs: Any
+) -> R:
+    """A registered model: timm's builder, with features on the raster and any picture size unless `kwargs` say no."""
+    return build_model_with_cfg(
+        kind,
+        name,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        method=method,
+        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
+    )
 
 
 class TokenReducedDistilledViT(TokenReducedViT, VisionTransformerDistilled):

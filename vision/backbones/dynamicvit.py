@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
 from ...mixers.token_predictor import PolicyAttention, PredictedPruning
 from ...mixers.token_reduction import TokenReducer
 from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, unwrap
-from ._token_reduction import METHODS, TokenReducedViT, stage_blocks
+from ._token_reduction import METHODS, TokenReducedViT, create_reduced, stage_blocks
 from .lvvit import TokenReducedLVViT
 
 
@@ -94,15 +94,7 @@ def _create_dynamicvit(
 ) -> TokenReducedViT:
     if pretrained:
         refuse_drive(name, kwargs)
-    return build_model_with_cfg(
-        kind,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=DynamicViT(keep_rate, locations),
-        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
-    )
+    return create_reduced(kind, name, pretrained, DynamicViT(keep_rate, locations), checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(drive_id: str, **settings: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ...mixers.token_cascade import ContentPruning
 from ...mixers.token_reduction import TokenReducer
 from ._checkpoints import StateDict, refuse_mismatch, unwrap
-from ._token_reduction import METHODS, REDUCED, TokenReducedViT, stage_blocks
+from ._token_reduction import METHODS, REDUCED, TokenReducedViT, create_reduced, stage_blocks
 from .tome import timm_cfg
 
 
@@ -143,15 +143,7 @@ def _create_eet(
     locations: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> EETViT:
-    return build_model_with_cfg(
-        EETViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=EET(keep_rate, locations),
-        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
-    )
+    return create_reduced(EETViT, name, pretrained, EET(keep_rate, locations), checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(name: str) -> dict[str, Any]:

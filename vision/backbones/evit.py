@@ -20,14 +20,14 @@ from typing import Any, ClassVar
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor
 
 from ...mixers.token_reduction import AttentivePruning, TokenReducer
 from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, unwrap
-from ._token_reduction import METHODS, TokenReducedViT, stage_blocks
+from ._token_reduction import METHODS, TokenReducedViT, create_reduced, stage_blocks
 from .tome import timm_cfg
 
 torch.fx.wrap("resample_abs_pos_embed")
@@ -99,15 +99,14 @@ def _create_evit(
 ) -> TokenReducedViT:
     if pretrained:
         refuse_drive(name, kwargs)
-    return build_model_with_cfg(
+    return create_reduced(
         EViTVisionTransformer,
         name,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=EViT(keep_rate, fuse_token, locations),
+        EViT(keep_rate, fuse_token, locations),
+        checkpoint_filter_fn,
         dynamic_img_size=True,
-        **{"dynamic_img_pad": True, **kwargs},
+        **kwargs,
     )
 
 

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from ...mixers.token_cascade import CascadePruning
 from ...mixers.token_reduction import TokenReducer
-from ._token_reduction import METHODS, TokenReducedViT
+from ._token_reduction import METHODS, TokenReducedViT, create_reduced
 from .tome import checkpoint_filter_fn, timm_cfg
 
 FIRST_WITH_ALL_TOKENS = 0.15
@@ -97,14 +97,8 @@ def _create_spatten(
     head_keep_rate: float | Sequence[float] = 0.9,
     **kwargs: Any,
 ) -> TokenReducedViT:
-    return build_model_with_cfg(
-        TokenReducedViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=SpAtten(keep_rate, head_keep_rate),
-        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
+    return create_reduced(
+        TokenReducedViT, name, pretrained, SpAtten(keep_rate, head_keep_rate), checkpoint_filter_fn, **kwargs
     )
 
 

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
 from ...mixers.token_reduction import TokenMerging, TokenReducer
 from ._checkpoints import StateDict, refuse_mismatch, unwrap
-from ._token_reduction import METHODS, TokenReducedDistilledViT, TokenReducedViT
+from ._token_reduction import METHODS, TokenReducedDistilledViT, TokenReducedViT, create_reduced
 
 
 def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
@@ -78,15 +78,8 @@ def _create_tome(
     name: str, pretrained: bool, *, r: int | Sequence[float], prop_attn: bool = True, **kwargs: Any
 ) -> TokenReducedViT:
     distilled = kwargs.pop("distilled", False)
-    return build_model_with_cfg(
-        TokenReducedDistilledViT if distilled else TokenReducedViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=ToMe(r, prop_attn),
-        **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
-    )
+    kind = TokenReducedDistilledViT if distilled else TokenReducedViT
+    return create_reduced(kind, name, pretrained, ToMe(r, prop_attn), checkpoint_filter_fn, **kwargs)
 
 
 def timm_cfg(name: str, **settings: Any) -> dict[str, Any]:
