@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import platform
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import timm
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from ..data.loading import EpochBatches, Request, mix_seed, seed_everything
+from ..data.loading import mix_seed, seed_everything
 from ..data.module import SOURCES, ZooData
 from ..data.splits import Splits
-from ..segmentation import scores
-from . import pictures
 from .build import build_model
-from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch, read_table
+from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .distillation import make_teacher
 from .optimization import freeze
 from .plan import make_plan
-from .settings import ConfigError, nearest, to_yaml
-from .summary import Summary, summarize
+from .results import collect_results, describe_run, show_results
+from .settings import ConfigError, nearest
+from .summary import summarize
 from .tasks import Task
 
 _log = logging.getLogger(__name__)
@@ -59,9 +55,7 @@ def run(config: Config) -> dict[str, Any]:
     task = Task(model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits))
     folder = _make_folder(config)
     if _is_first_process():
-        (folder / "config.yaml").write_text(to_yaml(config))
-        (folder / "summary.txt").write_text(f"{summary}\n")
-        _draw_batch(folder / "batch.png", task, splits, config)
+        describe_run(folder, config, task, splits, summary)
 
     data = ZooData(splits, batch_size=config.train.batch_size, seed=config.seed, workers=config.data.workers)
     with SignalWatch() as watch:
@@ -74,12 +68,11 @@ def run(config: Config) -> dict[str, Any]:
     task.load_state_dict(best["state_dict"])
     [test] = trainer.test(task, data, verbose=False)
 
-    results = _results(config, splits, summary, task, test, best)
+    results = collect_results(config, splits, summary, task, test, best)
     results["seconds"] = round(time.monotonic() - started, 1)
     results["folder"] = str(folder)
     if trainer.is_global_zero:
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        _draw_results(folder, task, splits, results)
+        show_results(folder, task, splits, results)
     return results
 
 
@@ -163,70 +156,3 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) 
         enable_model_summary=False,
         enable_progress_bar=train.progress,
     )
-
-
-def _results(
-    config: Config, splits: Splits, summary: Summary, task: Task, test: Any, best: dict[str, Any]
-) -> dict[str, Any]:
-    result = scores(task.result)
-    each = result["iou" if splits.dense else "recall"]
-    per_class = {name: _number(value) for name, value in zip(splits.classes, each, strict=True)}
-    return {
-        "model": config.model.name,
-        "model_kwargs": config.model.kwargs,
-        "data": splits.origin,
-        "test": {name.removeprefix("test/"): value for name, value in test.items()},
-        ("test_iou_by_class" if splits.dense else "test_recall_by_class"): per_class,
-        "best_epoch": best["epoch"] + 1,
-        "epochs": task.plan.epochs,
-        "parameters": summary.parameters,
-        "gmacs": summary.macs / 1e9,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {task.device}",
-    }
-
-
-def _number(value: torch.Tensor) -> float | None:
-    return None if value.isnan() else round(float(value), 6)
-
-
-def _draw_batch(path: Path, task: Task, splits: Splits, config: Config) -> None:
-    count = 6 if splits.dense else 32
-    batches = EpochBatches(len(splits.train), config.train.batch_size, seed=config.seed, training=True)
-    request = next(iter(batches))
-    images, targets = splits.train.__getitems__(request._replace(indices=request.indices[: count - count % 2]))
-    if splits.dense:
-        return pictures.draw_masks(path, images, {"truth": targets}, splits.classes, splits.mean, splits.std)
-    names = [splits.classes[int(target)] for target in targets]
-    if task.mix is not None and len(images) % 2 == 0:
-        seed_everything(request.seed)
-        images, soft = task.mix(images, targets)
-        names = [_blend_name(weights, splits.classes) for weights in soft]
-    pictures.draw_batch(path, images, names, splits.mean, splits.std)
-
-
-def _blend_name(weights: torch.Tensor, classes: tuple[str, ...]) -> str:
-    first, second = weights.topk(2).indices.tolist()
-    share = float(weights[second] / (weights[first] + weights[second]))
-    return classes[first] if share < 0.1 else f"{classes[first]} +\n{100 * share:.0f} % {classes[second]}"
-
-
-@torch.no_grad()
-def _draw_results(folder: Path, task: Task, splits: Splits, results: dict[str, Any]) -> None:
-    title = f"{results['model']} on {results['data']}"
-    pictures.draw_curves(folder / "curves.png", read_table(folder / "metrics.csv"), task.metric, title)
-    count = min(6 if splits.dense else 32, len(splits.test))
-    spread = torch.linspace(0, len(splits.test) - 1, count).long().tolist()
-    images, truth = splits.test.__getitems__(Request(spread, 0))
-    model = task.model.eval().cpu()
-    logits = model(images)
-    value = 100 * results["test"][task.metric]
-    if splits.dense:
-        masks = {"truth": truth, "prediction": logits.argmax(1)}
-        pictures.draw_masks(folder / "predictions.png", images, masks, splits.classes, splits.mean, splits.std)
-    else:
-        shown = (images, truth, logits.softmax(1), splits.classes, splits.mean, splits.std)
-        pictures.draw_predictions(folder / "predictions.png", *shown)
-    title = f"{title}\ntest {'mean IoU' if splits.dense else 'accuracy'} {value:.1f} %"
-    pictures.draw_confusion(folder / "confusion.png", task.result, splits.classes, title)
