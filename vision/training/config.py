@@ -34,6 +34,7 @@ class ModelConfig:
         "a checkpoint of train.py",
     )
     kwargs: dict[str, Any] = option({}, "further arguments of the model, such as model.kwargs.stem_stride=1")  # noqa: RUF009
+    head_init_scale: float = option(1.0, "factor of the first weights of a classifier's new head", low=0)
 
 
 @dataclass
@@ -81,7 +82,11 @@ class AugmentConfig:
     erasing: float = option(0.0, "probability of erasing a rectangle", low=0, high=1)
     mixup: float = option(0.0, "alpha of mixup; 0 is off", low=0)
     cutmix: float = option(0.0, "alpha of cutmix; 0 is off", low=0)
+    mix_off_epochs: int = option(0, "the last so many epochs go without mixup and cutmix", low=0)
     label_smoothing: float = option(0.0, "label smoothing", low=0, high=0.99)
+    sizes: dict[int, int] = option(  # noqa: RUF009
+        {}, "sizes of the training pictures from an epoch on, such as {0: 128, 5: 160}; before the first, data.size"
+    )
 
 
 @dataclass
@@ -125,8 +130,12 @@ class OptimConfig:
     name: str = option("adamw", "a timm optimiser")
     lr: float = option(1e-3, "highest learning rate", low=0)
     weight_decay: float = option(0.05, "weight decay; biases, norms and what the model names are spared", low=0)
+    no_decay: list[str] = option([], 'parameters without weight decay, by name, such as ["*.rpb"]; norms and biases have none')  # noqa: RUF009
     layer_decay: float | None = option(
         None, "multiply the rate by this for each layer towards the input", low=0, high=1
+    )
+    layer_blocks: int = option(
+        1, "blocks of a stage that are one layer to layer_decay; more than a stage has: each stage is one", low=1
     )
     lr_scale: dict[str, float] = option(  # noqa: RUF009
         {}, 'factors of the rate by parameter name, such as {"*.conv_offset.*": 0.01}; all that match multiply'
@@ -138,7 +147,10 @@ class OptimConfig:
     lr_for_batch: int | None = option(
         None, "all rates are meant for this many pictures a step, and scaled with the real number", low=1
     )
-    clip_grad: float | None = option(None, "clip the gradient's norm at this value", low=0)
+    clip_grad: float | None = option(None, "clip gradients at this value, in the sense of clip_mode", low=0)
+    clip_mode: Literal["norm", "value", "agc"] = option(
+        "norm", "clip the norm of all gradients, each value, or each unit's norm in proportion to its weights' (agc)"
+    )
 
 
 @dataclass
