@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import os
 import tempfile
@@ -68,10 +69,11 @@ class Point(NamedTuple):
 
 def train(folder: Path, model: str, more: Sequence[str]) -> tuple[nn.Module, float]:
     """What train.py makes of the recipe and these settings: the model with its best weights, in evaluation mode, and
-    its accuracy on the test pictures."""
+    its accuracy on the test pictures. A run that is finished is not made again."""
     given = ["recipe=token_reduction", f"model={model}", f"out={folder}", "train.progress=false", *more]
     config = load(given, CONFIGS)
-    results = run(config)
+    finished = folder / "results.json"
+    results = json.loads(finished.read_text()) if finished.is_file() else run(config)
     print(f"{folder.name}: accuracy {results['test']['accuracy']:.4f} in {results['seconds']:.0f} s", flush=True)
     config.model.start_from = None
     trained = build_model(config, load_data(config))
@@ -203,7 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=list(KEEP_RATES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="a dry run on digits, which says nothing of accuracy")
-    parser.add_argument("--runs", type=Path, help="keep the runs' folders here; without it they are deleted")
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and take those that are finished")
     parser.add_argument("--markdown", type=Path, default=Path("docs/benchmark_keep_rate.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/keep_rate.png"))
     return parser.parse_args()
@@ -221,11 +223,12 @@ def main() -> int:
         contenders = list(train_all(arguments.runs or Path(temporary), arguments.rates, splits, more))
     batch = 16 if arguments.quick else BATCH
     points = measure(contenders, splits, batch, 1 if arguments.quick else arguments.rounds)
+    kept = f" and what the runs in {arguments.runs} took" if arguments.runs else ", training included"
     machine = describe_machine(arguments.threads, f"timm {timm.__version__}", describe_native())
     link = os.path.relpath(arguments.picture, arguments.markdown.parent)
     text = ["# Accuracy and throughput against the keep rate", ""]
     text += [f"![Test accuracy over keep rate and over throughput, a line a method]({link})", ""]
-    text += [f"{machine}; {(time.monotonic() - start) / 60:.1f} minutes, training included. {splits.origin},"]
+    text += [f"{machine}; {(time.monotonic() - start) / 60:.1f} minutes{kept}. {splits.origin},"]
     text += [f"{len(splits.test)} test pictures; throughput in float32 at batch {batch}, no gradient. The methods are"]
     text += ["described in `benchmarks/bench_keep_rate.py`.", "", *write_table(points)]
     print("\n".join(text))

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.backbones import reduce_tokens
-from mixerzoo.vision.training import run as run_module
+from mixerzoo.vision.training import results as results_module
 from mixerzoo.vision.training.summary import summarize
 
 SHAPE = (1, 28, 28)
@@ -66,8 +66,8 @@ def test_the_table_and_the_picture(bench: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_dry_run_trains_every_method(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(run_module, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(run_module, "_draw_results", lambda *_: None)
+    monkeypatch.setattr(results_module, "_draw_batch", lambda *_: None)
+    monkeypatch.setattr(results_module, "_draw_results", lambda *_: None)
     files = ["--markdown", str(tmp_path / "x.md"), "--picture", str(tmp_path / "x.png")]
     monkeypatch.setattr(
         sys, "argv", ["x", "--quick", "--rates", "0.5", "--threads", "1", "--runs", str(tmp_path), *files]

@@ -25,18 +25,34 @@ SUMS |= {"_gla_carry_kernel", "_merge_kernel", "_keep_kernel", "_evidence_kernel
 CHOICES = {"_partner_kernel", "_slot_kernel", "_members_kernel", "_rank_kernel"}
 """Which compare, and multiply only in full float32."""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not _runtime.HAS_TRITON, reason="Triton is not installed on this platform"),
-]
+SAMPLE = ["dilated", "map-32-float", "conv-7-dilated-half", "lka-half", "scan-half", "scan-16-half", "gla-half"]
+SAMPLE += ["gla-wide-float", "evidence-64-row-half", "evidence-64-sums-half", "tokens-half", "tokens-float"]
+"""Cases that launch every kernel, with the configurations that use the most registers among them."""
+
+pytestmark = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="Triton is not installed on this platform")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_kernels_compile_without_spills_within_shared_memory_on_tensor_cores(target: str) -> None:
+    _check(target, ["--case", *SAMPLE])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_every_configuration_compiles_as_well(target: str) -> None:
+    _check(target, [])
+
+
+def _check(target: str, cases: list[str]) -> None:
     script = Path(__file__).with_name("aot_compile.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, script, "--target", target], capture_output=True, text=True, env=environment, timeout=1500
+        [sys.executable, script, "--target", target, *cases],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=1500,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     reports = [json.loads(line) for line in run.stdout.splitlines()]
