@@ -75,10 +75,14 @@ def _blend_name(weights: torch.Tensor, classes: tuple[str, ...]) -> str:
     return classes[first] if share < 0.1 else f"{classes[first]} +\n{100 * share:.0f} % {classes[second]}"
 
 
-@torch.no_grad()
 def show_results(folder: Path, task: Task, splits: Splits, results: dict[str, Any]) -> None:
     """Writes results.json and the pictures that need a trained model."""
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _draw_results(folder, task, splits, results)
+
+
+@torch.no_grad()
+def _draw_results(folder: Path, task: Task, splits: Splits, results: dict[str, Any]) -> None:
     title = f"{results['model']} on {results['data']}"
     pictures.draw_curves(folder / "curves.png", read_table(folder / "metrics.csv"), task.metric, title)
     count = min(6 if splits.dense else 32, len(splits.test))
