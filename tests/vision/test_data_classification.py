@@ -278,3 +278,14 @@ def test_the_real_fashion_mnist_when_it_is_here() -> None:
         "Dress",
         "T-shirt",
     ]
+
+
+def test_pictures_in_memory_come_in_the_size_of_a_request() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    augmentation = AugmentConfig(shift=2, erasing=1.0)
+    pictures, small = (
+        PicturesInMemory(noise, np.arange(3), size=size, mean=0.5, std=0.5, augmentation=augmentation)
+        for size in (32, 16)
+    )
+    images, labels = pictures.__getitems__(Request([2, 0], 5, size=16))
+    assert torch.equal(images, small.__getitems__(Request([2, 0], 5))[0]) and labels.tolist() == [2, 0]

@@ -101,3 +101,38 @@ def test_items_of_ordinary_data_sets_get_the_same_augmentation_in_any_batch() ->
 def test_mixed_seeds_differ_where_sums_would_not() -> None:
     assert len({mix_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
     assert all(0 <= mix_seed(a) < 2**63 for a in range(50))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_repeats_of_a_picture_land_on_different_ranks_and_the_epoch_stays_as_long(world_size: int) -> None:
+    shards = [
+        list(EpochBatches(60, 5, seed=1, training=True, rank=rank, world_size=world_size, repeats=3))
+        for rank in range(world_size)
+    ]
+    assert [len(shard) for shard in shards] == [60 // (5 * world_size)] * world_size
+    seen = [[index for request in shard for index in request.indices] for shard in shards]
+    counts = np.bincount(sum(seen, []), minlength=60)
+    assert sorted(np.unique(counts)) == [0, 3] and (counts == 3).sum() == 20
+    together = [index for step in zip(*seen, strict=True) for index in step]
+    assert together == np.repeat(together[::3], 3).tolist()  # neighbours in the order of all ranks: one on each
+
+
+def test_repeats_go_on_exactly_where_they_stopped() -> None:
+    whole = list(_batches(repeats=3))
+    resumed = _batches(repeats=3)
+    resumed.start = 2
+    assert list(resumed) == whole[2:]
+
+
+def test_evaluation_knows_neither_repeats_nor_sizes() -> None:
+    plain = list(_batches(training=False))
+    assert list(EpochBatches(40, 8, seed=3, training=False, repeats=3, sizes={0: 16})) == plain
+
+
+def test_sizes_count_from_their_epoch_on() -> None:
+    batches = EpochBatches(40, 8, seed=3, training=True, sizes={2: 96, 5: 128})
+    sizes = []
+    for epoch in range(7):
+        batches.set_epoch(epoch)
+        sizes.append({request.size for request in batches})
+    assert sizes == [{None}, {None}, {96}, {96}, {96}, {128}, {128}]

@@ -91,3 +91,12 @@ def test_splits_share_no_item(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not used[0] & used[1]
     assert [len(part) for part in (splits.train, splits.val, splits.test)] == [8, 2, 2]
     assert splits.dense and splits.classes[0] == "ground" and len(splits.classes) == 11
+
+
+def test_scenes_are_rendered_in_the_size_of_a_request() -> None:
+    scenes = _scenes()
+    images, masks = scenes.__getitems__(Request([1], 0, size=40))
+    assert images.shape == (1, 3, 40, 40) and masks.shape == (1, 40, 40)
+    _, whole = scenes.__getitems__(Request([1], 0))
+    agree = torch.nn.functional.interpolate(whole[None].float(), (40, 40))[0].long() == masks
+    assert agree.float().mean() > 0.8

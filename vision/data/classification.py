@@ -41,9 +41,10 @@ class PicturesInMemory:
         std: float,
         augmentation: Augmentation | None = None,
     ) -> None:
-        self.images = _to_size(torch.from_numpy(np.ascontiguousarray(images)), size)
+        self.originals = torch.from_numpy(np.ascontiguousarray(images))
+        self.images = _to_size(self.originals, size)
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
-        self.mean, self.std, self.augmentation = mean, std, augmentation
+        self.size, self.mean, self.std, self.augmentation = size, mean, std, augmentation
         probability = augmentation.erasing if augmentation else 0.0
         self._erase = RandomErasing(probability, mode="const", device="cpu") if probability else None
 
@@ -52,7 +53,10 @@ class PicturesInMemory:
 
     def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
         indices = torch.as_tensor(request.indices)
-        images = self.images[indices]
+        if request.size in (None, self.size):
+            images = self.images[indices]
+        else:
+            images = _to_size(self.originals[indices], request.size)
         if self.augmentation is not None:
             images = _shift_and_flip(images, self.augmentation, torch.Generator().manual_seed(request.seed))
         normalised = images[:, None].to(torch.float32).div_(255).sub_(self.mean).div_(self.std)

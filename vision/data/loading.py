@@ -14,7 +14,7 @@ batch). Unusual:
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,10 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 
 class Request(NamedTuple):
-    """What a sampler asks of a data set: which pictures, and the seed of their augmentation."""
+    """What a sampler asks of a data set: which pictures, the seed of their augmentation, and their height and width
+    where they are not those of the data set."""
 
     indices: list[int]
     seed: int
+    size: int | None = None
 
 
 class Batches(Protocol):
@@ -51,10 +53,25 @@ def seed_everything(seed: int) -> None:
 
 
 class EpochBatches(Sampler[Request]):
-    """The requests of one rank for one epoch. Training is shuffled and drops the incomplete last batch."""
+    """The requests of one rank for one epoch. Training is shuffled and drops the incomplete last batch.
+
+    `repeats` shows each picture so many times in an epoch, differently augmented, and so much fewer pictures: an epoch
+    is as long as ever (repeated augmentation: E. Hoffer et al., Augment your batch, CVPR 2020; the repeats of a
+    picture land on different ranks, as in DeiT). `sizes` holds, by the epoch from which on it counts, the height and
+    width of training pictures; before the first of these epochs they are those of the data set.
+    """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int, training: bool, rank: int = 0, world_size: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        training: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+        sizes: Mapping[int, int] | None = None,
     ) -> None:
         if training and length < batch_size * world_size:
             raise ValueError(
@@ -63,6 +80,7 @@ class EpochBatches(Sampler[Request]):
             )
         self.length, self.batch_size, self.seed, self.training = length, batch_size, seed, training
         self.rank, self.world_size = rank, world_size
+        self.repeats, self.sizes = repeats, dict(sizes or {})
         self.epoch = 0
         self.start = 0
 
@@ -81,15 +99,19 @@ class EpochBatches(Sampler[Request]):
         return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Request]:
-        order = np.arange(self.length)
+        return self._requests(self.epoch, self.start)
+
+    def _requests(self, epoch: int, start: int) -> Iterator[Request]:
+        order, size = np.arange(self.length), None
         if self.training:
-            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-            order = order[: len(self) * self.batch_size * self.world_size]
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            order = order.repeat(self.repeats)[: len(self) * self.batch_size * self.world_size]
+            size = self.sizes.get(max((first for first in self.sizes if first <= epoch), default=-1))
         # As many batches on each rank, so that no rank waits for another; sizes differ by one at most.
-        parts = np.array_split(order[self.rank :: self.world_size], len(self))
+        parts = np.array_split(order[self.rank :: self.world_size], max(len(self), 1))
         for index, part in enumerate(parts):
-            if index >= self.start:
-                yield Request(part.tolist(), mix_seed(self.seed, self.epoch, self.rank, index))
+            if index >= start:
+                yield Request(part.tolist(), mix_seed(self.seed, epoch, self.rank, index), size)
 
 
 class ResumableLoader(DataLoader):

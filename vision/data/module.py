@@ -5,7 +5,7 @@ A new data set is a function that returns `Splits` and one line in `SOURCES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytorch_lightning as pl
 
@@ -27,9 +27,20 @@ SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
 class ZooData(pl.LightningDataModule):
     """Loaders over `splits`, sharded over the trainer's processes by themselves (use_distributed_sampler=False)."""
 
-    def __init__(self, splits: Splits, *, batch_size: int, seed: int = 0, workers: int = 0) -> None:
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        workers: int = 0,
+        repeats: int = 1,
+        sizes: Mapping[int, int] | None = None,
+    ) -> None:
+        """`repeats` and `sizes` are of training, as `EpochBatches` has them."""
         super().__init__()
         self.splits, self.batch_size, self.seed, self.workers = splits, batch_size, seed, workers
+        self.repeats, self.sizes = repeats, sizes
 
     def train_dataloader(self) -> ResumableLoader:
         return self._loader(self.splits.train, training=True)
@@ -49,6 +60,8 @@ class ZooData(pl.LightningDataModule):
             training=training,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
+            repeats=self.repeats,
+            sizes=self.sizes,
         )
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return ResumableLoader(dataset, batches, workers=self.workers, pin_memory=on_gpu)

@@ -63,21 +63,19 @@ class FashionScenes:
         return self.count
 
     def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
-        scenes, masks = self.render(request.indices)
+        scenes, masks = self.render(request.indices, request.size)
         if self.augmentation is not None:
             generator = torch.Generator().manual_seed(request.seed)
             flip = torch.rand(len(scenes), generator=generator) < self.augmentation.hflip
             scenes[flip], masks[flip] = scenes[flip].flip(-1), masks[flip].flip(-1)
         return (scenes - MEAN[0]) / STD[0], masks
 
-    def render(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+    def render(self, indices: list[int], size: int | None = None) -> tuple[Tensor, Tensor]:
         """Scenes in 0..1, float [B, 3, size, size], and masks int64 [B, size, size]."""
+        size = size or self.size
         layout = self._draw(indices)
-        scene, mask = (
-            _texture(layout.ground, self.size),
-            torch.zeros(len(indices), self.size, self.size, dtype=torch.int64),
-        )
-        pictures, shapes = self._place(layout)
+        scene, mask = _texture(layout.ground, size), torch.zeros(len(indices), size, size, dtype=torch.int64)
+        pictures, shapes = self._place(layout, size)
         labels = 1 + self.labels[layout.item]
         for k in range(MOST_ITEMS):
             inside = shapes[:, k] & layout.shown[:, k, None, None]
@@ -105,13 +103,13 @@ class FashionScenes:
             grids,
         )
 
-    def _place(self, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _place(self, layout: Layout, size: int) -> tuple[Tensor, Tensor]:
         """Every item on a scene of its own: brightness float and shape bool, both [B, K, size, size]."""
         items = self.images[layout.item.flatten()][:, None].float() / 255
         # An item's dark spots belong to it: closing fills what is darker than the outline around it.
         shape = (items > 0.06).float()
         shape = -F.max_pool2d(-F.max_pool2d(shape, 5, 1, 2), 5, 1, 2)
-        grid = F.affine_grid(layout.theta.flatten(0, 1), [len(items), 1, self.size, self.size], align_corners=False)
+        grid = F.affine_grid(layout.theta.flatten(0, 1), [len(items), 1, size, size], align_corners=False)
         placed = F.grid_sample(torch.cat([items, shape], 1), grid, align_corners=False)
         placed = placed.unflatten(0, layout.item.shape)
         return placed[:, :, 0], placed[:, :, 1] > 0.5

@@ -80,6 +80,9 @@ class AugmentConfig:
     color_jitter: float = option(0.0, "strength of random brightness, contrast and colour (folders)", low=0, high=1)
     auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5-inc1 (image_folder)")
     erasing: float = option(0.0, "probability of erasing a rectangle", low=0, high=1)
+    repeats: int = option(
+        1, "repeated augmentation: each picture so many times in an epoch, and as much fewer pictures (DeiT: 3)", low=1
+    )
     mixup: float = option(0.0, "alpha of mixup; 0 is off", low=0)
     cutmix: float = option(0.0, "alpha of cutmix; 0 is off", low=0)
     mix_off_epochs: int = option(0, "the last so many epochs go without mixup and cutmix", low=0)
@@ -130,7 +133,9 @@ class OptimConfig:
     name: str = option("adamw", "a timm optimiser")
     lr: float = option(1e-3, "highest learning rate", low=0)
     weight_decay: float = option(0.05, "weight decay; biases, norms and what the model names are spared", low=0)
-    no_decay: list[str] = option([], 'parameters without weight decay, by name, such as ["*.rpb"]; norms and biases have none')  # noqa: RUF009
+    no_decay: list[str] = option(  # noqa: RUF009
+        [], 'more parameters without weight decay, by name, such as ["*.rpb"]'
+    )
     layer_decay: float | None = option(
         None, "multiply the rate by this for each layer towards the input", low=0, high=1
     )
