@@ -177,8 +177,11 @@ class TrainConfig:
     total_batch: int | None = option(None, "pictures to an optimiser step, over all devices: settles accumulate", low=1)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "Lightning's precision")
     accelerator: str = option("auto", "Lightning's accelerator: auto, cpu, gpu, mps")
-    devices: int = option(1, "devices (processes on a CPU)", low=1)
-    strategy: str = option("auto", "Lightning's strategy for several devices, such as ddp")
+    devices: int = option(1, "devices of each machine (processes on a CPU)", low=1)
+    nodes: int = option(1, "machines, on each of which torchrun or Slurm starts the command", low=1)
+    strategy: Literal["auto", "ddp", "fsdp"] = option(
+        "auto", "several devices: ddp (the automatic choice) has the model on each, fsdp a part of every weight"
+    )
     threads: int | None = option(None, "CPU threads of each process; null is torch's own choice", low=1)
     compile: bool = option(False, "run the model through torch.compile")
     channels_last: bool = option(False, "keep tensors in channels-last order")
@@ -187,6 +190,11 @@ class TrainConfig:
         None, "stop each epoch and each evaluation after so many batches: a dry run", low=1
     )
     progress: bool = option(True, "show a progress bar")
+
+    @property
+    def processes(self) -> int:
+        """Of all machines together."""
+        return self.devices * self.nodes
 
 
 @dataclass

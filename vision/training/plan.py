@@ -31,7 +31,7 @@ def make_plan(config: Config, pictures: int) -> Plan:
     accumulate = _accumulate(config)
     steps = _steps_per_epoch(config, pictures, accumulate)
     epochs = _epochs(config, steps)
-    batch = config.train.batch_size * config.train.devices * accumulate
+    batch = config.train.batch_size * config.train.processes * accumulate
     _check_schedule(config, epochs)
     lr_factor = batch / config.optim.lr_for_batch if config.optim.lr_for_batch is not None else 1.0
     return Plan(epochs, steps, accumulate, batch, lr_factor)
@@ -46,18 +46,20 @@ def _accumulate(config: Config) -> int:
             f"train.total_batch={train.total_batch} settles how many batches are accumulated, but "
             f"train.accumulate={train.accumulate} is given too; set train.accumulate=1 or train.total_batch=null"
         )
-    at_once = train.batch_size * train.devices
+    at_once = train.batch_size * train.processes
     if train.total_batch % at_once:
+        nodes = f" of train.nodes={train.nodes}" if train.nodes > 1 else ""
         raise ConfigError(
             f"train.total_batch={train.total_batch} is not a multiple of the {at_once} pictures of train.batch_size="
-            f"{train.batch_size} on train.devices={train.devices}; change one of them, or set train.total_batch=null"
+            f"{train.batch_size} on train.devices={train.devices}{nodes}; change one of them, or set "
+            "train.total_batch=null"
         )
     return train.total_batch // at_once
 
 
 def _steps_per_epoch(config: Config, pictures: int, accumulate: int) -> int:
     train = config.train
-    batches = EpochBatches(pictures, train.batch_size, seed=config.seed, training=True, world_size=train.devices)
+    batches = EpochBatches(pictures, train.batch_size, seed=config.seed, training=True, world_size=train.processes)
     return math.ceil(min(len(batches), train.limit_batches or len(batches)) / accumulate)
 
 

@@ -22,6 +22,7 @@ from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .distillation import make_teacher
+from .distributed import check_processes, is_first, load_weights, make_environment, make_strategy
 from .optimization import freeze
 from .plan import make_plan
 from .results import collect_results, describe_run, show_results
@@ -36,6 +37,7 @@ _FOLDER_VARIABLE = "MIXERZOO_RUN_FOLDER"  # tells the processes that Lightning s
 def run(config: Config) -> dict[str, Any]:
     """Trains and tests as `config` says; returns what results.json holds. Raises `Interrupted` on SIGINT or SIGTERM."""
     started = time.monotonic()
+    check_processes(config.train, config.out)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     splits = load_data(config)
@@ -54,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     task = Task(model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits))
     folder = _make_folder(config)
-    if _is_first_process():
+    if is_first():
         describe_run(folder, config, task, splits, summary)
 
     data = ZooData(splits, batch_size=config.train.batch_size, seed=config.seed, workers=config.data.workers)
@@ -65,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
             task.objective.compile()
         trainer.fit(task, data, ckpt_path=config.resume, weights_only=True)
     best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
-    task.load_state_dict(best["state_dict"])
+    load_weights(task, best["state_dict"])
     [test] = trainer.test(task, data, verbose=False)
 
     results = collect_results(config, splits, summary, task, test, best)
@@ -89,20 +91,16 @@ def _parts(splits: Splits) -> tuple[Any, Any, Any]:
     return splits.train, splits.val, splits.test
 
 
-def _is_first_process() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
 def _make_folder(config: Config) -> Path:
     """The run folder: given, resumed, or named by time. One with files in it needs `overwrite=true`."""
     if config.out is not None:
         folder = Path(config.out)
-    elif not _is_first_process() and _FOLDER_VARIABLE in os.environ:
+    elif not is_first() and _FOLDER_VARIABLE in os.environ:
         folder = Path(os.environ[_FOLDER_VARIABLE])
     else:
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}-{config.data.name}"
         folder = Path("runs") / name.replace("/", "_")
-    if not _is_first_process():
+    if not is_first():
         return folder
     os.environ[_FOLDER_VARIABLE] = str(folder)
     if config.resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -136,7 +134,8 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) 
     return pl.Trainer(
         accelerator=train.accelerator,
         devices=train.devices,
-        strategy=train.strategy,
+        num_nodes=train.nodes,
+        strategy=make_strategy(train),
         precision=train.precision,
         max_epochs=task.plan.epochs,
         accumulate_grad_batches=task.plan.accumulate,
@@ -151,7 +150,7 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) 
             EpochTable(folder / "metrics.csv", resume=config.resume is not None),
         ],
         callbacks=[best, last, *([Progress(refresh_rate=10)] if train.progress else [])],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), make_environment()],
         use_distributed_sampler=False,  # ours shards by itself, without repeating pictures
         enable_model_summary=False,
         enable_progress_bar=train.progress,

@@ -1,0 +1,158 @@
+"""Several processes: which one this is, how gradients and weights are shared, and what a checkpoint holds of them.
+
+Lightning moves the data; here is what it leaves open.
+
+* DDP (S. Li et al.: PyTorch Distributed, VLDB 2020): a copy of the model on every device. FSDP2
+  (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html), through Lightning's ModelParallelStrategy: a
+  part of every weight on every device, gathered a block at a time.
+* Processes are started by `launch.py`, by torchrun or by Slurm's srun. The environment is told to Lightning, not
+  guessed by it: inside an allocation of Slurm without srun it would wait for processes that nobody starts, and it
+  would requeue the job behind our back.
+* A checkpoint is one file with whole weights under either strategy, and loads anywhere. With FSDP the optimiser's
+  state in it is whole too.
+* Means that run through an epoch (the training loss) are kept in the checkpoint for each process. Lightning saves the
+  first one's and gives it to all: a resumed epoch would count it as often as there are processes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .launch import PARENT_VARIABLE
+from .settings import ConfigError
+
+
+def started_by() -> str | None:
+    """Who started this process as one of several: "launch" (ours), "torchrun" or "slurm"; None: it stands alone."""
+    if PARENT_VARIABLE in os.environ and "RANK" in os.environ:
+        return "launch"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    # Set by srun alone: a batch script sees most of the other variables too, but is one process.
+    return "slurm" if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else None
+
+
+def rank() -> int:
+    """The number of this process among all of the run; 0 has the say."""
+    if started_by() == "slurm":
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def check_processes(train: TrainConfig, out: str | None) -> None:
+    """Refuses settings that do not fit the processes that were started, or the machine."""
+    starter, count = started_by(), train.processes
+    asked = f"train.devices={train.devices} on train.nodes={train.nodes}"
+    if starter is None:
+        if train.nodes > 1:
+            raise ConfigError(
+                f"train.nodes={train.nodes}: one command cannot start processes on other machines; start it on each "
+                "with torchrun, or with srun (docs/distributed.md)"
+            )
+    elif starter != "launch":
+        size = int(os.environ["WORLD_SIZE" if starter == "torchrun" else "SLURM_STEP_NUM_TASKS"])
+        if size != count:
+            raise ConfigError(
+                f"{starter} started {size} processes, but {asked} makes {count}; give train.devices= (of each machine) "
+                "and train.nodes= to match"
+            )
+        if out is None:
+            raise ConfigError(f"started by {starter}, a run needs a folder that all processes know: give out=…")
+    if train.strategy != "auto" and count == 1 and starter is None:
+        raise ConfigError(f"train.strategy={train.strategy} is for several processes; give train.devices=2 or more")
+    if train.accelerator in ("gpu", "cuda") and train.devices > torch.cuda.device_count():
+        raise ConfigError(f"{asked}, but this machine has {torch.cuda.device_count()} GPUs")
+
+
+def make_strategy(train: TrainConfig) -> Strategy | str:
+    if train.processes == 1:
+        return "auto"
+    if train.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=train.processes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return DDPStrategy()
+
+
+def make_environment() -> ClusterEnvironment:
+    starter = started_by()
+    if starter == "slurm":
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if starter == "torchrun" else LightningEnvironment()
+
+
+def shard(model: nn.Module, mesh: Any) -> None:
+    """FSDP2: a unit of its own for every block, which is gathered when its turn comes, and one for the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    if any(_is_sharded(parameter) for parameter in model.parameters()):
+        return
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a network: the members of its innermost sequences that hold most of the weights."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            members = [m for m in module if next(m.parameters(), None) is not None]
+            kinds = {type(m) for m in members}
+            if len(members) > 1 and len(kinds) == 1 and not isinstance(members[0], (nn.ModuleList, nn.Sequential)):
+                found += members
+    inner = {id(part) for block in found for part in block.modules() if part is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "full_tensor")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(_is_sharded(parameter) for parameter in module.parameters())
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """A whole state dict into a module, in whatever way that one is shared. Every process calls it."""
+    if not is_sharded(module):
+        module.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True, strict=True))
+
+
+def of_all_processes(value: Tensor) -> Tensor:
+    """[...] of this process to [processes, ...] of all, in their order. Every process calls it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value[None]
+    parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, value.contiguous())
+    return torch.stack(parts)
+
+
+def of_this_process(values: Tensor) -> Tensor:
+    """What `of_all_processes` made, back; with another number of processes the first takes the sum, the others 0."""
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    own = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if len(values) == size:
+        return values[own]
+    return values.sum(0) if own == 0 else torch.zeros_like(values[0])

@@ -1,0 +1,156 @@
+"""Starts the processes of a run on this machine, watches over them, and ends them together.
+
+Unusual: Lightning can start its processes itself, but then the first of them is the parent. It is killed with SIGKILL
+soon after another one ends in whatever way, so that the exit code of an orderly stop is a matter of luck, and a
+scheduler's signal reaches one process of many. Here the parent does nothing but look after the others:
+
+* A process that dies ends the run within seconds, with its last words, also where the others would wait for it in a
+  collective for half an hour (NCCL).
+* SIGINT, SIGTERM and SIGUSR1 are passed on. The processes have a session of their own, so that Ctrl-C in a terminal
+  reaches each of them once.
+* If the parent itself is killed, the others notice (`end_with_parent`).
+
+On several machines torchrun or Slurm do this; `distributed.py` knows what they say.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import IO, Any
+
+PARENT_VARIABLE = "MIXERZOO_LAUNCHED_BY"
+"""In the environment of a process that was started here: the process id of its parent."""
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_GRACE = 5.0  # seconds for the others to end by themselves after one has failed
+_ORDERLY_GRACE = 120.0  # the same after one has stopped as it was told: another may still write the checkpoint
+_LAST_WORDS = 20  # lines
+
+
+def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> int:
+    """Runs `command` in `count` processes until all have ended; returns the exit code of the whole."""
+    with tempfile.TemporaryDirectory(prefix="mixerzoo-") as folder:
+        processes: list[subprocess.Popen[bytes]] = []
+        logs: list[IO[bytes]] = []
+        with Forwarding(processes):
+            try:
+                for rank, environment in enumerate(_environments(count)):
+                    # What the first says is shown; what the others say would be the same, unless they fail.
+                    log = open(os.path.join(folder, str(rank)), "w+b")  # noqa: SIM115
+                    logs.append(log)
+                    own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
+                    processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **own))
+                failed = _wait(processes)
+            finally:
+                for process in processes:
+                    if process.poll() is None:
+                        process.kill()
+                        process.wait()
+        try:
+            return 0 if failed is None else _verdict(failed, processes, logs, say)
+        finally:
+            for log in logs:
+                log.close()
+
+
+class Forwarding:
+    """While it is entered, signals to this process go to `processes` instead, and the first is remembered."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self.processes = processes
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Forwarding:
+        if threading.current_thread() is threading.main_thread():  # signals can be caught nowhere else
+            self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        self.received = self.received or number
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+
+def end_with_parent() -> None:
+    """In a process of `launch`: ends it soon after its parent has gone, which nothing else would tell it."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None or os.getppid() != int(parent):
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os._exit(1)  # another thread may be inside a collective, where an exception would not reach it
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def _environments(count: int) -> list[dict[str, str]]:
+    """The variables by which torch.distributed and Lightning know a process, for each of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "NODE_RANK": "0",
+        PARENT_VARIABLE: str(os.getpid()),
+    }
+    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1))}
+    return [
+        {**os.environ, **shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)
+    ]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Until all have ended: the first that did so with anything but 0, if any. The others are not waited for long."""
+    failed: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if failed is None:
+            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+            if failed is not None:
+                orderly = (processes[failed].returncode or 0) > 128
+                deadline = time.monotonic() + (_ORDERLY_GRACE if orderly else _GRACE)
+        time.sleep(0.05)
+    if failed is None:
+        failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
+    return failed
+
+
+def _verdict(
+    failed: int, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], say: Callable[[str], None]
+) -> int:
+    """The exit code of a run in which this process was the first to end with something else than 0."""
+    code = processes[failed].returncode
+    if code > 0 and processes[0].returncode == code:
+        return code  # all of them stopped for the same reason, and the first has said which
+    if failed > 0:
+        logs[failed].seek(0)
+        for line in logs[failed].read().decode(errors="replace").splitlines()[-_LAST_WORDS:]:
+            say(f"  process {failed}: {line}")
+    how = f"ended with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+    hint = " (too little memory?)" if code == -signal.SIGKILL else ""
+    say(f"error: process {failed} of {len(processes)} {how}{hint}; the others were stopped")
+    return code if code in (2, 130, 143) else 1
+
+
+def python() -> list[str]:
+    """The start of a command line that runs this program again, with the folder of configs and arguments to follow."""
+    return [sys.executable, "-m", f"{__package__}.cli"]
