@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,6 +34,19 @@ class Segmenter(nn.Module):
         if spared is None and inner is not None and hasattr(inner, "no_weight_decay"):
             return {f"backbone.model.{name}" for name in inner.no_weight_decay()}
         return {f"backbone.{name}" for name in spared()} if spared is not None else set()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, int]]:
+        """The layer of a parameter, for layer decay (timm's optimisers ask): the backbone's own, then the head."""
+        inner = getattr(self.backbone, "model", None)
+        matcher: Callable[..., Any] | None = getattr(inner, "group_matcher", None)
+        if inner is None or matcher is None:
+            raise ValueError(
+                f"{type(inner or self.backbone).__name__} does not tell the layers of its features apart (timm's "
+                "group_matcher)"
+            )
+        prefix = "backbone.model."
+        layers = group_parameters(inner, matcher(coarse=coarse), reverse=True)
+        return lambda name: (0, layers[name[len(prefix) :]]) if name.startswith(prefix) else (1, 0)
 
 
 def feature_channels(backbone: nn.Module) -> Sequence[int]:

@@ -18,6 +18,7 @@ from ..data.splits import Splits
 from ..segmentation import FPNHead, Segmenter
 from ..segmentation.segmenter import feature_channels
 from .config import Config
+from .optimization import classifiers
 from .settings import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -46,8 +47,26 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
         raise ConfigError(f"model.name={config.model.name} cannot be made with {given}{weights}: {error}") from error
     if config.model.start_from is not None and not splits.dense:
         _check_start(model, config, arguments["pretrained_cfg_overlay"]["state_dict"])
+    if config.model.head_init_scale != 1:
+        _scale_head(model, config, splits, loaded=bool(arguments["pretrained"]))
     _try(model, config, splits)
     return model
+
+
+@torch.no_grad()
+def _scale_head(model: nn.Module, config: Config, splits: Splits, *, loaded: bool) -> None:
+    """Fine-tuning as ConvNeXt's authors do it begins with a new classifier close to zero."""
+    key = f"model.head_init_scale={config.model.head_init_scale:g}"
+    if splits.dense:
+        raise ConfigError(f"{key} is of a classifier's head; set it to 1 for segmentation")
+    published: Any = getattr(model, "pretrained_cfg", None) or {}
+    if loaded and published.get("num_classes") == len(splits.classes):
+        raise ConfigError(
+            f"{key} is of a new head, but the weights bring theirs, of {len(splits.classes)} classes too; set it to 1"
+        )
+    for head in classifiers(model):
+        for parameter in head.parameters():
+            parameter.mul_(config.model.head_init_scale)
 
 
 def _other_weights(config: Config, splits: Splits, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +96,8 @@ def _check_start(model: nn.Module, config: Config, state: Mapping[str, Any]) -> 
     key = f"model.start_from={config.model.start_from}"
     if not type(model).__module__.startswith("mixerzoo."):
         cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-        classifiers = cfg.get("classifier") or ()
-        heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
+        names = cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
         if homeless := sorted(name for name in state.keys() - own.keys() if not name.startswith(heads)):
             raise ConfigError(
                 f"{key}: {len(homeless)} of its tensors have no counterpart in {config.model.name}, as {homeless[0]}"
@@ -111,16 +130,22 @@ def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
     return arguments | (_other_weights(config, splits, arguments) if config.model.start_from is not None else {})
 
 
-@torch.no_grad()
 def _try(model: nn.Module, config: Config, splits: Splits) -> None:
-    size = splits.size
+    """Asks for an answer at the size of evaluation and at every size of training."""
+    for size in sorted({splits.size, *config.augment.sizes.values()}):
+        _try_size(model, config, splits, size)
+
+
+@torch.no_grad()
+def _try_size(model: nn.Module, config: Config, splits: Splits, size: int) -> None:
     was_training = model.training
     try:
         output = model.eval()(torch.zeros(1, splits.channels, size, size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f"{config.model.name} cannot take pictures of {size} x {size} ({error}); try a larger data.size, or a stem "
-            f"that shrinks less (model.kwargs.stem_stride=1 for mixerzoo's hierarchical models)"
+            f"{config.model.name} cannot take pictures of {size} x {size} ({error}); try a larger "
+            f"{'data.size' if size == splits.size else 'size in augment.sizes'}, or a stem that shrinks less "
+            f"(model.kwargs.stem_stride=1 for mixerzoo's hierarchical models)"
         ) from error
     expected = (1, len(splits.classes), *((size, size) if splits.dense else ()))
     if tuple(output.shape) != expected:

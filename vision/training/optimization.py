@@ -4,17 +4,19 @@ Unusual: rates can differ by parameter name (`optim.lr_scale`), and so can the e
 (`optim.freeze_epochs`). LITv2's offset convolutions learn a hundred times slower than the rest; DynamicViT's backbone
 too, and only once its predictors have had five epochs. timm's groups for layer decay and weight decay are made first
 and then split, so that all of it works together: a group carries its factor as `lr_scale`, which timm's schedulers
-multiply into every rate they set, and its delay as `freeze_epochs`.
+multiply into every rate they set, and its delay as `freeze_epochs`. A layer of layer decay may be several blocks
+(`optim.layer_blocks`): ConvNeXt's recipe, and UniRepLKNet's after it, counts three blocks of a stage as one.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import (
     create_optimizer_v2,
     param_groups_layer_decay,
@@ -22,6 +24,7 @@ from timm.optim import (
 )
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 
 from .config import OptimConfig, ScheduleConfig
@@ -33,7 +36,9 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, plan: Plan) -> torch.op
     groups = parameter_groups(
         model,
         weight_decay=optim.weight_decay,
+        no_decay=optim.no_decay,
         layer_decay=optim.layer_decay,
+        layer_blocks=optim.layer_blocks,
         lr_scale=optim.lr_scale,
         freeze_epochs=optim.freeze_epochs,
     )
@@ -91,20 +96,25 @@ def parameter_groups(
     layer_decay: float | None,
     lr_scale: Mapping[str, float],
     freeze_epochs: Mapping[str, float] | None = None,
+    no_decay: Sequence[str] = (),
+    layer_blocks: int = 1,
 ) -> list[dict[str, Any]]:
     """timm's groups, split by what `lr_scale` and `freeze_epochs` say: shell patterns of names, as `*.conv_offset.*`.
 
-    The factors of all patterns that match a name are multiplied; of `freeze_epochs` the last pattern that matches
-    counts. A pattern that matches none is an error.
+    `no_decay` adds to what the model itself spares from weight decay. The factors of all patterns that match a name
+    are multiplied; of `freeze_epochs` the last pattern that matches counts. A pattern that matches none is an error.
     """
-    no_weight_decay = getattr(model, "no_weight_decay", set)()
+    parameters = dict(model.named_parameters())
+    spared = set(getattr(model, "no_weight_decay", set)())
+    for pattern in no_decay:
+        spared.update(_match("optim.no_decay", pattern, parameters))
     if layer_decay is not None:
+        layers: Any = _Layers(model, layer_blocks)
         groups = param_groups_layer_decay(
-            model, weight_decay=weight_decay, layer_decay=layer_decay, no_weight_decay_list=no_weight_decay
+            layers, weight_decay=weight_decay, layer_decay=layer_decay, no_weight_decay_list=spared
         )
     else:
-        groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=no_weight_decay)
-    parameters = dict(model.named_parameters())
+        groups = param_groups_weight_decay(model, weight_decay=weight_decay, no_weight_decay_list=spared)
     factors = dict.fromkeys(parameters.values(), 1.0)
     for name, factor in _by_name("optim.lr_scale", lr_scale, parameters):
         factors[parameters[name]] *= factor
@@ -112,6 +122,48 @@ def parameter_groups(
     for name, epochs in _by_name("optim.freeze_epochs", freeze_epochs or {}, parameters):
         delays[parameters[name]] = epochs
     return [part for group in groups for part in _split(group, factors, delays)]
+
+
+class _Layers:
+    """A model as timm's layer decay sees it: its parameters, and the layer that each belongs to, from the input on.
+
+    timm counts a block as a layer. Here `blocks` consecutive ones of a stage are one; stem, head and, in a
+    `Segmenter`, everything that is not backbone are as with timm.
+    """
+
+    def __init__(self, model: nn.Module, blocks: int) -> None:
+        self.model = model
+        matcher: Callable[..., Any] | None = getattr(model, "group_matcher", None)
+        if matcher is None:
+            raise ConfigError(
+                f"optim.layer_decay: {type(model).__name__} has no group_matcher (timm's); set it to null"
+            )
+        try:
+            fine = group_parameters(model, matcher(coarse=False), reverse=True)
+            stages = group_parameters(model, matcher(coarse=True), reverse=True)
+        except ValueError as error:
+            raise ConfigError(f"optim.layer_decay: {error}; set it to null") from error
+        first = {stage: min(fine[name] for name in fine if stages[name] == stage) for stage in set(stages.values())}
+        self._places = {name: (stages[name], (layer - first[stages[name]]) // blocks) for name, layer in fine.items()}
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, int]]:
+        return lambda name: self._places[name]
+
+
+def clip_gradients(model: nn.Module, value: float, mode: str) -> None:
+    """timm's clipping, in place. Adaptive clipping leaves the classifier alone, as its authors do."""
+    heads = classifiers(model) if mode == "agc" else []
+    left_alone = {parameter for head in heads for parameter in head.parameters()}
+    dispatch_clip_grad([p for p in model.parameters() if p not in left_alone], value, mode=mode)
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """The last layers of a timm classifier: distilled ones have two. None of a model that is no classifier."""
+    found: Any = getattr(model, "get_classifier", lambda: ())()
+    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
 
 
 def _by_name(

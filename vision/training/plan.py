@@ -33,6 +33,7 @@ def make_plan(config: Config, pictures: int) -> Plan:
     epochs = _epochs(config, steps)
     batch = config.train.batch_size * config.train.processes * accumulate
     _check_schedule(config, epochs)
+    _check_augmentation(config, epochs)
     lr_factor = batch / config.optim.lr_for_batch if config.optim.lr_for_batch is not None else 1.0
     return Plan(epochs, steps, accumulate, batch, lr_factor)
 
@@ -88,6 +89,21 @@ def _check_schedule(config: Config, epochs: int) -> None:
         )
     if config.optim.lr < schedule.min_lr:
         raise ConfigError(f"schedule.min_lr={schedule.min_lr:g} is above optim.lr={config.optim.lr:g}")
+
+
+def _check_augmentation(config: Config, epochs: int) -> None:
+    augment = config.augment
+    for epoch, size in augment.sizes.items():
+        if not 0 <= epoch < epochs or size < 1:
+            raise ConfigError(
+                f"augment.sizes: {epoch}: {size} needs an epoch from 0 to {epochs - 1}, of {epochs}, and a size of at "
+                "least 1"
+            )
+    if augment.mix_off_epochs and not (augment.mixup or augment.cutmix):
+        raise ConfigError(
+            f"augment.mix_off_epochs={augment.mix_off_epochs}: there is nothing to turn off; give augment.mixup or "
+            "augment.cutmix, or leave it at 0"
+        )
 
 
 def _written(value: float | None) -> str:

@@ -29,7 +29,7 @@ from ..segmentation import scores
 from .callbacks import KeepRateWarmup
 from .config import Config
 from .distillation import Objective, Teacher, keep_rates
-from .optimization import hold_back, make_optimizer, make_scheduler
+from .optimization import clip_gradients, hold_back, make_optimizer, make_scheduler
 from .plan import Plan
 from .settings import ConfigError
 
@@ -54,8 +54,6 @@ class Task(pl.LightningModule):
             raise ValueError("augment.mixup and augment.cutmix blend whole pictures: set both to 0 for segmentation")
         if mixes and config.train.batch_size % 2:
             raise ValueError(f"mixup pairs pictures: train.batch_size={config.train.batch_size} must be even")
-        if splits.dense and config.optim.layer_decay is not None:
-            raise ValueError("optim.layer_decay knows the layers of a classifier: set it to null for segmentation")
         self.mix = _mixup(config, len(splits.classes)) if mixes else None
         smoothing = augment.label_smoothing
         self.hard_loss = nn.CrossEntropyLoss(
@@ -88,6 +86,8 @@ class Task(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = self._laid_out(batch)
         if self.mix is not None:
+            # Without mixing the targets stay the smoothed probabilities that the loss takes.
+            self.mix.mixup_enabled = self.current_epoch < self.plan.epochs - self.config.augment.mix_off_epochs
             images, targets = self.mix(images, targets)
         logits, parts = self.objective(images)
         label_loss = SoftTargetCrossEntropy() if self.mix is not None else self.hard_loss
@@ -121,8 +121,8 @@ class Task(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._evaluate(batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch)
 
     def on_validation_epoch_start(self) -> None:
         self._reset_evaluation()
@@ -136,11 +136,12 @@ class Task(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = self._laid_out(batch)
         logits = self.model(images)
         self.val_loss.update(self.hard_loss(logits, targets), len(images))
         self.confusion.update(logits.argmax(1), targets)
+        return logits
 
     def _reset_evaluation(self) -> None:
         self.val_loss.reset()
@@ -158,6 +159,12 @@ class Task(pl.LightningModule):
         if self.config.train.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, targets
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val is not None:
+            clip_gradients(self.model, gradient_clip_val, self.config.optim.clip_mode)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return [self.keep_rate_warmup] if self.keep_rate_warmup is not None else []
