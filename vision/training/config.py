@@ -169,6 +169,18 @@ class ScheduleConfig:
 
 
 @dataclass
+class EmaConfig:
+    """A moving average of the weights, which is then what is validated, tested and exported."""
+
+    decay: float | None = option(
+        None, "share of the old average that each update keeps; null: no average", low=0, high=1
+    )
+    warmup: bool = option(False, "begin with a smaller share, which grows to `ema.decay`")
+    every: int = option(1, "optimiser steps to an update", low=1)
+    start_epoch: float = option(0.0, "epochs before averaging begins; until then the average is the weights", low=0)
+
+
+@dataclass
 class TrainConfig:
     epochs: int | None = option(10, "passes over the training pictures", low=1)
     steps: int | None = option(None, "optimiser steps instead of epochs, rounded up to whole epochs", low=1)
@@ -186,6 +198,12 @@ class TrainConfig:
     compile: bool = option(False, "run the model through torch.compile")
     channels_last: bool = option(False, "keep tensors in channels-last order")
     save_every: int | None = option(None, "also write last.ckpt every so many steps", low=1)
+    save_errors: Literal["stop", "continue"] = option(
+        "stop", "when a checkpoint cannot be written, as on a full disk: the last one is kept in either case"
+    )
+    skip_nonfinite: int = option(
+        0, "steps in a row whose loss or gradient may be NaN or infinite: they change nothing; one more stops", low=0
+    )
     limit_batches: int | None = option(
         None, "stop each epoch and each evaluation after so many batches: a dry run", low=1
     )
@@ -202,7 +220,12 @@ class Config:
     recipe: str = option("classification", "a file in configs/recipes")
     out: str | None = option(None, "run folder; null makes runs/TIME-MODEL-DATA")
     overwrite: bool = option(False, "allow a run folder that holds files already")
-    resume: str | None = option(None, "continue: `last` (the newest run), a run folder or a checkpoint")
+    resume: str | None = option(
+        None,
+        "continue: `last` (the newest run), a run folder or a checkpoint; `auto`: from `out` if it has a checkpoint, "
+        "else begin there",
+    )
+    resume_force: bool = option(False, "continue although settings of the data, the model or the optimiser differ")
     seed: int = option(0, "seed of everything random", low=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -212,6 +235,7 @@ class Config:
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
