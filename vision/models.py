@@ -1,24 +1,72 @@
-"""A table of our models: parameters, multiply-adds, image size, published accuracy, licence.
+"""A table of our models: parameters, multiply-adds, accuracy, licences and paper, filtered and sorted.
 
     python -m mixerzoo.vision.models 'dinat_*'
+    python -m mixerzoo.vision.models --max-params 30 --min-top1 82 --sort top1
+    python -m mixerzoo.vision.models --mixer scan --format csv
 
-Unusual: parameters and multiply-adds are counted on the meta device, from shapes alone, so no weights are made and the
-largest model takes as long as the smallest. Accuracies are those that the authors state for the default weights.
+Unusual: what is counted stands in model_counts.py, since counting all models takes two minutes; `--count` writes that
+file anew. Models are counted on the meta device, from shapes alone. Accuracies are those that the authors state for the
+default weights. The licence of the code is that of the authors' code: ours is Apache-2.0 for every model.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
 import fnmatch
+import io
+import json
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm
 import torch
 
 from . import backbones
-from .training.summary import summarize
+from .backbones._checkpoints import refuse_drive
+from .model_counts import COUNTS
+
+Format = Literal["table", "markdown", "csv", "json"]
+
+
+class Family(NamedTuple):
+    """A backbone file: what mixes its tokens, and the licence of the code that its authors published.
+
+    `none`: published without a licence. Empty: no code was published.
+    """
+
+    mixer: str
+    code: str
+
+
+FAMILIES = {
+    "dinat_s": Family("neighborhood attention", "mit"),
+    "dynamicvit": Family("attention, tokens dropped by a predictor", "mit"),
+    "dynamicvit_convnext": Family("depth-wise convolution, positions chosen by a predictor", "mit"),
+    "dynamicvit_swin": Family("window attention, positions chosen by a predictor", "mit"),
+    "eet": Family("attention, tokens dropped by their content", "none"),
+    "efficientvmamba": Family("selective scan", "none"),
+    "evit": Family("attention, tokens kept by the class token", "apache-2.0"),
+    "litv2": Family("HiLo attention", "apache-2.0"),
+    "lookupvit": Family("attention among tokens that look up the others", ""),
+    "lvvit": Family("attention", "apache-2.0"),
+    "mobilemamba": Family("selective scan, wavelet, depth-wise convolution", "mit"),
+    "nat": Family("neighborhood attention", "mit"),
+    "nat_isotropic": Family("neighborhood attention", "mit"),
+    "spatten": Family("attention, tokens and heads dropped in a cascade", "none"),
+    "stvitr": Family("window attention, semantic tokens", "mit"),
+    "tome": Family("attention, tokens merged", "cc-by-nc-4.0"),
+    "unireplknet": Family("large-kernel depth-wise convolution", "apache-2.0"),
+    "van": Family("large kernel attention", "apache-2.0"),
+    "vig": Family("gated linear attention", "mit"),
+    "vig_h": Family("gated linear attention", "mit"),
+    "vim": Family("selective scan", "apache-2.0"),
+    "vmamba": Family("selective scan", "mit"),
+}
 
 # ImageNet-1k top-1 at the size of the table, as stated beside the default weights: NAT.md and DiNAT.md of
 # github.com/SHI-Labs/Neighborhood-Attention-Transformer; the READMEs of github.com/ziplab/LITv2,
@@ -118,19 +166,30 @@ STATED_TOP1 = {
 }
 
 
-class Row(NamedTuple):
-    """One model with its default weights."""
+@dataclass(frozen=True)
+class Model:
+    """One model with its default weights; the fields are the columns of `--format csv` and the keys of `json`."""
 
     model: str
+    family: str
+    mixer: str
     weights: str
-    parameters: str
-    macs: str
-    image: str
-    top1: str
-    licence: str
+    """The tag of the default weights; empty where none are published."""
+    pretrained: str
+    """`yes`: fetched by `pretrained=True`; `by hand`: from a page that wants a person; `no`: none are published."""
+    parameters: int
+    macs: int
+    image: int
+    top1: float | None
+    weights_licence: str
+    code_licence: str
+    paper: str
+    arxiv: str
+    origin: str
 
 
-HEADER = Row("model", "weights", "params (M)", "GMACs", "image", "top-1", "licence")
+HEADER = ("model", "weights", "pretrained", "params (M)", "GMACs", "image", "top-1", "weights licence", "code", "paper")
+LEFT = ("model", "weights", "pretrained", "weights licence", "code", "paper")  # the others are numbers
 
 
 def names(pattern: str = "*") -> list[str]:
@@ -140,49 +199,164 @@ def names(pattern: str = "*") -> list[str]:
     return sorted(ours, key=lambda name: (ours[name].__module__, ours[name].__code__.co_firstlineno))
 
 
-def describe(name: str) -> Row:
+def family(name: str) -> str:
+    """The backbone file that defines a model."""
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def count(name: str) -> tuple[int, int]:
+    """Parameters, and multiply-adds for one picture of the default weights' size."""
+    from .training.summary import summarize
+
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None  # a test of the backbones holds this
     with torch.device("meta"):
         summary = summarize(timm.create_model(name), (3, *cfg.input_size[1:]))
-    stated = STATED_TOP1.get(f"{name}.{cfg.tag}")
-    return Row(
-        name,
-        cfg.tag or "",
-        f"{summary.parameters / 1e6:.1f}",
-        f"{summary.macs / 1e9:.1f}",
-        str(cfg.input_size[-1]),
-        "" if stated is None else f"{stated:.1f}",
-        cfg.license or "",
+    return summary.parameters, summary.macs
+
+
+def describe(name: str) -> Model:
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    parameters, macs = COUNTS.get(name) or count(name)
+    group = FAMILIES[family(name)]
+    published = bool(cfg.has_weights)
+    return Model(
+        model=name,
+        family=family(name),
+        mixer=group.mixer,
+        weights=(cfg.tag or "") if published else "",
+        pretrained="no" if not published else "yes" if _is_fetched(name) else "by hand",
+        parameters=parameters,
+        macs=macs,
+        image=cfg.input_size[-1],
+        top1=STATED_TOP1.get(f"{name}.{cfg.tag}"),
+        weights_licence=(cfg.license or "") if published else "",
+        code_licence=group.code,
+        paper=cfg.paper_name or "",
+        arxiv=(cfg.paper_ids or "").removeprefix("arXiv:"),
+        origin=cfg.origin_url or "",
     )
 
 
-def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+def _is_fetched(name: str) -> bool:
+    try:
+        refuse_drive(name, {})
+    except ValueError:
+        return False
+    return True
+
+
+def _cells(model: Model, *, links: bool = False) -> tuple[str, ...]:
+    paper = f"[{model.arxiv}](https://arxiv.org/abs/{model.arxiv})" if links else model.arxiv
+    return (
+        f"`{model.model}`" if links else model.model,
+        model.weights,
+        model.pretrained,
+        f"{model.parameters / 1e6:.1f}",
+        f"{model.macs / 1e9:.1f}",
+        str(model.image),
+        "" if model.top1 is None else f"{model.top1:.1f}",
+        model.weights_licence,
+        model.code_licence,
+        paper,
+    )
+
+
+def table(models: Sequence[Model], *, markdown: bool = False) -> str:
     if markdown:
-        body = [f"`{row.model}` | " + " | ".join(row[1:]) for row in rows]
-        lines = [" | ".join(HEADER), "--- | --- | ---: | ---: | ---: | ---: | ---", *body]
-        return "\n".join(f"| {line} |".replace("  ", " ") for line in lines)
-    widths = [max(len(row[column]) for row in [HEADER, *rows]) for column in range(len(HEADER))]
+        rule = ["---" if title in LEFT else "---:" for title in HEADER]
+        lines = [HEADER, rule, *(_cells(model, links=True) for model in models)]
+        return "\n".join(f"| {' | '.join(line)} |".replace("  ", " ") for line in lines)
+    lines = [HEADER, *map(_cells, models)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = [str.ljust if title in LEFT else str.rjust for title in HEADER]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in [HEADER, *rows]
+        "  ".join(pad(cell, width) for pad, cell, width in zip(pads, line, widths, strict=True)) for line in lines
     )
+
+
+def render(models: Sequence[Model], format: Format) -> str:
+    if format in ("table", "markdown"):
+        return table(models, markdown=format == "markdown")
+    rows = [dataclasses.asdict(model) for model in models]
+    if format == "json":
+        return json.dumps(rows, indent=2)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Model)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+# From the smallest, but from the best accuracy; unknown accuracies come last.
+ORDERS: dict[str, Callable[[Model], Any]] = {
+    "name": lambda model: model.model,
+    "params": lambda model: model.parameters,
+    "gmacs": lambda model: model.macs,
+    "top1": lambda model: -(model.top1 or 0.0),
+}
+
+
+def select(arguments: argparse.Namespace) -> list[Model]:
+    """The models that the command's arguments ask for, in their order."""
+    found = list(dict.fromkeys(name for pattern in arguments.patterns or ["*"] for name in names(pattern)))
+    if not found:
+        raise ValueError(f"no model of ours matches {' '.join(map(repr, arguments.patterns))}")
+    models = [model for model in map(describe, found) if _wanted(model, arguments)]
+    if not models:
+        raise ValueError(f"none of {len(found)} models is what the options ask for")
+    return models if arguments.sort is None else sorted(models, key=ORDERS[arguments.sort])
+
+
+def _wanted(model: Model, arguments: argparse.Namespace) -> bool:
+    return (
+        model.parameters <= 1e6 * arguments.max_params
+        and model.macs <= 1e9 * arguments.max_gmacs
+        and (model.top1 or 0.0) >= arguments.min_top1
+        and fnmatch.fnmatch(model.family, arguments.family)
+        and arguments.mixer.lower() in model.mixer.lower()
+        and fnmatch.fnmatch(model.weights_licence, arguments.licence)
+        and (model.pretrained != "no" or not arguments.pretrained)
+    )
+
+
+def write_counts(path: Path) -> None:
+    """Count every model again, and write model_counts.py."""
+    counts = {name: count(name) for name in names()}
+    lines = [f'    "{name}": ({parameters:_}, {macs:_}),' for name, (parameters, macs) in counts.items()]
+    said = "Parameters and multiply-adds of each model, written by `python -m mixerzoo.vision.models --count`."
+    path.write_text("\n".join([f'"""{said}"""', "", "COUNTS: dict[str, tuple[int, int]] = {", *lines, "}", ""]))
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mixerzoo.vision.models", description="List our models.")
-    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of names, such as 'dinat_*'")
-    parser.add_argument("--markdown", action="store_true", help="as in docs/models.md")
+    add = parser.add_argument
+    add("patterns", nargs="*", metavar="PATTERN", help="shell patterns of names, such as 'dinat_*'; default all")
+    add("--max-params", type=float, default=float("inf"), metavar="M", help="at most so many million parameters")
+    add("--max-gmacs", type=float, default=float("inf"), metavar="G", help="at most so many billion multiply-adds")
+    add("--min-top1", type=float, default=0.0, metavar="PERCENT", help="at least this stated ImageNet-1k accuracy")
+    add("--family", default="*", help=f"shell pattern of {', '.join(FAMILIES)}")
+    add("--mixer", default="", metavar="WORD", help="what mixes the tokens: 'scan', 'neighborhood', 'convolution', …")
+    add("--licence", default="*", metavar="PATTERN", help="of the default weights: 'mit', 'apache*', …")
+    add("--pretrained", action="store_true", help="only models with published weights")
+    add("--sort", choices=ORDERS, help="by name, params, gmacs (smallest first) or top1 (best first); default: by file")
+    add("--format", choices=get_args(Format), default="table")
+    add("--markdown", action="store_const", const="markdown", dest="format", help="as in docs/models.md")
+    add("--count", action="store_true", help="count every model again and write model_counts.py; two minutes")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    found = names(arguments.pattern)
-    if not found:
-        print(f"models: no model of ours matches {arguments.pattern!r}", file=sys.stderr)
+    if arguments.count:
+        write_counts(Path(__file__).with_name("model_counts.py"))
+        return 0
+    try:
+        print(render(select(arguments), arguments.format))
+    except ValueError as error:
+        print(f"models: {error}", file=sys.stderr)
         return 2
-    print(table([describe(name) for name in found], markdown=arguments.markdown))
     return 0
 
 
