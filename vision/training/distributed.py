@@ -16,7 +16,6 @@ Lightning moves the data; here is what it leaves open.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,54 +30,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor, nn
 
 from .config import TrainConfig
-from .launch import PARENT_VARIABLE
-from .settings import ConfigError
-
-
-def started_by() -> str | None:
-    """Who started this process as one of several: "launch" (ours), "torchrun" or "slurm"; None: it stands alone."""
-    if PARENT_VARIABLE in os.environ and "RANK" in os.environ:
-        return "launch"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    # Set by srun alone: a batch script sees most of the other variables too, but is one process.
-    return "slurm" if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else None
-
-
-def rank() -> int:
-    """The number of this process among all of the run; 0 has the say."""
-    if started_by() == "slurm":
-        return int(os.environ["SLURM_PROCID"])
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-
-
-def is_first() -> bool:
-    return rank() == 0
-
-
-def check_processes(train: TrainConfig, out: str | None) -> None:
-    """Refuses settings that do not fit the processes that were started, or the machine."""
-    starter, count = started_by(), train.processes
-    asked = f"train.devices={train.devices} on train.nodes={train.nodes}"
-    if starter is None:
-        if train.nodes > 1:
-            raise ConfigError(
-                f"train.nodes={train.nodes}: one command cannot start processes on other machines; start it on each "
-                "with torchrun, or with srun (docs/distributed.md)"
-            )
-    elif starter != "launch":
-        size = int(os.environ["WORLD_SIZE" if starter == "torchrun" else "SLURM_STEP_NUM_TASKS"])
-        if size != count:
-            raise ConfigError(
-                f"{starter} started {size} processes, but {asked} makes {count}; give train.devices= (of each machine) "
-                "and train.nodes= to match"
-            )
-        if out is None:
-            raise ConfigError(f"started by {starter}, a run needs a folder that all processes know: give out=…")
-    if train.strategy != "auto" and count == 1 and starter is None:
-        raise ConfigError(f"train.strategy={train.strategy} is for several processes; give train.devices=2 or more")
-    if train.accelerator in ("gpu", "cuda") and train.devices > torch.cuda.device_count():
-        raise ConfigError(f"{asked}, but this machine has {torch.cuda.device_count()} GPUs")
+from .launch import started_by
 
 
 def make_strategy(train: TrainConfig) -> Strategy | str:

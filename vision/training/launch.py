@@ -1,4 +1,4 @@
-"""Starts the processes of a run on this machine, watches over them, and ends them together.
+"""The processes of a run: which one this is, and on one machine how they are started, watched and ended together.
 
 Unusual: Lightning can start its processes itself, but then the first of them is the parent. It is killed with SIGKILL
 soon after another one ends in whatever way, so that the exit code of an orderly stop is a matter of luck, and a
@@ -10,7 +10,8 @@ scheduler's signal reaches one process of many. Here the parent does nothing but
   reaches each of them once.
 * If the parent itself is killed, the others notice (`end_with_parent`).
 
-On several machines torchrun or Slurm do this; `distributed.py` knows what they say.
+On several machines torchrun or Slurm start the processes, and are asked here. Nothing in this file needs Lightning: the
+parent should be there at once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import IO, Any
 
+import torch
+
+from .config import TrainConfig
+from .settings import ConfigError
+
 PARENT_VARIABLE = "MIXERZOO_LAUNCHED_BY"
 """In the environment of a process that was started here: the process id of its parent."""
 
@@ -34,6 +40,52 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _GRACE = 5.0  # seconds for the others to end by themselves after one has failed
 _ORDERLY_GRACE = 120.0  # the same after one has stopped as it was told: another may still write the checkpoint
 _LAST_WORDS = 20  # lines
+
+
+def started_by() -> str | None:
+    """Who started this process as one of several: "launch" (ours), "torchrun" or "slurm"; None: it stands alone."""
+    if PARENT_VARIABLE in os.environ and "RANK" in os.environ:
+        return "launch"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
+    # Set by srun alone: a batch script sees most of the other variables too, but is one process.
+    return "slurm" if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else None
+
+
+def rank() -> int:
+    """The number of this process among all of the run; 0 has the say."""
+    if started_by() == "slurm":
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def check_processes(train: TrainConfig, out: str | None) -> None:
+    """Refuses settings that do not fit the processes that were started, or the machine."""
+    starter, count = started_by(), train.processes
+    asked = f"train.devices={train.devices} on train.nodes={train.nodes}"
+    if starter is None:
+        if train.nodes > 1:
+            raise ConfigError(
+                f"train.nodes={train.nodes}: one command cannot start processes on other machines; start it on each "
+                "with torchrun, or with srun (docs/distributed.md)"
+            )
+    elif starter != "launch":
+        size = int(os.environ["WORLD_SIZE" if starter == "torchrun" else "SLURM_STEP_NUM_TASKS"])
+        if size != count:
+            raise ConfigError(
+                f"{starter} started {size} processes, but {asked} makes {count}; give train.devices= (of each machine) "
+                "and train.nodes= to match"
+            )
+        if out is None:
+            raise ConfigError(f"started by {starter}, a run needs a folder that all processes know: give out=…")
+    if train.strategy != "auto" and count == 1 and starter is None:
+        raise ConfigError(f"train.strategy={train.strategy} is for several processes; give train.devices=2 or more")
+    if train.accelerator in ("gpu", "cuda") and train.devices > torch.cuda.device_count():
+        raise ConfigError(f"{asked}, but this machine has {torch.cuda.device_count()} GPUs")
 
 
 def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> int:

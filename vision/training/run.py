@@ -22,7 +22,8 @@ from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .distillation import make_teacher
-from .distributed import check_processes, is_first, load_weights, make_environment, make_strategy
+from .distributed import load_weights, make_environment, make_strategy
+from .launch import check_processes, is_first
 from .optimization import freeze
 from .plan import make_plan
 from .results import collect_results, describe_run, show_results

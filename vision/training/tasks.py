@@ -17,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ModelParallelStrategy
 from timm.data.mixup import Mixup
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from ..segmentation import scores
 from .callbacks import KeepRateWarmup
 from .config import Config
 from .distillation import Objective, Teacher, keep_rates
+from .distributed import of_all_processes, of_this_process, shard
 from .optimization import clip_gradients, hold_back, make_optimizer, make_scheduler
 from .plan import Plan
 from .settings import ConfigError
@@ -61,13 +63,10 @@ class Task(pl.LightningModule):
         )
         self.objective = Objective(model, config, splits, teacher)
         self.keep_rate_warmup = make_keep_rate_warmup(model, config, plan)
-        # Kept in the checkpoint: an epoch that is interrupted and resumed reports the loss of all its steps.
         self.train_loss = MeanMetric()
-        self.train_loss.persistent(True)
         parts = ("labels", *self.objective.weights) if self.objective.weights else ()
         self.train_parts = nn.ModuleDict({name: MeanMetric() for name in parts})
-        for metric in self.train_parts.values():
-            metric.persistent(True)  # pyright: ignore[reportCallIssue]
+        self._resumed_means: Tensor | None = None
         self.val_loss = MeanMetric()
         ignored = IGNORE_INDEX if splits.dense else None
         self.result = torch.zeros(len(splits.classes), len(splits.classes), dtype=torch.int64)
@@ -77,8 +76,23 @@ class Task(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.model, self.device_mesh)
+
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
+
+    def on_train_start(self) -> None:
+        if self._resumed_means is not None:
+            for metric, (value, weight) in zip(
+                self._train_means(), of_this_process(self._resumed_means).to(self.device), strict=True
+            ):
+                metric.mean_value, metric.weight = value, weight
+            self._resumed_means = None
+
+    def _train_means(self) -> list[Any]:
+        return [self.train_loss, *self.train_parts.values()]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_everything(mix_seed(self.config.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -138,6 +152,10 @@ class Task(pl.LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = self._laid_out(batch)
+        if not len(images):
+            # Fewer pictures than processes, and none for this one. The others wait for it in the forward pass: FSDP
+            # gathers weights there, DDP the buffers.
+            return self.model(images.new_zeros(1, *images.shape[1:]))[:0]
         logits = self.model(images)
         self.val_loss.update(self.hard_loss(logits, targets), len(images))
         self.confusion.update(logits.argmax(1), targets)
@@ -178,6 +196,9 @@ class Task(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What it takes to build the model again and to prepare its pictures, in plain types."""
         splits = self.splits
+        # An epoch that is interrupted and resumed reports the loss of all its steps.
+        means = torch.stack([torch.stack([metric.mean_value, metric.weight]) for metric in self._train_means()])
+        checkpoint["train_means"] = of_all_processes(means).cpu()
         checkpoint["mixerzoo"] = {
             "model": self.config.model.name,
             "model_kwargs": self.config.model.kwargs,
@@ -188,6 +209,9 @@ class Task(pl.LightningModule):
             "mean": list(splits.mean),
             "std": list(splits.std),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._resumed_means = checkpoint["train_means"]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(num_updates=self.global_step, metric=metric)
