@@ -315,4 +315,4 @@ def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_
         _picture(tmp_path / "data/annotations" / split / f"{index}.png", labels)
     arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.steps=1", *DRY]
     results = run(settings(recipe, *arguments))
-    assert results["epochs"] == 1 and len(results["test_iou_by_class"]) == 150
+    assert results["epochs"] == 1 and len(results["test_by_class"]) == 150

@@ -57,7 +57,7 @@ def test_a_run_leaves_all_its_results(configs: Path, tmp_path: Path, capsys: pyt
     assert [row["epoch"] for row in rows] == [0, 1]
     assert all({"train/loss", "train/lr", "val/loss", "val/accuracy", "val/mean_accuracy"} <= set(row) for row in rows)
     results = json.loads((folder / "results.json").read_text())
-    assert 0 <= results["test"]["accuracy"] <= 1 and len(results["test_recall_by_class"]) == 10
+    assert 0 <= results["test"]["accuracy"] <= 1 and len(results["test_by_class"]) == 10
     assert results["parameters"] == 207_010 and results["gmacs"] > 0
     assert results["data"] == "digits from scikit-learn" and results["model"] == "test_convnext"
     assert results["best_epoch"] == 1 + max(range(2), key=lambda epoch: rows[epoch]["val/accuracy"])
@@ -93,7 +93,7 @@ def test_segmentation_runs_from_the_same_command(configs: Path, tmp_path: Path) 
         *("train.epochs=1", "train.progress=false", "head.channels=16", f"out={tmp_path / 'run'}"),
     ]
     results = run(load(arguments, configs))
-    assert 0 <= results["test"]["mean_iou"] <= 1 and "ground" in results["test_iou_by_class"]
+    assert 0 <= results["test"]["mean_iou"] <= 1 and results["test_by_class"][0]["class"] == "ground"
     assert all(_png(tmp_path / "run" / f"{name}.png") for name in ("batch", "curves", "confusion", "predictions"))
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
     assert checkpoint["mixerzoo"]["head"] == {"channels": 16, "dropout": 0.0}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
-    """Of counts [truth, prediction]: accuracy, its mean over classes, mean IoU; `iou` and `recall` by class, or nan."""
+    """Of counts [truth, prediction]: accuracy, its mean over classes, mean IoU; by class `iou`, `recall`, `precision`
+    (nan where there is nothing to divide by)."""
     counts = confusion.double()
     hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     iou = hits / (truth + predicted - hits)  # 0 / 0 is nan: the class does not occur
@@ -22,4 +23,5 @@ def scores(confusion: Tensor) -> dict[str, Tensor]:
         "mean_iou": torch.nanmean(iou),
         "iou": iou,
         "recall": recall,
+        "precision": hits / predicted,
     }

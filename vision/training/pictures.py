@@ -19,64 +19,138 @@ from torch import Tensor
 
 from ..data.splits import IGNORE_INDEX
 
-_TRAIN, _VAL, _RIGHT, _WRONG = "#4c78a8", "#e45756", "#2e7d32", "#c62828"
+_INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
+_COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
+_STAGES = {"train": "training", "val": "validation"}
+_MOST_NUMBERED_CLASSES = 20
 _MOST_NAMED_CLASSES = 30
+_MOST_LISTED = 30
+_MOST_CELLS = 1000
+_LONGEST_NAME = 24
 
 
 def draw_curves(path: Path, rows: Sequence[dict[str, float]], metric: str, title: str) -> None:
-    """Loss and metric by epoch; the best epoch is marked."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] + 1 for row in rows]
-    for name, label, colour in (("train/loss", "training", _TRAIN), ("val/loss", "validation", _VAL)):
-        left.plot(epochs, [row.get(name, np.nan) for row in rows], "o-", ms=4, color=colour, label=label)
-    left.set(title="loss", xlabel="epoch")
-    left.legend(frameon=False)
-    values = np.array([row.get(f"val/{metric}", np.nan) for row in rows]) * 100
-    right.plot(epochs, values, "o-", ms=4, color=_VAL)
-    if np.isfinite(values).any():
-        best = int(np.nanargmax(values))
-        right.plot(epochs[best], values[best], "o", ms=9, mfc="none", color="black")
-        right.annotate(
-            f"{values[best]:.1f} %",
-            (epochs[best], values[best]),
-            xytext=(0, -16),
-            textcoords="offset points",
-            ha="center",
-        )
-    right.set(title=f"validation {_words(metric)} (%)", xlabel="epoch")
-    for axes in (left, right):
+    """Loss, metric and learning rate by epoch; the best epoch is marked."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, scores, rates = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    for name in dict.fromkeys(name for row in rows for name in row):
+        stage, _, word = name.partition("/")
+        if word.startswith("loss"):
+            part = word.removeprefix("loss").strip("_")
+            label = f"{_STAGES.get(stage, stage)}{f', {_words(part)}' if part else ''}"
+            _line(losses, rows, name, label, _COLOURS.get(name), faint=bool(part))
+        elif stage == "val" and word.endswith(metric) and word != "mean_accuracy":
+            label = _words(word.removesuffix(metric).strip("_/")) or "the model"
+            _line(scores, rows, name, label, _COLOURS["val/loss"] if word == metric else None, factor=100)
+    _line(rates, rows, "train/lr", "learning rate", _COLOURS["train/lr"])
+    _mark_best(scores, rows, f"val/{metric}")
+    losses.set(title="loss")
+    losses.legend(frameon=False, fontsize=9)
+    scores.set(title=f"validation {_words(metric)} (%)")
+    if len(scores.get_lines()) > 2:  # more than the one curve and its ring
+        scores.legend(frameon=False, fontsize=9)
+    rates.set(title="learning rate")
+    rates.ticklabel_format(axis="y", scilimits=(-2, 3))
+    for axes in (losses, scores, rates):
+        axes.set(xlabel="epoch")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.04, y=0.12)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     figure.savefig(path, dpi=130)
 
 
+def _line(
+    axes: Axes,
+    rows: Sequence[dict[str, float]],
+    name: str,
+    label: str,
+    colour: str | None,
+    *,
+    factor: float = 1,
+    faint: bool = False,
+) -> None:
+    known = [row for row in rows if name in row]
+    epochs, values = [row["epoch"] + 1 for row in known], [factor * row[name] for row in known]
+    size = 4 if len(known) <= 40 else 0  # dots of hundreds of epochs would hide the line
+    axes.plot(epochs, values, "o-", ms=size, lw=1 if faint else 1.5, color=colour, label=label)
+
+
+def _mark_best(axes: Axes, rows: Sequence[dict[str, float]], name: str) -> None:
+    known = [row for row in rows if np.isfinite(row.get(name, np.nan))]
+    if not known:
+        return
+    best = max(known, key=lambda row: row[name])
+    place = (best["epoch"] + 1, 100 * best[name])
+    axes.plot(*place, "o", ms=9, mfc="none", color=_INK, label="_")
+    offset, side = ((0, -16), "center") if len(known) > 1 else ((12, -4), "left")
+    axes.annotate(f"{place[1]:.1f} %", place, xytext=offset, textcoords="offset points", ha=side)
+
+
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
-    """Rows are the truth, in percent of each row; cells are numbered while they can be read."""
+    """Rows are the truth, in percent of each row; cells are numbered while they can be read.
+
+    Of more classes than can be named the matrix shows where the mistakes are, and a list beside it the most frequent.
+    """
     counts = confusion.double().cpu().numpy()
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     count = len(classes)
     side = 2.6 + 0.46 * min(count, _MOST_NAMED_CLASSES)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axes = figure.subplots()
+    listed = _MOST_LISTED if count > _MOST_NUMBERED_CLASSES else 0
+    figure = Figure(figsize=(side + 0.8 + (5.5 if listed else 0), side), layout="constrained")
+    axes, *beside = figure.subplots(
+        1, 2 if listed else 1, width_ratios=(side, 4.7) if listed else None, squeeze=False
+    ).flat
     # The square root keeps small confusions visible beside a strong diagonal.
-    image = axes.imshow(np.sqrt(percent / 100), cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(
+        np.sqrt(_pooled(percent, _MOST_CELLS) / 100),
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        extent=(-0.5, count - 0.5, count - 0.5, -0.5),
+    )
     axes.set(xlabel="prediction", ylabel="truth")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_plain(title), fontsize=11)
     if count <= _MOST_NAMED_CLASSES:
-        axes.set_xticks(range(count), classes, **_slanted(classes))
-        axes.set_yticks(range(count), classes)
-    if count <= 20:
+        names = [_name(name) for name in classes]
+        axes.set_xticks(range(count), names, **_slanted(names))
+        axes.set_yticks(range(count), names)
+    if count <= _MOST_NUMBERED_CLASSES:
         for row, column in zip(*np.nonzero(percent >= 0.05), strict=True):
             value = percent[row, column]
             text = f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if value > 35 else "black")
     bar = figure.colorbar(image, ax=axes, shrink=0.75, label="percent of the true class")
     bar.set_ticks([0.0, 0.1**0.5, 0.25**0.5, 0.5**0.5, 1.0], labels=["0", "10", "25", "50", "100"])
+    for axes in beside:
+        _list_confusions(axes, counts, classes, listed)
     figure.savefig(path, dpi=130)
+
+
+def _pooled(values: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` cells a side, the largest of what falls into one: a picture has only so many pixels."""
+    step = -(-len(values) // most)
+    if step == 1:
+        return values
+    padded = np.pad(values, (0, -len(values) % step))
+    return padded.reshape(len(padded) // step, step, len(padded) // step, step).max((1, 3))
+
+
+def _list_confusions(axes: Axes, counts: np.ndarray, classes: Sequence[str], most: int) -> None:
+    """Bars for the pairs of classes that are confused most often, by the share of the true class."""
+    others = counts - np.diag(np.diag(counts))
+    order = np.argsort(others, axis=None)[::-1][:most]
+    pairs = [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, counts.shape), strict=True)]
+    pairs = [pair for pair in pairs if others[pair] > 0]
+    shares = [100 * others[pair] / counts[pair[0]].sum() for pair in pairs]
+    axes.barh(range(len(pairs)), shares, color=_COLOURS["val/loss"], alpha=0.35)
+    for place, (truth, predicted) in enumerate(pairs):
+        text = f" {_name(classes[truth])} → {_name(classes[predicted])}: {int(others[truth, predicted]):,}"
+        axes.text(0, place, text, va="center", fontsize=8)
+    axes.set(ylim=(max(len(pairs), 1) - 0.5, -0.5), xlim=(0, 100), yticks=[], xlabel="percent of the true class")
+    axes.set_title("most frequent mistakes: truth → prediction" if pairs else "no mistakes", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _slanted(names: Sequence[str]) -> dict[str, Any]:
@@ -86,10 +160,10 @@ def _slanted(names: Sequence[str]) -> dict[str, Any]:
 
 def draw_batch(path: Path, images: Tensor, labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
     """The pictures of a training batch after augmentation, with their labels."""
-    figure, grid = _grid(len(images), columns=8, title="a training batch as the model sees it")
+    figure, grid = _grid(len(images), title="a training batch as the model sees it")
     for axes, image, label in zip(grid, images, labels, strict=False):
         _show(axes, image, mean, std)
-        axes.set_title(label, fontsize=7, pad=3)
+        axes.set_title("\n".join(_name(line) for line in label.splitlines()), fontsize=7, pad=3)
     figure.savefig(path, dpi=130)
 
 
@@ -97,19 +171,21 @@ def draw_predictions(
     path: Path,
     images: Tensor,
     truth: Tensor,
-    probabilities: Tensor,
+    predicted: Tensor,
+    confidence: Tensor,
     classes: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
+    *,
+    title: str,
 ) -> None:
-    """Test pictures with prediction and confidence; a wrong one in red, with the truth below."""
-    figure, grid = _grid(len(images), columns=8, title="test pictures: predicted class and confidence", row_height=1.5)
-    confidence, predicted = probabilities.max(1)
+    """Pictures with prediction and confidence; a wrong one in red, with the truth below."""
+    figure, grid = _grid(len(images), title=title, row_height=1.5)
     for index, axes in enumerate(grid[: len(images)]):
         _show(axes, images[index], mean, std)
         right = bool(predicted[index] == truth[index])
-        text = f"{classes[int(predicted[index])]} ({100 * float(confidence[index]):.0f} %)"
-        text += "" if right else f"\ntruth: {classes[int(truth[index])]}"
+        text = f"{_name(classes[int(predicted[index])])} ({100 * float(confidence[index]):.0f} %)"
+        text += "" if right else f"\ntruth: {_name(classes[int(truth[index])])}"
         axes.set_title(text, fontsize=7, pad=3, color=_RIGHT if right else _WRONG)
     figure.savefig(path, dpi=130)
 
@@ -121,24 +197,32 @@ def draw_masks(
     classes: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
+    *,
+    errors: Tensor | None = None,
 ) -> None:
-    """A row for each picture: the picture, then each of `columns` (masks [N, H, W]) laid over it, and a legend."""
+    """A row for each picture: the picture, then each of `columns` (masks [N, H, W]) laid over it, and a legend.
+
+    `errors` [N, H, W], from 0 where a pixel is right to 1 where it is wrong without doubt, make a last column.
+    """
     palette = class_colours(len(classes))
     count = len(images)
-    figure = Figure(figsize=(1.9 * (1 + len(columns)) + 1.5, 1.9 * count + 0.3), layout="constrained")
-    grid = figure.subplots(count, 1 + len(columns), squeeze=False)
+    names = ["picture", *columns, *(["wrong, the redder the surer"] if errors is not None else [])]
+    figure = Figure(figsize=(1.9 * len(names) + 1.5, 1.9 * count + 0.3), layout="constrained")
+    grid = figure.subplots(count, len(names), squeeze=False)
     for row in range(count):
-        _show(grid[row, 0], images[row], mean, std)
-        for column, mask in enumerate(columns.values(), start=1):
-            grid[row, column].imshow(overlay(_pixels(images[row], mean, std), mask[row].cpu().numpy(), palette))
-            grid[row, column].axis("off")
-    for column, name in enumerate(["picture", *columns]):
-        grid[0, column].set_title(name, fontsize=10)
+        picture = _pixels(images[row], mean, std)
+        shown = [picture, *(overlay(picture, mask[row].cpu().numpy(), palette) for mask in columns.values())]
+        shown += [_redden(picture, errors[row].cpu().numpy())] if errors is not None else []
+        for axes, panel in zip(grid[row], shown, strict=True):
+            axes.imshow(panel, interpolation="nearest")
+            axes.axis("off")
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize=10)
     shown = range(1, len(classes))
     if len(classes) > _MOST_NAMED_CLASSES:  # then only those that are in these pictures
         present = torch.cat([mask.flatten() for mask in columns.values()]).unique().tolist()
         shown = [index for index in present if index != IGNORE_INDEX][:_MOST_NAMED_CLASSES]
-    handles = [Patch(color=palette[index], label=classes[index]) for index in shown]
+    handles = [Patch(color=palette[index], label=_name(classes[index])) for index in shown]
     handles.append(Patch(facecolor="white", edgecolor="black", linewidth=0.5, label="ignored"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -160,10 +244,26 @@ def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength
     return np.where((mask == IGNORE_INDEX)[..., None], 1.0, blended)
 
 
-def _grid(count: int, *, columns: int, title: str, row_height: float = 1.3) -> tuple[Figure, list[Axes]]:
-    rows = -(-count // columns)
-    figure = Figure(figsize=(1.15 * columns, row_height * rows + 0.4), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+def _redden(picture: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    """The picture [H, W, 3] pale and grey, and red where `amount` [H, W] is one."""
+    grey = 0.6 + 0.4 * picture.mean(-1, keepdims=True).repeat(3, -1)
+    return grey + amount[..., None] * (np.array([0.8, 0.05, 0.05]) - grey)
+
+
+def _name(name: str, longest: int = _LONGEST_NAME) -> str:
+    """A class name that fits under a picture."""
+    return _plain(name if len(name) <= longest else f"{name[: longest - 1]}…")
+
+
+def _plain(text: str) -> str:
+    """For matplotlib, which takes text between dollars for a formula and fails if it is none."""
+    return text.replace("$", r"\$")
+
+
+def _grid(count: int, *, title: str, row_height: float = 1.3, columns: int = 8) -> tuple[Figure, list[Axes]]:
+    rows, columns = -(-count // columns), min(count, columns)
+    figure = Figure(figsize=(max(1.15 * columns, 3.0), row_height * rows + 0.4), layout="constrained")
+    figure.suptitle(_plain(title), fontsize=10)
     grid: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:
         axes.axis("off")

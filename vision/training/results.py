@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import timm
 import torch
 
 from ..data.loading import EpochBatches, Request, seed_everything
-from ..data.splits import Splits
+from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
 from . import pictures
-from .callbacks import read_table
+from .checkpoints import write_text
 from .config import Config
+from .mistakes import Mistake
 from .settings import to_yaml
 from .summary import Summary
 from .tasks import Task
@@ -23,23 +25,20 @@ from .tasks import Task
 
 def describe_run(folder: Path, config: Config, task: Task, splits: Splits, summary: Summary) -> None:
     """Writes what is known before the first step: config.yaml, summary.txt and a batch as the model sees it."""
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "summary.txt").write_text(f"{summary}\n")
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_text(folder / "summary.txt", f"{summary}\n")
     _draw_batch(folder / "batch.png", task, splits, config)
 
 
 def collect_results(
     config: Config, splits: Splits, summary: Summary, task: Task, test: Any, best: dict[str, Any]
 ) -> dict[str, Any]:
-    result = scores(task.result)
-    each = result["iou" if splits.dense else "recall"]
-    per_class = {name: _number(value) for name, value in zip(splits.classes, each, strict=True)}
     return {
         "model": config.model.name,
         "model_kwargs": config.model.kwargs,
         "data": splits.origin,
         "test": {name.removeprefix("test/"): value for name, value in test.items()},
-        ("test_iou_by_class" if splits.dense else "test_recall_by_class"): per_class,
+        "test_by_class": _by_class(task.result, splits.classes),
         "best_epoch": best["epoch"] + 1,
         "epochs": task.plan.epochs,
         "parameters": summary.parameters,
@@ -48,6 +47,23 @@ def collect_results(
         "timm": timm.__version__,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {task.device}",
     }
+
+
+def _by_class(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Of each class how many pictures or pixels there were, its numbers, and for what other class it was taken most."""
+    result = scores(confusion)
+    others = confusion.clone().fill_diagonal_(0)
+    most, taken_for = others.max(1)
+    return [
+        {
+            "class": name,
+            "count": int(confusion[index].sum()),
+            **{key: _number(result[key][index]) for key in ("recall", "precision", "iou")},
+            "taken_for": classes[int(taken_for[index])] if most[index] > 0 else None,
+            "taken_for_count": int(most[index]),
+        }
+        for index, name in enumerate(classes)
+    ]
 
 
 def _number(value: torch.Tensor) -> float | None:
@@ -75,27 +91,51 @@ def _blend_name(weights: torch.Tensor, classes: tuple[str, ...]) -> str:
     return classes[first] if share < 0.1 else f"{classes[first]} +\n{100 * share:.0f} % {classes[second]}"
 
 
-def show_results(folder: Path, task: Task, splits: Splits, results: dict[str, Any]) -> None:
-    """Writes results.json and the pictures that need a trained model."""
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    _draw_results(folder, task, splits, results)
+def show_results(
+    folder: Path, task: Task, splits: Splits, results: dict[str, Any], mistakes: Sequence[Mistake]
+) -> None:
+    """Writes results.json and the pictures that need a trained model; the numbers first, since drawing may fail."""
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    _draw_results(folder, task, splits, results, mistakes)
+
+
+def _draw_results(
+    folder: Path, task: Task, splits: Splits, results: dict[str, Any], mistakes: Sequence[Mistake]
+) -> None:
+    _draw_predictions(folder / "predictions.png", task, splits)
+    _draw_mistakes(folder / "mistakes.png", mistakes, splits)
+    name, value = ("mean IoU", "mean_iou") if splits.dense else ("accuracy", "accuracy")
+    title = f"{results['model']} on {results['data']}\ntest {name} {100 * results['test'][value]:.1f} %"
+    pictures.draw_confusion(folder / "confusion.png", task.result, splits.classes, title)
 
 
 @torch.no_grad()
-def _draw_results(folder: Path, task: Task, splits: Splits, results: dict[str, Any]) -> None:
-    title = f"{results['model']} on {results['data']}"
-    pictures.draw_curves(folder / "curves.png", read_table(folder / "metrics.csv"), task.metric, title)
+def _draw_predictions(path: Path, task: Task, splits: Splits) -> None:
     count = min(6 if splits.dense else 32, len(splits.test))
     spread = torch.linspace(0, len(splits.test) - 1, count).long().tolist()
     images, truth = splits.test.__getitems__(Request(spread, 0))
-    model = task.model.eval().cpu()
-    logits = model(images)
-    value = 100 * results["test"][task.metric]
+    logits = task.model.eval().cpu()(images)
     if splits.dense:
         masks = {"truth": truth, "prediction": logits.argmax(1)}
-        pictures.draw_masks(folder / "predictions.png", images, masks, splits.classes, splits.mean, splits.std)
+        pictures.draw_masks(path, images, masks, splits.classes, splits.mean, splits.std)
     else:
-        shown = (images, truth, logits.softmax(1), splits.classes, splits.mean, splits.std)
-        pictures.draw_predictions(folder / "predictions.png", *shown)
-    title = f"{title}\ntest {'mean IoU' if splits.dense else 'accuracy'} {value:.1f} %"
-    pictures.draw_confusion(folder / "confusion.png", task.result, splits.classes, title)
+        title = "test pictures: predicted class and confidence"
+        confidence, predicted = logits.softmax(1).max(1)
+        shown = (truth, predicted, confidence, splits.classes, splits.mean, splits.std)
+        pictures.draw_predictions(path, images, *shown, title=title)
+
+
+def _draw_mistakes(path: Path, mistakes: Sequence[Mistake], splits: Splits) -> None:
+    if not mistakes:
+        return
+    images, truth, predicted, confidence = (
+        torch.stack(parts) for parts in zip(*(mistake[1:] for mistake in mistakes), strict=True)
+    )
+    if splits.dense:
+        wrong = (predicted != truth) & (truth != IGNORE_INDEX)
+        masks = {"truth": truth, "prediction": predicted}
+        shown = (splits.classes, splits.mean, splits.std)
+        pictures.draw_masks(path, images, masks, *shown, errors=torch.where(wrong, confidence, 0.0))
+    else:
+        shown = (truth, predicted, confidence, splits.classes, splits.mean, splits.std)
+        pictures.draw_predictions(path, images, *shown, title="the most confident mistakes of the test")

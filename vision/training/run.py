@@ -23,7 +23,9 @@ from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .distillation import make_teacher
 from .distributed import load_weights, make_environment, make_strategy
+from .journal import Journal
 from .launch import check_processes, is_first
+from .mistakes import Mistakes
 from .optimization import freeze
 from .plan import make_plan
 from .results import collect_results, describe_run, show_results
@@ -37,6 +39,11 @@ _FOLDER_VARIABLE = "MIXERZOO_RUN_FOLDER"  # tells the processes that Lightning s
 
 def run(config: Config) -> dict[str, Any]:
     """Trains and tests as `config` says; returns what results.json holds. Raises `Interrupted` on SIGINT or SIGTERM."""
+    with Journal() as journal:
+        return _run(config, journal)
+
+
+def _run(config: Config, journal: Journal) -> dict[str, Any]:
     started = time.monotonic()
     check_processes(config.train, config.out)
     if config.train.threads is not None:
@@ -58,9 +65,17 @@ def run(config: Config) -> dict[str, Any]:
     task = Task(model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits))
     folder = _make_folder(config)
     if is_first():
+        journal.begin(folder, resumed=config.resume is not None)
         describe_run(folder, config, task, splits, summary)
 
-    data = ZooData(splits, batch_size=config.train.batch_size, seed=config.seed, workers=config.data.workers)
+    data = ZooData(
+        splits,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        repeats=config.augment.repeats,
+        sizes=config.augment.sizes,
+    )
     with SignalWatch() as watch:
         trainer = _make_trainer(config, folder, watch, task)
         if config.train.compile:
@@ -69,13 +84,15 @@ def run(config: Config) -> dict[str, Any]:
         trainer.fit(task, data, ckpt_path=config.resume, weights_only=True)
     best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
     load_weights(task, best["state_dict"])
+    mistakes = Mistakes(6 if splits.dense else 32)
+    trainer.callbacks.append(mistakes)  # pyright: ignore[reportAttributeAccessIssue]
     [test] = trainer.test(task, data, verbose=False)
 
     results = collect_results(config, splits, summary, task, test, best)
     results["seconds"] = round(time.monotonic() - started, 1)
     results["folder"] = str(folder)
     if trainer.is_global_zero:
-        show_results(folder, task, splits, results)
+        show_results(folder, task, splits, results, mistakes.found)
     return results
 
 
@@ -117,7 +134,16 @@ def _make_folder(config: Config) -> Path:
 
 def _remove_old_results(folder: Path) -> None:
     """What a run writes and another run would take for its own; nothing else in the folder is touched."""
-    for name in ("metrics.csv", "results.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+    pictures = [f"{name}.png" for name in ("batch", "curves", "predictions", "mistakes", "confusion")]
+    for name in (
+        "metrics.csv",
+        "results.json",
+        "env.json",
+        "report.html",
+        *pictures,
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    ):
         (folder / name).unlink(missing_ok=True)
 
 

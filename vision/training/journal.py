@@ -1,0 +1,170 @@
+"""env.json: on what machine and with what versions a run was started, each time; what it warned of; how it ended.
+
+Unusual: a run that is killed cannot say so. Its state stays "running", which whoever reads it has to take for "running,
+or killed". Of the process' environment only the variables named below are written: others may hold passwords.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .callbacks import Interrupted
+from .checkpoints import write_text
+
+_log = logging.getLogger(__name__)
+
+PACKAGES = (
+    "mixerzoo",
+    "torch",
+    "torchvision",
+    "timm",
+    "pytorch-lightning",
+    "torchmetrics",
+    "omegaconf",
+    "numpy",
+    "triton",
+)
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "WORLD_SIZE", "SLURM_JOB_ID")
+MOST_WARNINGS = 100
+
+
+class Journal(logging.Handler):
+    """Around a run: `with Journal() as journal:`, and `journal.begin(folder)` as soon as it has a folder.
+
+    However the block ends, env.json says so afterwards, and the report is written; where that fails too (a full disk),
+    the run's own error is the one that is raised.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.folder: Path | None = None
+        self.starts: list[dict[str, Any]] = []
+        self._warnings: dict[str, int] = {}
+
+    def __enter__(self) -> Journal:
+        logging.getLogger("mixerzoo").addHandler(self)
+        return self
+
+    def begin(self, folder: Path, *, resumed: bool = False) -> None:
+        """Writes that the run has started. Only one process of a run may say so."""
+        self.folder = folder
+        self.starts = [*(read_journal(folder) if resumed else []), describe_environment()]
+        self._write()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps what our own loggers warn of, each message once."""
+        message = record.getMessage()
+        if message in self._warnings or len(self._warnings) < MOST_WARNINGS:
+            self._warnings[message] = self._warnings.get(message, 0) + 1
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logging.getLogger("mixerzoo").removeHandler(self)
+        if self.folder is None:
+            return
+        try:
+            self.starts[-1] |= {"state": _state(error), "ended": _now()}
+            self._write()
+            if kind is not KeyboardInterrupt:  # a second Ctrl-C means at once
+                from .report import write_report
+
+                write_report(self.folder)
+        except Exception as problem:
+            _log.warning("%s/report.html could not be written: %s", self.folder, problem)
+
+    def _write(self) -> None:
+        if self.folder is None:
+            return
+        self.starts[-1]["warnings"] = [
+            message if count == 1 else f"{message} ({count} times)" for message, count in self._warnings.items()
+        ]
+        text = json.dumps({"starts": self.starts}, indent=2, ensure_ascii=False) + "\n"
+        write_text(self.folder / "env.json", text)
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run, oldest first; none where the file is missing or no whole JSON."""
+    try:
+        return list(json.loads((folder / "env.json").read_text())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def describe_environment() -> dict[str, Any]:
+    return {
+        "state": "running",
+        "started": _now(),
+        "command": shlex.join(["python", *sys.argv]),
+        "folder": os.getcwd(),
+        "commit": _commit(Path.cwd()),
+        "mixerzoo_commit": _commit(root) if ((root := Path(__file__).resolve().parents[2]) / ".git").exists() else None,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": platform.node(),
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _state(error: BaseException | None) -> str:
+    if error is None:
+        return "finished"
+    if isinstance(error, Interrupted):
+        return f"interrupted by {signal.Signals(error.number).name}"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted at once, by a second Ctrl-C"
+    return f"failed: {str(error).strip() or type(error).__name__}"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out and whether files differ from it; None without git or a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        return commit + (" with changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()

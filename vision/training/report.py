@@ -1,0 +1,345 @@
+"""report.html: a run folder on one page that needs nothing beside it, neither files nor a network.
+
+    python -m mixerzoo.vision.training.report runs/first
+
+A run writes it when it ends, however it ends; what is not there yet is left out. The page is made from the files of the
+folder alone, so that it can be made again: after a killed run, or with a newer version of this library.
+
+Unusual: no template language. A page of this size is a few functions that return text, and all text that is not ours
+(names of classes, settings, messages) goes through `html.escape` in the two helpers that write cells and paragraphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import shlex
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from . import pictures
+from .callbacks import read_table
+from .checkpoints import write_text
+from .config import keys
+from .journal import read_journal
+from .report_page import page
+
+CLASSES_AT_ONCE = 40  # a longer table is folded
+
+PICTURES = {
+    "curves.png": "Learning curves. The ring marks the epoch whose weights are in checkpoints/best.ckpt.",
+    "confusion.png": "What each true class was taken for in the test.",
+    "mistakes.png": "Test pictures on which the model was wrong and most sure of it: wrong labels, odd pictures and "
+    "classes that overlap show here first.",
+    "predictions.png": "Test pictures taken at even distances, with what the model says.",
+    "batch.png": "A training batch as the model sees it, after augmentation. If this looks wrong, what is learned is.",
+}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the files of a folder say; empty where they are not there yet."""
+
+    folder: Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+    rows: list[dict[str, float]]
+    starts: list[dict[str, Any]]
+
+    @property
+    def title(self) -> str:
+        return f"{self.settings['model.name']} on {self.settings['data.name']}"
+
+    @property
+    def metric(self) -> str:
+        return "mean_iou" if any("val/mean_iou" in row for row in self.rows) else "accuracy"
+
+    @property
+    def state(self) -> str:
+        return self.starts[-1].get("state", "running") if self.starts else "finished" if self.results else "running"
+
+
+def write_report(folder: Path) -> Path:
+    """Draws the learning curves and writes report.html from what is in a run folder. Returns its path."""
+    run = _read(folder)
+    if run.rows:
+        pictures.draw_curves(folder / "curves.png", run.rows, run.metric, run.title)
+    sections = [
+        _summary(run),
+        _warnings(run),
+        *(_picture(folder / name, caption) for name, caption in PICTURES.items()),
+        _classes(run),
+        _settings(run),
+        _model(run),
+        _epochs(run),
+        _environment(run),
+        _usage(run),
+    ]
+    path = folder / "report.html"
+    text = page(run.title, [section for section in sections if section])
+    write_text(path, text)
+    return path
+
+
+def _read(folder: Path) -> _Run:
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{folder} is no run folder: there is no {config}; train.py makes one (out=FOLDER)")
+    tree = OmegaConf.load(config)
+    results, table = folder / "results.json", folder / "metrics.csv"
+    return _Run(
+        folder,
+        {key.name: _plain(OmegaConf.select(tree, key.name, default=key.default)) for key in keys()},
+        json.loads(results.read_text()) if results.is_file() else {},
+        read_table(table) if table.is_file() else [],
+        read_journal(folder),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _summary(run: _Run) -> str:
+    facts = dict(_numbers(run))
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    kind = "good" if run.state == "finished" else "bad" if run.state.startswith("failed") else "open"
+    return (
+        f"<header><h1>{escape(run.title)}</h1>\n{_p(_state_in_words(run), f'state {kind}')}\n"
+        f"<dl class='tiles'>{tiles}</dl></header>"
+    )
+
+
+def _state_in_words(run: _Run) -> str:
+    last = run.starts[-1] if run.starts else {}
+    done = len(run.rows)
+    epochs = f"{done} whole epoch{'s' * (done != 1)}"
+    if run.state == "finished":
+        ended = f" on {_when(last['ended'])}" if "ended" in last else ""
+        return f"Finished{ended}. Test numbers are of the weights in checkpoints/best.ckpt."
+    if run.state == "running":
+        return f"Not finished: {epochs} so far. The run goes on, or was killed without a chance to say so."
+    words = run.state[0].upper() + run.state[1:]
+    return f"{words}, on {_when(last['ended'])}, after {epochs}. There are no test numbers."
+
+
+def _numbers(run: _Run) -> Iterable[tuple[str, str]]:
+    """The few numbers for the top of the page."""
+    for name, value in run.results.get("test", {}).items():
+        yield f"test {_words(name)}", _number(name, value)
+    measured = [row for row in run.rows if f"val/{run.metric}" in row]
+    if measured:
+        best = max(measured, key=lambda row: row[f"val/{run.metric}"])
+        yield f"best validation {_words(run.metric)}", _number(run.metric, best[f"val/{run.metric}"])
+        yield "best epoch", f"{int(best['epoch']) + 1} of {run.results.get('epochs', len(run.rows))}"
+    if "parameters" in run.results:
+        yield "parameters", f"{run.results['parameters'] / 1e6:,.2f} M"
+        yield "multiply-adds", f"{run.results['gmacs']:.3g} G"
+        yield "time", _duration(run.results["seconds"])
+
+
+def _warnings(run: _Run) -> str:
+    messages = [message for start in run.starts for message in start.get("warnings", [])]
+    if not messages:
+        return ""
+    items = "".join(f"<li>{escape(message)}</li>" for message in dict.fromkeys(messages))
+    return f"<section class='warnings'><h2>Warnings</h2><ul>{items}</ul></section>"
+
+
+def _picture(path: Path, caption: str) -> str:
+    if not path.is_file():
+        return ""
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return (
+        f"<figure id='{path.stem}'><img alt='{escape(caption)}' width='{width}' height='{height}' src='{source}'>"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _classes(run: _Run) -> str:
+    found = run.results.get("test_by_class")
+    if not found:
+        return ""
+    dense = run.metric == "mean_iou" or "mean_iou" in run.results["test"]
+    main, count = ("iou", "pixels") if dense else ("recall", "pictures")
+    order = sorted(found, key=lambda row: 2.0 if row[main] is None else row[main])
+    shares = ["iou", "recall", "precision"] if dense else ["recall", "precision"]
+    head = ["class", count, *(_words(name) for name in shares), "most often taken for"]
+    rows = []
+    for row in order:
+        other = f"{row['taken_for']} ({row['taken_for_count']:,})" if row["taken_for"] is not None else ""
+        rows.append([row["class"], row["count"], *(_Share(row[name]) for name in shares), other])
+    table = _table(head, rows)
+    if len(rows) > CLASSES_AT_ONCE:
+        table = _folded(f"all {len(rows)} classes", table)
+        table = _table(head, rows[: CLASSES_AT_ONCE // 2]) + table
+    return f"<section><h2>Classes</h2>{_p('Of the test, worst first; a click on a heading sorts.')}{table}</section>"
+
+
+def _settings(run: _Run) -> str:
+    changed, others = [], []
+    for key in keys():
+        value = run.settings[key.name]
+        if value != key.default:
+            changed.append([key.name, _value(value), _value(key.default), key.doc])
+        else:
+            others.append([key.name, _value(value), key.doc])
+    note = _p("Those that differ from the defaults: set by the recipe, the data file or the command line.")
+    return (
+        f"<section><h2>Settings</h2>{note}{_table(['key', 'value', 'default', 'meaning'], changed)}"
+        f"{_folded(f'the other {len(others)}', _table(['key', 'default', 'meaning'], others))}</section>"
+    )
+
+
+def _model(run: _Run) -> str:
+    path = run.folder / "summary.txt"
+    if not path.is_file():
+        return ""
+    text = path.read_text().rstrip()
+    fields = [line.split() for line in text.splitlines()]
+    rows = [[*row[:2], *(_count(cell) for cell in row[2:])] for row in fields[1:] if len(row) == 4]
+    rows += [["total", "", *(_count(cell) for cell in row[1:])] for row in fields if row[:1] == ["total"]]
+    note = _p(text.splitlines()[-1])
+    return f"<section><h2>Model</h2>{_table(['part', 'class', 'parameters', 'MMACs'], rows)}{note}</section>"
+
+
+def _epochs(run: _Run) -> str:
+    if not run.rows:
+        return ""
+    names = [name for name in dict.fromkeys(name for row in run.rows for name in row) if name != "epoch"]
+    rows = [[int(row["epoch"]) + 1, *(_short(row.get(name)) for name in names)] for row in run.rows]
+    table = _folded(f"{len(rows)} rows of metrics.csv", _table(["epoch", *names], rows))
+    return f"<section><h2>Epochs</h2>{table}</section>"
+
+
+def _environment(run: _Run) -> str:
+    if not run.starts:
+        return ""
+    starts = [[_when(s["started"]), _when(s.get("ended", "")), s.get("state", ""), s["command"]] for s in run.starts]
+    last = run.starts[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if version)
+    facts = {
+        "versions": versions,
+        "commit": last["commit"],
+        "commit of mixerzoo": last["mixerzoo_commit"],
+        "started in": last["folder"],
+        "machine": f"{last['machine']}, {last['system']}",
+        "processor": f"{last['cpu']}, {last['cores']} cores, {last['threads']} threads used",
+        "GPUs": ", ".join(last["gpus"]) or "none",
+        **last["variables"],
+    }
+    rows = [[name, value] for name, value in facts.items() if value]
+    return (
+        f"<section><h2>Environment</h2>{_table(['started', 'ended', 'state', 'command'], starts)}"
+        f"{_table(['of the last start', ''], rows)}</section>"
+    )
+
+
+def _usage(run: _Run) -> str:
+    folder = shlex.quote(str(run.folder))
+    model, best = shlex.quote(run.settings["model.name"]), shlex.quote(str(run.folder / "checkpoints" / "best.ckpt"))
+    commands = {
+        "Go on after an interruption, or train longer (train.epochs=…)": f"python train.py resume={folder}",
+        "Predict pictures of your own": f"python -m mixerzoo.vision.predict {folder} path/to/pictures",
+        "Export, here as ONNX": f"python -m mixerzoo.vision.export {model} --format onnx --checkpoint {best}",
+        "Write this page again": f"python -m mixerzoo.vision.training.report {folder}",
+    }
+    items = "".join(f"<p>{escape(name)}</p><pre>{escape(command)}</pre>" for name, command in commands.items())
+    return f"<section><h2>Use it</h2>{items}</section>"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """A cell that shows a share of one as a number over a bar."""
+
+    value: float | None
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
+    body = "\n".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
+    return f"<div class='wide'><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, _Share):
+        if value.value is None:
+            return "<td class='number' data-sort='-1'>–</td>"
+        percent = 100 * value.value
+        return f"<td class='number share' data-sort='{value.value}' style='--share:{percent:.1f}%'>{percent:.1f} %</td>"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        text = f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+        return f"<td class='number' data-sort='{value}'>{text}</td>"
+    return f"<td>{escape(str(value))}</td>"
+
+
+def _p(text: str, kind: str = "") -> str:
+    return f"<p class='{kind}'>{escape(text)}</p>" if kind else f"<p>{escape(text)}</p>"
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
+def _value(value: Any) -> str:
+    """As it would stand in YAML or on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _count(cell: str) -> float:
+    number = float(cell.replace(",", ""))
+    return int(number) if "." not in cell else number
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.5g}"
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
+
+
+def _words(name: str) -> str:
+    return {"mean_iou": "mean IoU", "iou": "IoU"}.get(name, name.replace("_", " "))
+
+
+def _when(stamp: str) -> str:
+    return stamp[:19].replace("T", " ")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixerzoo.vision.training.report", description="Write the report.html of a run folder again."
+    )
+    parser.add_argument("folder", type=Path, help="where train.py wrote: it holds config.yaml")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: written. 2: no run folder, or one that cannot be written."""
+    try:
+        print(f"wrote {write_report(parser().parse_args(argv).folder)}")
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
