@@ -101,11 +101,16 @@ def _parse(argument: str) -> tuple[str, Any]:
         raise ConfigError(f"{argument} has no value; write {name}=null where a key may be empty")
     key = _KEYS.get(f"{name}.name" if name in SHORTHANDS else name)
     if key is not None and key.base is str:
-        return name, None if text == "null" and key.optional else text
+        return name, None if text == "null" and key.optional else _unquoted(text)
     try:
         return name, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # pyright: ignore
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{argument}: {_first_line(error)}") from None
+
+
+def _unquoted(text: str) -> str:
+    """Quotes around the whole of a value keep it together (sweep.py); they are not part of it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _known(name: str, origin: str) -> None:
