@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config import SHORTHANDS, Config, Key, keys
+from .resume import LAST, changes, has_checkpoint
 
 _KEYS = {key.name: key for key in keys()}
 _SECTIONS = {name.split(".")[0] for name in _KEYS if "." in name}
@@ -41,15 +42,32 @@ def load(arguments: Sequence[str], folder: Path) -> Config:
     """The checked settings of a run, from its command-line arguments and the files in `folder`."""
     given = dict(_parse(argument) for argument in arguments)
     texts = {argument.partition("=")[0].strip(): argument for argument in arguments}
-    if given.get("resume") is None:
+    if given.get("resume") == "auto":
+        given["resume"] = _out_with_checkpoint(given.get("out"))
+    if given.get("resume") in (None, "auto"):
         trees = _from_files(given, folder)
+        saved = None
     else:
         checkpoint = find_checkpoint(given["resume"], given.get("out"))
         trees = _read(_saved_config(checkpoint))
         _same_experiment(given, trees[0][1])
+        saved = _merge(trees)
         given |= {"resume": str(checkpoint), "out": str(checkpoint.parent.parent)}
-    trees += [(texts.get(name, name), {name: value}) for name, value in given.items()]
+    config = _merge([*trees, *((texts.get(name, name), {name: value}) for name, value in given.items())])
+    if saved is not None and not given.get("resume_force"):
+        _refuse_changes(saved, config)
+    return config
 
+
+def _out_with_checkpoint(out: str | None) -> str:
+    """What `resume=auto` means: the run folder, or itself where there is nothing yet to go on from."""
+    if out is None:
+        raise ConfigError("resume=auto goes on in the folder out=, or begins there; give out=FOLDER")
+    return out if has_checkpoint(Path(out)) else "auto"
+
+
+def _merge(trees: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
+    """The settings of all trees, checked; later ones win."""
     config = OmegaConf.structured(Config)
     unset: set[str] = set()  # merging ignores `???`, so that it would leave the default in place
     for origin, tree in trees:
@@ -65,14 +83,14 @@ def find_checkpoint(resume: str, out: str | None = None) -> Path:
     """The checkpoint that `resume=` means: of the run folder `out`, of the newest one in runs/, or at a path."""
     if resume != "last":
         path = Path(resume)
-        path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-        if not path.is_file():
+        path = path / "checkpoints" / LAST if path.is_dir() else path
+        if not path.is_file() and not (path.name == LAST and has_checkpoint(path.parent.parent)):
             raise ConfigError(f"resume={resume}: there is no checkpoint at {path}; give a run folder or a .ckpt file")
         return path
-    found = list((Path(out) if out else Path("runs")).glob(f"{'' if out else '*/'}checkpoints/last.ckpt"))
+    found = list((Path(out) if out else Path("runs")).glob(f"{'' if out else '*/'}checkpoints/{LAST}"))
     if not found:
         place = f"{out}/checkpoints" if out else "any folder of runs/"
-        raise ConfigError(f"resume=last: no last.ckpt in {place}; start without resume=, or name the run folder")
+        raise ConfigError(f"resume=last: no {LAST} in {place}; start without resume=, or name the run folder")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -202,10 +220,24 @@ def _same_experiment(given: dict[str, Any], saved: Mapping[str, Any]) -> None:
     for name in ("recipe", *SHORTHANDS):
         wanted = given.pop(name, None) or given.pop(f"{name}.name", None)
         was = saved[name] if name == "recipe" else saved[name]["name"]
+        if name == "data" and was == "image_folder" and wanted is not None and Path(wanted).is_dir():
+            given.setdefault("data.root", wanted)
+            continue
         if wanted not in (None, was):
             raise ConfigError(
                 f"{name}={wanted}: the run to resume has {name}={was}; leave resume= out to start a new run"
             )
+
+
+def _refuse_changes(saved: Config, config: Config) -> None:
+    """A resumed run ends like an uninterrupted one only if its steps are computed in the same way."""
+    before, now = (
+        {name: OmegaConf.select(tree, name) for name in _KEYS} for tree in map(OmegaConf.structured, (saved, config))
+    )
+    if found := changes(before, now):
+        raise ConfigError(
+            f"resume={config.resume}: {', '.join(found)}; leave out what differs, or go on with it by resume_force=true"
+        )
 
 
 def _flatten(tree: Mapping[str, Any], origin: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
