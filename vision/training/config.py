@@ -47,8 +47,18 @@ class HeadConfig:
 class DataConfig:
     name: str = option("fashion_mnist", "a file in configs/data, or a folder of pictures; `data=NAME` for short")
     source: str = option(
-        "fashion_mnist", "the reader: fashion_mnist, digits, image_folder, fashion_scenes or mask_folder"
+        "fashion_mnist", "the reader: fashion_mnist, digits, image_folder, timm, fashion_scenes or mask_folder"
     )
+    dataset: str | None = option(
+        None,
+        "a data set by timm's name: hfds/NAME (Hugging Face), hfids/NAME (the same, streamed), wds/ (WebDataset), "
+        "tfds/NAME, torch/NAME (torchvision); null: data.root, a folder or a .tar (timm)",
+    )
+    train_split: str = option("train", "the name of the training pictures in the data set (timm)")
+    val_split: str | None = option(
+        None, "those of validation; null: validation, val or test if there is one, or else held out (timm)"
+    )
+    test_split: str | None = option(None, "those of the test; null: test if there is one, or else validation's (timm)")
     root: str | None = option(None, "where the files lie; null looks in the usual places")
     download: bool = option(True, "fetch files that are found nowhere (Debian package or torchvision)")
     size: int = option(32, "height and width of the pictures the model sees", low=1)
@@ -64,7 +74,12 @@ class DataConfig:
     scenes: int = option(4000, "training scenes to compose (fashion_scenes only)", low=2)
     classes: int | None = option(None, "classes in the masks; null counts ROOT/classes.txt (mask_folder)", low=2)
     ignore_zero: bool = option(False, "label 0 is no class and classes count from 1, as in ADE20K (mask_folder)")
+    max_bad: int = option(
+        10, "unreadable training pictures that are replaced by others, before they are an error (folders, timm)", low=0
+    )
     workers: int = option(0, "processes that load data; 0 loads in the main process", low=0)
+    timeout: float = option(120.0, "seconds without data after which the workers hang", low=1)
+    worker_restarts: int = option(0, "times in an epoch that dead or hanging workers are started again", low=0)
 
 
 @dataclass
@@ -76,6 +91,10 @@ class AugmentConfig:
     )
     resize: list[float] = option(  # noqa: RUF009
         [0.5, 2.0], "shorter side before the crop, as factors of the size (mask_folder)", low=0.1, high=10
+    )
+    random_interpolation: bool = option(
+        False,
+        "resize training pictures of one label bilinearly or bicubically by chance, not by data.interpolation",
     )
     color_jitter: float = option(0.0, "strength of random brightness, contrast and colour (folders)", low=0, high=1)
     auto_augment: str | None = option(None, "timm's policy, such as rand-m9-mstd0.5-inc1 (image_folder)")
