@@ -23,9 +23,10 @@ _INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
 _COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
 _STAGES = {"train": "training", "val": "validation"}
 _MOST_NUMBERED_CLASSES = 20
-_MOST_NAMED_CLASSES = 30
+_MOST_NAMED_CLASSES = 100
+_LONGEST_LEGEND = 30
 _MOST_LISTED = 30
-_MOST_CELLS = 1000
+_MOST_CELLS = 250
 _LONGEST_NAME = 24
 
 
@@ -96,26 +97,24 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     counts = confusion.double().cpu().numpy()
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     count = len(classes)
-    side = 2.6 + 0.46 * min(count, _MOST_NAMED_CLASSES)
+    cell = 0.46 if count <= _MOST_NUMBERED_CLASSES else 0.3 if count <= 30 else 0.11
+    side = 2.6 + cell * (count if count <= _MOST_NAMED_CLASSES else 60)
     listed = _MOST_LISTED if count > _MOST_NUMBERED_CLASSES else 0
-    figure = Figure(figsize=(side + 0.8 + (5.5 if listed else 0), side), layout="constrained")
-    axes, *beside = figure.subplots(
-        1, 2 if listed else 1, width_ratios=(side, 4.7) if listed else None, squeeze=False
-    ).flat
+    figure = Figure(figsize=(side + 0.8 + (6.0 if listed else 0), side), layout="constrained")
+    widths = (side, 5.2) if listed else None
+    axes, *beside = figure.subplots(1, 2 if listed else 1, width_ratios=widths, squeeze=False).flat
+    shown, step = _pooled(percent, _MOST_CELLS)
+    extent = (-0.5, step * len(shown) - 0.5, step * len(shown) - 0.5, -0.5)
     # The square root keeps small confusions visible beside a strong diagonal.
-    image = axes.imshow(
-        np.sqrt(_pooled(percent, _MOST_CELLS) / 100),
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        extent=(-0.5, count - 0.5, count - 0.5, -0.5),
-    )
+    image = axes.imshow(np.sqrt(shown / 100), cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
     axes.set(xlabel="prediction", ylabel="truth")
-    axes.set_title(_plain(title), fontsize=11)
+    note = f"\na cell is the largest of {step} x {step} classes" if step > 1 else ""
+    axes.set_title(_plain(title) + note, fontsize=11)
     if count <= _MOST_NAMED_CLASSES:
         names = [_name(name) for name in classes]
-        axes.set_xticks(range(count), names, **_slanted(names))
-        axes.set_yticks(range(count), names)
+        size = min(10.0, 0.8 * 72 * cell)
+        axes.set_xticks(range(count), names, fontsize=size, **_turned(names, upright=cell < 0.2))
+        axes.set_yticks(range(count), names, fontsize=size)
     if count <= _MOST_NUMBERED_CLASSES:
         for row, column in zip(*np.nonzero(percent >= 0.05), strict=True):
             value = percent[row, column]
@@ -125,16 +124,14 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     bar.set_ticks([0.0, 0.1**0.5, 0.25**0.5, 0.5**0.5, 1.0], labels=["0", "10", "25", "50", "100"])
     for axes in beside:
         _list_confusions(axes, counts, classes, listed)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def _pooled(values: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` cells a side, the largest of what falls into one: a picture has only so many pixels."""
+def _pooled(values: np.ndarray, most: int) -> tuple[np.ndarray, int]:
+    """At most `most` cells a side, each the largest of step x step values, and the step. A lone value stays visible."""
     step = -(-len(values) // most)
-    if step == 1:
-        return values
     padded = np.pad(values, (0, -len(values) % step))
-    return padded.reshape(len(padded) // step, step, len(padded) // step, step).max((1, 3))
+    return padded.reshape(len(padded) // step, step, len(padded) // step, step).max((1, 3)), step
 
 
 def _list_confusions(axes: Axes, counts: np.ndarray, classes: Sequence[str], most: int) -> None:
@@ -147,14 +144,16 @@ def _list_confusions(axes: Axes, counts: np.ndarray, classes: Sequence[str], mos
     axes.barh(range(len(pairs)), shares, color=_COLOURS["val/loss"], alpha=0.35)
     for place, (truth, predicted) in enumerate(pairs):
         text = f" {_name(classes[truth])} → {_name(classes[predicted])}: {int(others[truth, predicted]):,}"
-        axes.text(0, place, text, va="center", fontsize=8)
+        axes.text(0, place, text, va="center", fontsize=9)
     axes.set(ylim=(max(len(pairs), 1) - 0.5, -0.5), xlim=(0, 100), yticks=[], xlabel="percent of the true class")
     axes.set_title("most frequent mistakes: truth → prediction" if pairs else "no mistakes", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _slanted(names: Sequence[str]) -> dict[str, Any]:
-    """Tick labels are slanted where upright ones would overlap."""
+def _turned(names: Sequence[str], *, upright: bool) -> dict[str, Any]:
+    """Tick labels are turned where they would overlap: by half, or upright where there are many."""
+    if upright:
+        return {"rotation": 90}
     return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
 
 
@@ -206,7 +205,7 @@ def draw_masks(
     """
     palette = class_colours(len(classes))
     count = len(images)
-    names = ["picture", *columns, *(["wrong, the redder the surer"] if errors is not None else [])]
+    names = ["picture", *columns, *(["where it is wrong"] if errors is not None else [])]
     figure = Figure(figsize=(1.9 * len(names) + 1.5, 1.9 * count + 0.3), layout="constrained")
     grid = figure.subplots(count, len(names), squeeze=False)
     for row in range(count):
@@ -219,9 +218,9 @@ def draw_masks(
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=10)
     shown = range(1, len(classes))
-    if len(classes) > _MOST_NAMED_CLASSES:  # then only those that are in these pictures
+    if len(classes) > _LONGEST_LEGEND:  # then only those that are in these pictures
         present = torch.cat([mask.flatten() for mask in columns.values()]).unique().tolist()
-        shown = [index for index in present if index != IGNORE_INDEX][:_MOST_NAMED_CLASSES]
+        shown = [index for index in present if index != IGNORE_INDEX][:_LONGEST_LEGEND]
     handles = [Patch(color=palette[index], label=_name(classes[index])) for index in shown]
     handles.append(Patch(facecolor="white", edgecolor="black", linewidth=0.5, label="ignored"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
