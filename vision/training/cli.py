@@ -1,58 +1,113 @@
 """The command line of `train.py`: its help, its messages and its exit codes.
 
-0 done · 1 failed · 2 the settings cannot be used · 130 stopped by Ctrl-C · 143 stopped by SIGTERM
+0 done, or stopped by SIGUSR1 to be queued again · 1 failed · 2 the settings cannot be used · 130 stopped by Ctrl-C ·
+143 stopped by SIGTERM
+
+Unusual: what nobody expected to fail is one line on the terminal, and its traceback a file in the run folder, where it
+is still found when the terminal is gone. `--debug` shows it at once.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .config import Key, keys
-from .settings import ConfigError, choices, load, to_yaml
+from . import sweep
+from .config import Config, Key, keys
+from .launch import check_processes, end_with_parent, is_first, launch, python, rank, started_by
+from .settings import ConfigError, choices, load, nearest, to_yaml
 
 _USAGE = """\
 Train an image classifier or a segmenter on any timm backbone.
 
-  python train.py [key=value …]     train; files in configs/ give the values that are not given here
-  python train.py --cfg [key=…]     print all settings of the run and stop
-  python train.py --help            this text
+  python train.py [key=value …]        train; files in configs/ give the values that are not given here
+  python train.py [key=one,two …]      train once for every combination, one after the other
+  python train.py --cfg [key=value …]  print all settings of the run and stop
+  python train.py --help [optim …]     this text, or the settings of a section alone
+  python train.py --debug [key=…]      show the traceback of a failure, which is otherwise written to error.txt
 
   python train.py                                    a small NAT on Fashion-MNIST, in five minutes on two CPU cores
   python train.py model=convnext_atto optim.lr=2e-3  any timm model
   python train.py data=path/to/pictures model=nat_mini model.pretrained=true
   python train.py recipe=segmentation
+  python train.py model=nat_mini,van_b0 optim.lr=1e-3,2e-3 out=runs/sweep
+  python train.py train.devices=4                    four devices, or processes on a CPU; docs/distributed.md
   python train.py resume=last                        go on after Ctrl-C, with the same numbers as without it
+
+exit codes: 0 done (or stopped by SIGUSR1), 1 failed, 2 the settings cannot be used, 130 Ctrl-C, 143 SIGTERM
 """
+_FLAGS = ("--help", "-h", "--cfg", "--debug")
 
 
 def main(arguments: Sequence[str], *, configs: Path) -> int:
     """Runs the command and returns its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.INFO if is_first() else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    end_with_parent()
     flags = {argument for argument in arguments if argument.startswith("-")}
-    settings = [argument for argument in arguments if argument not in flags]
+    given = [argument for argument in arguments if argument not in flags]
     try:
-        if flags & {"--help", "-h"}:
-            _say(help_text(configs))
-            return 0
-        if unknown := flags - {"--cfg"}:
+        if unknown := flags - set(_FLAGS):
             raise ConfigError(f"there is no option {min(unknown)}; settings are written key=value, see --help")
-        config = load(settings, configs)
-        if flags:
-            _say(to_yaml(config))
+        if flags & {"--help", "-h"}:
+            _say(help_text(configs, given))
             return 0
+        plan = sweep.plan(given)
+        if plan is None:
+            config = load(given, configs)
+            if "--cfg" in flags:
+                _say(to_yaml(config))
+                return 0
+            return _start(config, given, configs, debug="--debug" in flags)
+        checked = [(run.name, _checked(run.arguments, configs)) for run in plan.runs]
+        if "--cfg" in flags:
+            _say("".join(f"--- # {name}\n{to_yaml(config)}" for name, config in checked))
+            return 0
+        extra = ["--debug"] if "--debug" in flags else []
+        return sweep.run(plan, [*python(), str(configs), *extra], _say, _complain)
     except ConfigError as error:
         return _fail(error)
-    return _train(config)
 
 
-def _train(config: Any) -> int:
+def _checked(arguments: Sequence[str], configs: Path) -> Config:
+    """What can be known of a run before its turn comes."""
+    from .build import check_name
+
+    config = load(arguments, configs)
+    check_name(config.model.name)
+    check_processes(config.train, "named by the sweep")
+    return config
+
+
+def _start(config: Config, given: Sequence[str], configs: Path, *, debug: bool) -> int:
+    """Trains: here, or in processes of its own if there are to be several."""
+    check_processes(config.train, config.out)
+    if config.out is None:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}-{config.data.name}"
+        config.out = str(Path("runs") / name.replace("/", "_"))
+    if config.train.processes > 1 and started_by() is None:
+        # What is settled here is the same for all of them.
+        settled = [f"out={config.out}", *([f"resume={config.resume}"] if config.resume else [])]
+        command = [*python(), str(configs), *(["--debug"] if debug else []), *given, *settled]
+        return launch(command, config.train.processes, _complain)
+    try:
+        return _train(config)
+    except Exception as error:
+        return _unexpected(error, Path(config.out), debug=debug)
+
+
+def _train(config: Config) -> int:
     # Imported late: help and errors about settings should not wait for Lightning.
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
     from .callbacks import Interrupted
     from .run import run
     from .tasks import NonFiniteLossError
@@ -61,34 +116,82 @@ def _train(config: Any) -> int:
     try:
         results = run(config)
     except Interrupted as stop:
-        _say(str(stop), sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
+        if is_first():
+            _complain(str(stop))
+        return 0 if stop.number == signal.SIGUSR1 else 128 + stop.number
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         return 130
-    except ValueError as error:  # ConfigError and every check of ours
+    except MisconfigurationException as error:
+        return _fail(error)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
         return _fail(error)
     except NonFiniteLossError as error:
         return _fail(error, code=1)
-    test = ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items())
-    _say(f"test: {test} (epoch {results['best_epoch']} of {results['epochs']}, {results['seconds']:.0f} s)")
-    _say(f"everything is in {results['folder']}")
+    if is_first():
+        test = ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items())
+        _say(f"test: {test} (epoch {results['best_epoch']} of {results['epochs']}, {results['seconds']:.0f} s)")
+        _say(f"everything is in {results['folder']}")
     return 0
 
 
-def help_text(configs: Path) -> str:
-    lines = [
-        _USAGE,
-        *_wrapped("recipe=  ", choices(configs, "recipes")),
-        f"data=    {', '.join(choices(configs, 'data'))}",
-    ]
-    section = None
-    for key in keys():
-        head = key.name.split(".")[0] if "." in key.name else ""
+def _is_ours(error: BaseException) -> bool:
+    """Whether a check of this library raised it: then its message says what to do, and a traceback adds nothing."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("mixerzoo.")
+
+
+def _unexpected(error: Exception, folder: Path, *, debug: bool) -> int:
+    """One line on the terminal, the traceback in the run folder; where there is none yet, on the terminal too."""
+    trace = "".join(traceback.format_exception(error))
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    line = f"error: {type(error).__name__}: {first_line}" if first_line else f"error: {type(error).__name__}"
+    path = folder / ("error.txt" if is_first() else f"error-{rank()}.txt")
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        path.write_text(trace)
+        line += f" (traceback in {path})"
+    except OSError:
+        debug = True
+    if debug:
+        _complain(trace)
+    _complain(line)
+    return 1
+
+
+def help_text(configs: Path, topics: Sequence[str] = ()) -> str:
+    """Everything, or what is asked for: sections (`optim`) and keys (`optim.lr`)."""
+    known = list(keys())
+    if not topics:
+        names = ["recipe=  ", choices(configs, "recipes")], ["data=    ", choices(configs, "data")]
+        head = [_USAGE, *(line for name in names for line in _wrapped(*name))]
+        return "\n".join([*head, *_sections(known)]) + "\n"
+    found = []
+    for topic in topics:
+        name = topic.partition("=")[0]
+        some = [key for key in known if key.name == name or key.name.startswith(f"{name}.")]
+        some = some or [key for key in known if key.name.rsplit(".", 1)[-1] == name]
+        if not some:
+            sections = {key.name.split(".")[0] for key in known}
+            raise ConfigError(
+                f"--help {name}: there is no such section or key{nearest(name, sections | {k.name for k in known})}"
+            )
+        found += [key for key in some if key not in found]
+    return "\n".join(_sections(found)).lstrip("\n") + "\n"
+
+
+def _sections(chosen: Sequence[Key]) -> list[str]:
+    """The keys with their words, an empty line between sections."""
+    lines, section = [], None
+    for key in chosen:
+        head = key.name.rpartition(".")[0]
         if head != section:
             lines.append("")
             section = head
         lines += _describe(key)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _wrapped(head: str, words: Sequence[str]) -> list[str]:
@@ -104,20 +207,35 @@ def _describe(key: Key) -> list[str]:
 
 def _quiet_lightning() -> None:
     """Lightning announces what was not asked for; its warnings about choices made on purpose are dropped too."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*LeafSpec.*",
         ".*tensorboardX.*",
         ".*exists and is not empty.*",
+        ".*sync_dist=True.*",  # what is logged is computed over all processes
+        ".*method of metric .* was called before the ``update``.*",  # by a process without pictures
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def _fail(error: Exception, code: int = 2) -> int:
-    _say(f"error: {error}", sys.stderr)
+    _complain(f"error: {error}")
     return code
 
 
-def _say(text: str, stream: Any = None) -> None:
-    (stream or sys.stdout).write(text.rstrip() + "\n")
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip() + "\n")
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    where = f"process {rank()}: " if started_by() in ("torchrun", "slurm") and not is_first() else ""
+    sys.stderr.write(where + text.rstrip() + "\n")
+
+
+if __name__ == "__main__":  # as launch.python() starts it
+    _, folder, *sys.argv[1:] = sys.argv
+    sys.argv[0] = "train.py"  # what env.json shows can then be typed
+    sys.exit(main(sys.argv[1:], configs=Path(folder)))
