@@ -182,6 +182,9 @@ class ScheduleConfig:
     name: str = option("cosine", "a timm scheduler, moved at every step")
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", low=0)
     warmup_lr: float = option(1e-6, "learning rate at the start of the warm-up", low=0)
+    warmup_prefix: bool = option(
+        False, "the schedule begins after the warm-up, at the highest rate, and not underneath it (cosine, poly, …)"
+    )
     min_lr: float = option(0.0, "learning rate at the end", low=0)
     cooldown_epochs: int = option(0, "epochs at the end, out of all, that stay at min_lr", low=0)
     power: float | None = option(None, "exponent of the poly schedule, which needs one", low=0)

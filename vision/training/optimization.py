@@ -46,17 +46,19 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, plan: Plan) -> torch.op
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, plan: Plan) -> Scheduler:
-    """A schedule over all steps of the plan: the cool-down is the end of it, not an addition."""
+    """A schedule over all steps of the plan: cool-down and warm-up are parts of it, not additions."""
     extra: dict[str, Any] = (
         {"decay_rate": schedule.power} if schedule.power is not None else {}
     )  # timm's name for a poly's power
+    before = schedule.warmup_epochs if schedule.warmup_prefix else 0
     scheduler, _ = create_scheduler_v2(
         optimizer,
         schedule.name,
-        num_epochs=plan.epochs - schedule.cooldown_epochs,
+        num_epochs=plan.epochs - schedule.cooldown_epochs - before,  # pyright: ignore[reportArgumentType]  # the same
         cooldown_epochs=schedule.cooldown_epochs,
         warmup_epochs=schedule.warmup_epochs,  # pyright: ignore[reportArgumentType]  # fractions work
         warmup_lr=schedule.warmup_lr * plan.lr_factor,
+        warmup_prefix=schedule.warmup_prefix,
         min_lr=schedule.min_lr * plan.lr_factor,
         step_on_epochs=False,
         updates_per_epoch=plan.steps_per_epoch,
