@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mixerzoo.vision.data.loading import EpochBatches, Request, ResumableLoader, SeededItems, mix_seed
+from mixerzoo.vision.data.items import SeededItems
+from mixerzoo.vision.data.loading import EpochBatches, Request, ResumableLoader, mix_seed
 
 
 class Numbers:
@@ -111,7 +112,7 @@ def test_repeats_of_a_picture_land_on_different_ranks_and_the_epoch_stays_as_lon
     ]
     assert [len(shard) for shard in shards] == [60 // (5 * world_size)] * world_size
     seen = [[index for request in shard for index in request.indices] for shard in shards]
-    counts = np.bincount(sum(seen, []), minlength=60)
+    counts = np.bincount(np.concatenate(seen), minlength=60)
     assert sorted(np.unique(counts)) == [0, 3] and (counts == 3).sum() == 20
     together = [index for step in zip(*seen, strict=True) for index in step]
     assert together == np.repeat(together[::3], 3).tolist()  # neighbours in the order of all ranks: one on each

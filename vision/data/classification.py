@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from torchvision.datasets import ImageFolder
 
 from . import fashion_mnist
 from .fashion_mnist import Arrays
-from .loading import Request, SeededItems, mix_seed, seed_everything
+from .items import SeededItems
+from .loading import Request, mix_seed, seed_everything
+from .pictures import read_picture
 from .splits import Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
@@ -154,38 +157,20 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
     if config.root is None or not root.is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")
     folders = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
-    common = {
-        "input_size": (3, config.size, config.size),
-        "interpolation": config.interpolation,
-        "use_prefetcher": False,
-    }
-    crop = config.crop or (0.9 if config.size > 64 else 1.0)
-    mode = "squash" if config.crop == 1 else "center"
-    evaluate = create_transform(**common, is_training=False, crop_pct=crop, crop_mode=mode)
-    augmented = create_transform(
-        **common,
-        is_training=True,
-        scale=(augmentation.scale[0], augmentation.scale[1]),
-        hflip=augmentation.hflip,
-        color_jitter=augmentation.color_jitter,
-        auto_augment=augmentation.auto_augment,
-        re_prob=augmentation.erasing,
-        re_mode="pixel",
-    )
-    train = _read_folder(folders.get("train", root), augmented)
+    train = _read_folder(folders.get("train", root))
     val_folder = folders.get("val") or folders.get("validation")
     if val_folder is None:
         chosen, kept = split_indices(len(train), config.held_out, seed, config.limit)
-        val = SeededItems(_read_folder(folders.get("train", root), evaluate), kept.tolist())
+        val = evaluated(train, config, kept)
     else:
         chosen = np.random.default_rng(seed).permutation(len(train))[: config.limit]
-        val = SeededItems(_read_folder(val_folder, evaluate, train.classes))
+        val = evaluated(_read_folder(val_folder, train.classes), config)
     if "test" not in folders:
         _log.warning("%s has no folder `test`: the final numbers are those of the validation pictures", root)
     return Splits(
-        train=SeededItems(train, chosen.tolist()),
+        train=trained(train, config, augmentation, chosen),
         val=val,
-        test=SeededItems(_read_folder(folders["test"], evaluate, train.classes)) if "test" in folders else val,
+        test=evaluated(_read_folder(folders["test"], train.classes), config) if "test" in folders else val,
         classes=tuple(train.classes),
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
@@ -194,9 +179,66 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
     )
 
 
-def _read_folder(folder: Path, transform: Any, classes: Sequence[str] | None = None) -> ImageFolder:
+def trained(dataset: Any, config: DataSettings, augmentation: Augmentation, indices: np.ndarray) -> SeededItems:
+    """The training batches of a data set of (RGB picture, class)."""
+    transforms = PictureTransforms(config, augmentation)
+    return SeededItems(dataset, indices.tolist(), transforms=transforms, max_bad=config.max_bad)
+
+
+def evaluated(dataset: Any, config: DataSettings, indices: np.ndarray | None = None) -> SeededItems:
+    """The batches of a data set of (RGB picture, class), as they are judged."""
+    return SeededItems(
+        dataset, None if indices is None else indices.tolist(), transforms=PictureTransforms(config, None)
+    )
+
+
+@dataclass(frozen=True)
+class PictureTransforms:
+    """timm's transforms of pictures with one label, for any size; without augmentation those of evaluation."""
+
+    config: DataSettings
+    augmentation: Augmentation | None
+
+    def __call__(self, size: int | None) -> PictureTransform:
+        config, augmentation, size = self.config, self.augmentation, size or self.config.size
+        common: dict[str, Any] = {
+            "input_size": (3, size, size),
+            "interpolation": config.interpolation,
+            "use_prefetcher": False,
+        }
+        if augmentation is None:
+            crop = config.crop or (0.9 if size > 64 else 1.0)
+            mode = "squash" if config.crop == 1 else "center"
+            return PictureTransform(create_transform(**common, is_training=False, crop_pct=crop, crop_mode=mode))
+        if augmentation.random_interpolation:
+            common["interpolation"] = "random"
+        return PictureTransform(
+            create_transform(
+                **common,
+                is_training=True,
+                scale=(augmentation.scale[0], augmentation.scale[1]),
+                hflip=augmentation.hflip,
+                color_jitter=augmentation.color_jitter,
+                auto_augment=augmentation.auto_augment,
+                re_prob=augmentation.erasing,
+                re_mode="pixel",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class PictureTransform:
+    """Of an item of which only the picture changes."""
+
+    of_picture: Any
+
+    def __call__(self, picture: Any, target: Any) -> tuple[Any, Any]:
+        return self.of_picture(picture), target
+
+
+def _read_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageFolder:
     try:
-        dataset = ImageFolder(str(folder), transform=transform)
+        dataset = ImageFolder(str(folder), loader=read_picture)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} needs a sub-folder with pictures for each class: {error}") from None
     if classes is not None and dataset.classes != list(classes):

@@ -7,20 +7,28 @@ batch). Unusual:
   which lets pictures in memory be augmented by one vectorised operation, and gives every batch its seed, whatever
   worker makes it.
 * `ResumableLoader` counts what it has handed out. Lightning stores that in the checkpoint and gives it back before
-  the first batch; without it a run resumed inside an epoch would see the epoch's first batches again.
+  the first batch; without it a run resumed inside an epoch would see the epoch's first batches again. For the same
+  reason workers that have died can be replaced, and nothing changes.
 * Evaluation shards hold each picture once. PyTorch's DistributedSampler repeats some to make the ranks equal, and so
-  falsifies every metric."""
+  falsifies every metric.
+"""
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
+
+from .pictures import CHECK_COMMAND, DataError
+from .workers import Crew, WorkerError, outlive_the_step
+
+_log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -114,54 +122,116 @@ class EpochBatches(Sampler[Request]):
                 yield Request(part.tolist(), mix_seed(self.seed, epoch, self.rank, index), size)
 
 
-class ResumableLoader(DataLoader):
-    """A loader that knows how far it is, through `state_dict` and `load_state_dict`."""
+class Answer(NamedTuple):
+    """What comes from a worker: a batch and the files that could not be read for it, or the words of an error."""
 
-    def __init__(self, dataset: Batches, batches: EpochBatches, *, workers: int = 0, pin_memory: bool = False) -> None:
+    batch: Any
+    bad: dict[str, str]
+    error: str | None = None
+
+
+class _Answering:
+    """A data set whose errors arrive as what they are: PyTorch would wrap them in the traceback of a worker."""
+
+    def __init__(self, dataset: Batches) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, request: Request, /) -> Answer:
+        answer = getattr(self.dataset, "answer", None)
+        try:
+            batch, bad = answer(request) if answer is not None else (self.dataset.__getitems__(request), {})
+            return Answer(batch, bad)
+        except DataError as error:
+            return Answer(None, {}, str(error))
+
+
+class ResumableLoader(DataLoader):
+    """A loader that knows how far it is, through `state_dict` and `load_state_dict`.
+
+    A worker that dies, or leaves the others waiting for `timeout` seconds, is an error, or `restarts` times in an epoch
+    the reason to start all of them again at the same batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Batches,
+        batches: EpochBatches,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        timeout: float = 120,
+        restarts: int = 0,
+    ) -> None:
         super().__init__(
-            dataset,  # pyright: ignore[reportArgumentType]
+            _Answering(dataset),  # pyright: ignore[reportArgumentType]
             batch_sampler=batches,  # pyright: ignore[reportArgumentType]
             collate_fn=_as_is,
             num_workers=workers,
             pin_memory=pin_memory,
-            timeout=120 if workers else 0,  # a hanging worker is an error, not a silent stop
+            timeout=timeout if workers else 0,
+            worker_init_fn=outlive_the_step,
         )
-        self.batches = batches
+        self.source, self.batches, self.restarts = dataset, batches, restarts
         self._handed_out = 0
 
     def __iter__(self) -> Iterator[Any]:
         self._handed_out = self.batches.start
-        for batch in super().__iter__():
-            self._handed_out += 1
-            yield batch
+        failures = 0
+        while True:
+            crew = Crew(self._begin)
+            try:
+                for answer in crew:
+                    batch = self._accept(answer)
+                    self._handed_out += 1
+                    yield batch
+                break
+            except WorkerError as error:
+                failure = str(error)
+            finally:
+                crew.dismiss()
+            failures += 1
+            if failures > self.restarts:
+                raise WorkerError(f"{failure}. data.worker_restarts={failures} would start the workers again")
+            _log.warning("%s; starting the workers again, at batch %d", failure, self._handed_out)
+        self._report()
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.batches.epoch, "batches": self._handed_out}
+    def _begin(self) -> Iterator[Any]:
+        """PyTorch's iterator, from the first batch that was not handed out. Where the epoch began stays as it was."""
+        start, self.batches.start = self.batches.start, self._handed_out
+        try:
+            return super().__iter__()
+        finally:
+            self.batches.start = start
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _accept(self, answer: Answer) -> Any:
+        if answer.error is not None:
+            raise DataError(answer.error)
+        if answer.bad:
+            self.source.note(answer.bad)  # pyright: ignore[reportAttributeAccessIssue]  # who answers so takes notes
+        return answer.batch
+
+    def _report(self) -> None:
+        if self.batches.training and (bad := getattr(self.source, "bad", None)):
+            _log.warning(
+                "unreadable training pictures so far: %d, each replaced by another; `%s …` lists them",
+                len(bad),
+                CHECK_COMMAND,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        bad = dict(getattr(self.source, "bad", {}))
+        return {"epoch": self.batches.epoch, "batches": self._handed_out, **({"bad": bad} if bad else {})}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         finished = state["batches"] >= len(self.batches)
         self.batches.epoch = state["epoch"] + finished
         self.batches.start = 0 if finished else state["batches"]
+        if state.get("bad"):
+            self.source.note(state["bad"])  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-class SeededItems:
-    """Answers requests from an ordinary data set of (picture, target), seeding each picture's augmentation."""
-
-    def __init__(self, dataset: Dataset, indices: Sequence[int] | None = None) -> None:
-        self.dataset = dataset
-        self.indices = range(len(dataset)) if indices is None else indices  # pyright: ignore[reportArgumentType]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
-        items = []
-        for index in request.indices:
-            seed_everything(mix_seed(request.seed, index))
-            items.append(self.dataset[self.indices[index]])
-        images, targets = default_collate(items)
-        return images, targets

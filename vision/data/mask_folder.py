@@ -8,13 +8,20 @@ A mask is a PNG with a class number for each pixel, 255 where none is meant. Whe
 `data.classes` says how many there are.
 
 Unusual: pictures are judged in the middle, scaled to a shorter side of `data.size` and cropped to a square, so that
-batches are whole. Published numbers are of whole pictures.
+batches are whole. Published numbers are of whole pictures. All masks are read before training begins: one wrong label
+would otherwise end it at a random step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import os
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,53 +33,100 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .classification import split_indices
-from .loading import SeededItems
+from .fashion_mnist import cache_folder
+from .items import SeededItems
+from .pictures import CHECK_COMMAND, DataError, UnreadableError, picture_size, read_picture
 from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
 
+_LONG = 2.0  # seconds that checking the masks may take each time
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class PicturesWithMasks(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """(picture [3, size, size] normalised, mask int64 [size, size]) for pairs of files."""
+class PicturesWithMasks:
+    """(picture, mask) as tv_tensors of one size, for pairs of files."""
 
-    def __init__(
-        self, pairs: Sequence[tuple[Path, Path]], transform: v2.Transform, *, classes: int, ignore_zero: bool
-    ) -> None:
-        self.pairs, self.transform, self.classes, self.ignore_zero = pairs, transform, classes, ignore_zero
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], *, classes: int, ignore_zero: bool) -> None:
+        self.pairs, self.classes, self.ignore_zero = pairs, classes, ignore_zero
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         picture_file, mask_file = self.pairs[index]
-        with Image.open(picture_file) as file:
-            picture = tv_tensors.Image(file.convert("RGB"))
-        mask = self._read_mask(mask_file)
-        if mask.shape != picture.shape[-2:]:
-            raise ValueError(
-                f"{mask_file} is {list(mask.shape)}, its picture {list(picture.shape[-2:])}; sizes must agree"
-            )
-        picture, mask = self.transform(picture, tv_tensors.Mask(mask))
-        return picture.as_subclass(Tensor), mask.as_subclass(Tensor).long()
+        picture = tv_tensors.Image(read_picture(picture_file))
+        mask = read_mask(mask_file, self.classes, ignore_zero=self.ignore_zero)
+        _check_sizes(mask_file, mask.shape, tuple(picture.shape[-2:]))
+        return picture, tv_tensors.Mask(torch.from_numpy(mask))
 
-    def _read_mask(self, path: Path) -> Tensor:
+
+def read_mask(path: Path, classes: int, *, ignore_zero: bool) -> np.ndarray:
+    """uint8 [H, W]: the class of each pixel, or `IGNORE_INDEX`."""
+    try:
         with Image.open(path) as file:
             mask = np.array(file)
-        if mask.ndim != 2:
-            raise ValueError(
-                f"{path} has {mask.ndim} axes; a mask holds one class number a pixel (grey or palette PNG)"
-            )
-        if self.ignore_zero:  # 0 becomes 255, 1 becomes 0
-            mask = np.where((mask == 0) | (mask == IGNORE_INDEX), IGNORE_INDEX, mask - 1)
-        wrong = mask[(mask >= self.classes) & (mask != IGNORE_INDEX)]
-        if wrong.size:
-            raise ValueError(
-                f"{path} holds class {wrong.max()}, but there are {self.classes} classes, counted from 0; check "
-                f"data.classes and data.ignore_zero (now {str(self.ignore_zero).lower()})"
-            )
-        return torch.from_numpy(mask.astype(np.uint8))
+            mode = file.mode
+    except Exception as error:  # as when a picture is read
+        raise UnreadableError(str(path), str(error) or type(error).__name__) from error
+    if mask.ndim != 2:
+        colours = ", ".join(
+            str(tuple(colour.tolist())) for colour in np.unique(mask.reshape(-1, mask.shape[-1]), axis=0)[:3]
+        )
+        raise DataError(
+            f"{path} is {mode}, with colours such as {colours}; a mask holds one class number a pixel, as a grey or "
+            "palette PNG"
+        )
+    labels = np.unique(mask)
+    highest = classes if ignore_zero else classes - 1
+    if unknown := [int(label) for label in labels if not 0 <= label <= highest and label != IGNORE_INDEX]:
+        shown = ", ".join(map(str, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+        raise DataError(
+            f"{path} holds label{'s' * (len(unknown) > 1)} {shown}, but there are {classes} classes, counted from "
+            f"{int(ignore_zero)}; check data.classes and data.ignore_zero (now {str(ignore_zero).lower()})"
+        )
+    if ignore_zero:  # 0 becomes 255, 1 becomes 0
+        mask = np.where((mask == 0) | (mask == IGNORE_INDEX), IGNORE_INDEX, mask - 1)
+    return mask.astype(np.uint8)
+
+
+def problem_of(picture_file: Path, mask_file: Path, classes: int, *, ignore_zero: bool) -> DataError | None:
+    """What is wrong with a mask beside its picture, of which only the header is read."""
+    try:
+        mask = read_mask(mask_file, classes, ignore_zero=ignore_zero)
+        _check_sizes(mask_file, mask.shape, picture_size(picture_file))
+    except DataError as error:
+        return error
+    return None
+
+
+def _check_sizes(mask_file: Path, mask: tuple[int, ...], picture: tuple[int, ...]) -> None:
+    if tuple(mask) != tuple(picture):
+        raise DataError(f"{mask_file} is {list(mask)}, its picture {list(picture)}; sizes must agree")
+
+
+def _check_all(pairs: Sequence[tuple[Path, Path]], classes: int, *, ignore_zero: bool) -> None:
+    """Refuses masks that cannot be meant, before training finds them after hours. Reads each once: where that takes
+    long, the cache folder remembers that these very files were right."""
+    facts = [
+        f"{file} {found.st_size} {found.st_mtime_ns}" for pair in pairs for file in pair for found in [file.stat()]
+    ]
+    key = hashlib.sha256("\n".join([f"{classes} {ignore_zero}", *facts]).encode()).hexdigest()
+    known = cache_folder() / "checked" / key
+    if known.exists() or os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":  # once for all processes
+        return
+    started = time.monotonic()
+    _log.info("checking %d masks", len(pairs))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        found = pool.map(lambda pair: problem_of(pair[0], pair[1], classes, ignore_zero=ignore_zero), pairs)
+        wrong = [error for error in found if error is not None and not isinstance(error, UnreadableError)]
+    if wrong:
+        more = f" ({len(wrong)} such masks; `{CHECK_COMMAND} …` lists them)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0]}{more}")
+    if time.monotonic() - started > _LONG:
+        with contextlib.suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()
 
 
 def load_mask_folder(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
@@ -90,15 +144,18 @@ def load_mask_folder(config: DataSettings, augmentation: Augmentation, seed: int
         train, val = [train[index] for index in chosen], [train[index] for index in kept]
     order = np.random.default_rng(seed).permutation(len(train))[: config.limit]
 
-    def make(pairs: Sequence[tuple[Path, Path]], transform: v2.Transform) -> SeededItems:
-        return SeededItems(
-            PicturesWithMasks(pairs, transform, classes=len(names), ignore_zero=config.ignore_zero), range(len(pairs))
-        )
+    train = [train[index] for index in order]
+    _check_all([*train, *val], len(names), ignore_zero=config.ignore_zero)
+    augmented, evaluated = MaskTransforms(config.size, augmentation), MaskTransforms(config.size, None)
 
-    judged = make(val, _evaluation(config.size))
+    def make(pairs: Sequence[tuple[Path, Path]], transforms: MaskTransforms, max_bad: int | None = None) -> SeededItems:
+        dataset = PicturesWithMasks(pairs, classes=len(names), ignore_zero=config.ignore_zero)
+        return SeededItems(dataset, transforms=transforms, max_bad=max_bad)
+
+    judged = make(val, evaluated)
     _log.warning("the final numbers are those of the validation pictures: this layout has no others")
     return Splits(
-        train=make([train[index] for index in order], _training(config.size, augmentation)),
+        train=make(train, augmented, config.max_bad),
         val=judged,
         test=judged,
         classes=names,
@@ -108,6 +165,29 @@ def load_mask_folder(config: DataSettings, augmentation: Augmentation, seed: int
         origin=f"pictures and masks in {root}",
         dense=True,
     )
+
+
+@dataclass(frozen=True)
+class MaskTransforms:
+    """Transforms of a picture and its mask, for any size; without augmentation those of evaluation."""
+
+    size: int
+    augmentation: Augmentation | None
+
+    def __call__(self, size: int | None) -> MaskTransform:
+        size = size or self.size
+        return MaskTransform(_evaluation(size) if self.augmentation is None else _training(size, self.augmentation))
+
+
+@dataclass(frozen=True)
+class MaskTransform:
+    """Moves picture and mask alike, to tensors [3, size, size] and int64 [size, size]."""
+
+    of_both: v2.Transform
+
+    def __call__(self, picture: tv_tensors.Image, mask: tv_tensors.Mask) -> tuple[Tensor, Tensor]:
+        picture, mask = self.of_both(picture, mask)
+        return picture.as_subclass(Tensor), mask.as_subclass(Tensor).long()
 
 
 def _training(size: int, augmentation: Augmentation) -> v2.Transform:

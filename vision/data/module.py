@@ -36,11 +36,13 @@ class ZooData(pl.LightningDataModule):
         workers: int = 0,
         repeats: int = 1,
         sizes: Mapping[int, int] | None = None,
+        timeout: float = 120,
+        restarts: int = 0,
     ) -> None:
-        """`repeats` and `sizes` are of training, as `EpochBatches` has them."""
+        """`repeats` and `sizes` are of training, as `EpochBatches` has them, the last two `ResumableLoader`'s."""
         super().__init__()
         self.splits, self.batch_size, self.seed, self.workers = splits, batch_size, seed, workers
-        self.repeats, self.sizes = repeats, sizes
+        self.repeats, self.sizes, self.timeout, self.restarts = repeats, sizes, timeout, restarts
 
     def train_dataloader(self) -> ResumableLoader:
         return self._loader(self.splits.train, training=True)
@@ -64,4 +66,11 @@ class ZooData(pl.LightningDataModule):
             sizes=self.sizes,
         )
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        return ResumableLoader(dataset, batches, workers=self.workers, pin_memory=on_gpu)
+        return ResumableLoader(
+            dataset,
+            batches,
+            workers=self.workers,
+            pin_memory=on_gpu,
+            timeout=self.timeout,
+            restarts=self.restarts,
+        )

@@ -18,6 +18,7 @@ class Augmentation(Protocol):
     hflip: float
     scale: list[float]
     resize: list[float]
+    random_interpolation: bool
     color_jitter: float
     auto_augment: str | None
     erasing: float
@@ -36,6 +37,11 @@ class DataSettings(Protocol):
     scenes: int
     classes: int | None
     ignore_zero: bool
+    dataset: str | None
+    train_split: str
+    val_split: str | None
+    test_split: str | None
+    max_bad: int
 
 
 @dataclass(frozen=True)

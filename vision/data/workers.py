@@ -1,0 +1,116 @@
+"""The processes that load data, watched: a dead or hanging one becomes an error that says what happened.
+
+Unusual:
+
+* PyTorch raises a dead worker's error from its signal handler, that is out of whatever line the main process has
+  reached, the middle of a training step included. Here it waits until the next batch is asked for.
+* With a timeout, PyTorch would notice a dead worker through that signal alone. Their exit codes are looked at too.
+* Workers outlive Ctrl-C and a SIGTERM to the whole process group, so that the main process can finish its step and
+  save.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+_GRACE = 60  # seconds that a worker goes on after SIGTERM, should the main process be gone without a word
+
+_CAUSES = {
+    "SIGKILL": "memory ran out, most likely: try fewer data.workers or a smaller train.batch_size",
+    "SIGBUS": "shared memory ran out, most likely: enlarge /dev/shm (docker run --shm-size=8g), or fewer data.workers",
+    "SIGSEGV": "a library it uses crashed, as when reading a damaged file",
+    "SIGTERM": "something outside ended it",
+}
+
+
+class WorkerError(RuntimeError):
+    """A process that loads data is dead or hangs."""
+
+
+def outlive_the_step(_: int) -> None:
+    """Runs in each worker as it begins."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+
+
+class Crew:
+    """The batches of an iterator of PyTorch's, and the processes that it has started, until `dismiss`."""
+
+    def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
+        before = multiprocessing.active_children()
+        self._batches: Iterator[Any] | None = start()
+        self.processes = [child for child in multiprocessing.active_children() if child not in before]
+        self._waiting = self._hangs = False
+        self._previous: Any = None
+        if self.processes and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGCHLD, self._on_child)
+        atexit.register(self.dismiss)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        assert self._batches is not None
+        self._waiting = True
+        try:
+            self._check()
+            return next(self._batches)
+        except RuntimeError as error:
+            failure = self._explain(error)
+            if failure is None:
+                raise
+        finally:
+            self._waiting = False
+        raise failure  # out here, where it keeps neither the first error nor PyTorch's iterator alive
+
+    def dismiss(self) -> None:
+        """Ends the processes and waits for them, so that none is left, not as a zombie either."""
+        atexit.unregister(self.dismiss)
+        if self._hangs:
+            self._kill()
+        self._batches = None  # PyTorch ends its processes in good order when this was the last reference
+        self._kill()
+        if self._previous is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
+            signal.signal(signal.SIGCHLD, self._previous)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()  # they only read, so nothing is lost; one that hangs heeds nothing else
+        for process in self.processes:
+            process.join()
+        self.processes = []
+
+    def _explain(self, error: RuntimeError) -> WorkerError | None:
+        try:
+            self._check()
+        except WorkerError as death:
+            return WorkerError(str(death))
+        if not str(error).startswith("DataLoader timed out"):
+            return None
+        self._hangs = True
+        seconds = str(error).split("after ")[-1].split(" ")[0]
+        return WorkerError(f"no data came for {float(seconds):g} s (data.timeout): workers hang, as a file system may")
+
+    def _check(self) -> None:
+        for process in self.processes:
+            code = process.exitcode
+            if code is None or code == 0:  # 0: it has come to the end of a stream
+                continue
+            name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            cause = f" ({_CAUSES[name]})" if name in _CAUSES else ""
+            raise WorkerError(f"a worker that loads data, process {process.pid}, ended with {name}{cause}")
+
+    def _on_child(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._check()
+        if callable(self._previous):
+            with contextlib.nullcontext() if self._waiting else contextlib.suppress(RuntimeError):
+                self._previous(number, frame)
