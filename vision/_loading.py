@@ -1,4 +1,5 @@
-"""A timm model by name with weights from any of the files that people have: what the command-line tools share.
+"""A timm model by name with weights from any of the files that people have, or the model of a run of `train.py`: what
+the command-line tools share.
 
 Unusual: every route goes through timm's own loading, so that published layouts are renamed by the model's filter; and
 every weight must be found, where timm would drop a head of another size without a word.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from timm.models import load_state_dict, resolve_model_input_args
 from timm.utils.misc import ParseKwargs
 from torch import Tensor, nn
+
+from .segmentation import Segmenter, build_segmenter
 
 
 def load_model(
@@ -57,7 +61,65 @@ def load_model(
     return model.eval()
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+@dataclass(frozen=True)
+class Trained:
+    """A model of `train.py` in eval mode, and what its checkpoint tells: classes, size, mean, std, in_chans, …"""
+
+    model: nn.Module
+    facts: dict[str, Any]
+    checkpoint: Path
+
+    @property
+    def dense(self) -> bool:
+        """Whether it answers for each pixel."""
+        return isinstance(self.model, Segmenter)
+
+
+def load_run(path: str | Path, *, image_size: tuple[int, int] | None = None) -> Trained:
+    """The classifier or segmenter of a run folder (the best weights, or else the last) or of one of its checkpoints.
+
+    `image_size` is for models that are built for one size; others take any.
+    """
+    file = find_weights(Path(path))
+    state, facts = read_checkpoint(file, segmenters=True)
+    if not facts:
+        raise ValueError(f"{file} is none of train.py, so that its model is unknown; name that, and give --checkpoint")
+    if facts["head"] is None:
+        model = load_model(facts["model"], checkpoint=file, image_size=image_size)
+    else:
+        model = _load_segmenter(file, state, facts, image_size)
+    return Trained(model, facts, file)
+
+
+def find_weights(path: Path) -> Path:
+    """The checkpoint that stands for a run folder; a file stands for itself."""
+    if not path.is_dir():
+        return path
+    files = [path / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ValueError(f"{path} is no run folder of train.py: there is no {files[0]}")
+    return found
+
+
+def _load_segmenter(
+    file: Path, state: dict[str, Tensor], facts: dict[str, Any], image_size: tuple[int, int] | None
+) -> nn.Module:
+    arguments = dict(facts["model_kwargs"])
+    cfg = timm.get_pretrained_cfg(facts["model"])
+    if cfg is not None and cfg.fixed_input_size:
+        arguments.setdefault("img_size", image_size or facts["size"])
+    try:
+        model = build_segmenter(
+            facts["model"], len(facts["classes"]), head=facts["head"], in_chans=facts["in_chans"], **arguments
+        )
+        model.load_state_dict(state)
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot build the segmenter of {file}: {one_line(error)}") from error
+    return model.eval()
+
+
+def read_checkpoint(path: Path, *, segmenters: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights in a file, and what `train.py` wrote beside them; nothing in the file is executed.
 
     Lightning keeps a module's own weights under `model.`, which no timm model uses as its first name.
@@ -70,7 +132,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = torch.load(path, map_location="cpu", weights_only=True).get("mixerzoo", {}) if inner else {}
     except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
-    if facts.get("head") is not None:
+    if facts.get("head") is not None and not segmenters:
         raise ValueError(f"{path} holds a segmenter; only classifiers can be loaded here")
     return inner or state, facts
 

@@ -2,6 +2,6 @@
 
 from .fpn import FPNHead
 from .metrics import scores
-from .segmenter import Segmenter
+from .segmenter import Segmenter, build_segmenter
 
-__all__ = ["FPNHead", "Segmenter", "scores"]
+__all__ = ["FPNHead", "Segmenter", "build_segmenter", "scores"]

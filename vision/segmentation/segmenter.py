@@ -6,12 +6,15 @@ brought to the size of the picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import timm
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .fpn import FPNHead
 
 
 class Segmenter(nn.Module):
@@ -47,6 +50,12 @@ class Segmenter(nn.Module):
         prefix = "backbone.model."
         layers = group_parameters(inner, matcher(coarse=coarse), reverse=True)
         return lambda name: (0, layers[name[len(prefix) :]]) if name.startswith(prefix) else (1, 0)
+
+
+def build_segmenter(name: str, num_classes: int, *, head: Mapping[str, Any], **model_kwargs: Any) -> Segmenter:
+    """A timm backbone under a pyramid head; `head` holds the arguments of `FPNHead`."""
+    backbone = timm.create_model(name, features_only=True, **model_kwargs)
+    return Segmenter(backbone, FPNHead(feature_channels(backbone), num_classes, **head))
 
 
 def feature_channels(backbone: nn.Module) -> Sequence[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 from collections.abc import Mapping
@@ -15,8 +16,7 @@ from torch import nn
 from .. import backbones as backbones  # registers the models
 from .._loading import load_model, read_checkpoint, weights_overlay
 from ..data.splits import Splits
-from ..segmentation import FPNHead, Segmenter
-from ..segmentation.segmenter import feature_channels
+from ..segmentation import build_segmenter
 from .config import Config
 from .optimization import classifiers
 from .settings import ConfigError
@@ -30,14 +30,8 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
     arguments = _model_arguments(config, splits)
     try:
         if splits.dense:
-            backbone = timm.create_model(config.model.name, features_only=True, **arguments)
-            head = FPNHead(
-                feature_channels(backbone),
-                len(splits.classes),
-                channels=config.head.channels,
-                dropout=config.head.dropout,
-            )
-            model: nn.Module = Segmenter(backbone, head)
+            head = dataclasses.asdict(config.head)
+            model: nn.Module = build_segmenter(config.model.name, len(splits.classes), head=head, **arguments)
         else:
             model = timm.create_model(config.model.name, num_classes=len(splits.classes), **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
