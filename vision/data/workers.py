@@ -16,11 +16,14 @@ import contextlib
 import multiprocessing
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 _GRACE = 60  # seconds that a worker goes on after SIGTERM, should the main process be gone without a word
+
+_LAST_BREATH = 0.5  # seconds from a broken connection to an exit code
 
 _CAUSES = {
     "SIGKILL": "memory ran out, most likely: try fewer data.workers or a smaller train.batch_size",
@@ -63,7 +66,7 @@ class Crew:
         try:
             self._check()
             return next(self._batches)
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, OSError) as error:
             failure = self._explain(error)
             if failure is None:
                 raise
@@ -88,16 +91,21 @@ class Crew:
             process.join()
         self.processes = []
 
-    def _explain(self, error: RuntimeError) -> WorkerError | None:
-        try:
-            self._check()
-        except WorkerError as death:
-            return WorkerError(str(death))
-        if not str(error).startswith("DataLoader timed out"):
-            return None
-        self._hangs = True
-        seconds = str(error).split("after ")[-1].split(" ")[0]
-        return WorkerError(f"no data came for {float(seconds):g} s (data.timeout): workers hang, as a file system may")
+    def _explain(self, error: Exception) -> WorkerError | None:
+        if str(error).startswith("DataLoader timed out"):
+            self._hangs = True
+            seconds = float(str(error).split("after ")[-1].split(" ")[0])
+            return WorkerError(f"no data came for {seconds:g} s (data.timeout): workers hang, as a file system may")
+        # A batch is fetched from the memory of its worker: the connection may break before the process has ended.
+        deadline = time.monotonic() + (0 if isinstance(error, RuntimeError) else _LAST_BREATH)
+        while True:
+            try:
+                self._check()
+            except WorkerError as death:
+                return WorkerError(str(death))
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.01)
 
     def _check(self) -> None:
         for process in self.processes:
