@@ -6,52 +6,19 @@ import csv
 import io
 import math
 import os
-import signal
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from .checkpoints import write_atomically
-
-
-class Interrupted(Exception):
-    """Training stopped because of a signal; everything is in last.ckpt."""
-
-    def __init__(self, number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; go on with resume={checkpoint.parent.parent}")
-        self.number = number
-
-
-class SignalWatch:
-    """Remembers the first SIGINT or SIGTERM instead of acting on it; a second SIGINT stops at once.
-
-    Lightning's own handling ends the process with nothing saved, and for SIGTERM with the exit code of a success.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> SignalWatch:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+from .signals import Interrupted, SignalWatch
 
 
 class LastCheckpoint(Checkpoint):
@@ -64,6 +31,12 @@ class LastCheckpoint(Checkpoint):
         super().__init__()
         self.path, self.watch, self.every = path, watch, every
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watch.watch()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watch.watch()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -72,21 +45,30 @@ class LastCheckpoint(Checkpoint):
         # checkpoint of the epoch's end follows at once.
         if not stepped or batch_idx + 1 == trainer.num_training_batches:
             return
-        stop = self._must_stop(trainer)
-        if stop or (self.every is not None and trainer.global_step % self.every == 0):
+        number = self._signal(trainer)
+        if number or (self.every is not None and trainer.global_step % self.every == 0):
             trainer.save_checkpoint(self.path)
-        if stop:
-            raise Interrupted(self.watch.received or signal.SIGTERM, self.path)
+        if number:
+            raise Interrupted(number, self.path)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.path)
-        if self._must_stop(trainer):
-            raise Interrupted(self.watch.received or signal.SIGTERM, self.path)
+        self._stop_if_asked(trainer)
 
-    def _must_stop(self, trainer: pl.Trainer) -> bool:
-        """Whether any process got a signal: if some stopped alone, the others would wait for them for ever."""
-        stop = self.watch.received is not None
-        return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
+    def on_test_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        if number := self._signal(trainer):
+            raise Interrupted(number, self.path)
+
+    def _signal(self, trainer: pl.Trainer) -> int:
+        """The signal that any process got, or 0: if some stopped alone, the others would wait for them for ever."""
+        number = self.watch.received or 0
+        if trainer.world_size == 1:
+            return number
+        numbers = torch.tensor(number, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(numbers, reduce_op="max"))
 
 
 class KeepRateWarmup(Callback):

@@ -1,7 +1,7 @@
 """The command line of `train.py`: its help, its messages and its exit codes.
 
-0 done, or stopped by SIGUSR1 to be queued again · 1 failed · 2 the settings cannot be used · 130 stopped by Ctrl-C ·
-143 stopped by SIGTERM
+0 done, or stopped by SIGUSR1 and queued again by Slurm · 1 failed · 2 the settings cannot be used · 130 stopped by
+Ctrl-C · 138 stopped by SIGUSR1, and nothing starts it again · 143 stopped by SIGTERM
 
 Unusual: what nobody expected to fail is one line on the terminal, and its traceback a file in the run folder, where it
 is still found when the terminal is gone. `--debug` shows it at once.
@@ -10,7 +10,6 @@ is still found when the terminal is gone. `--debug` shows it at once.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import textwrap
 import traceback
@@ -42,7 +41,7 @@ Train an image classifier or a segmenter on any timm backbone.
   python train.py train.devices=4                    four devices, or processes on a CPU; docs/distributed.md
   python train.py resume=last                        go on after Ctrl-C, with the same numbers as without it
 
-exit codes: 0 done (or stopped by SIGUSR1), 1 failed, 2 the settings cannot be used, 130 Ctrl-C, 143 SIGTERM
+exit codes: 0 done (or queued again by Slurm), 1 failed, 2 the settings cannot be used, 130 Ctrl-C, 143 SIGTERM
 """
 _FLAGS = ("--help", "-h", "--cfg", "--debug")
 
@@ -108,9 +107,9 @@ def _train(config: Config) -> int:
     # Imported late: help and errors about settings should not wait for Lightning.
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from .callbacks import Interrupted
+    from .failures import TrainingError
     from .run import run
-    from .tasks import NonFiniteLossError
+    from .signals import Interrupted, exit_code
 
     _quiet_lightning()
     try:
@@ -118,7 +117,7 @@ def _train(config: Config) -> int:
     except Interrupted as stop:
         if is_first():
             _complain(str(stop))
-        return 0 if stop.number == signal.SIGUSR1 else 128 + stop.number
+        return exit_code(stop, first=is_first())
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         return 130
     except MisconfigurationException as error:
@@ -127,7 +126,7 @@ def _train(config: Config) -> int:
         if not _is_ours(error):
             raise
         return _fail(error)
-    except NonFiniteLossError as error:
+    except TrainingError as error:
         return _fail(error, code=1)
     if is_first():
         test = ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items())

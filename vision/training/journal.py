@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from .callbacks import Interrupted
 from .checkpoints import write_text
+from .signals import Interrupted
 
 _log = logging.getLogger(__name__)
 

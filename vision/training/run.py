@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,26 @@ from ..data.loading import mix_seed, seed_everything
 from ..data.module import SOURCES, ZooData
 from ..data.splits import Splits
 from .build import build_model
-from .callbacks import EpochTable, LastCheckpoint, Progress, SignalWatch
+from .callbacks import EpochTable, LastCheckpoint, Progress
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .distillation import make_teacher
 from .distributed import load_weights, make_environment, make_strategy
+from .failures import memory_advice
+from .folder import make_folder
 from .journal import Journal
 from .launch import check_processes, is_first
 from .mistakes import Mistakes
 from .optimization import freeze
 from .plan import make_plan
 from .results import collect_results, describe_run, show_results
+from .resume import BEST, LAST, first_whole
 from .settings import ConfigError, nearest
+from .signals import SignalWatch
 from .summary import summarize
 from .tasks import Task
 
 _log = logging.getLogger(__name__)
-_FOLDER_VARIABLE = "MIXERZOO_RUN_FOLDER"  # tells the processes that Lightning starts where the first one writes
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -63,9 +64,10 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
         *(plan.epochs, plan.steps_per_epoch, plan.batch, config.optim.lr * plan.lr_factor),
     )
     task = Task(model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits))
-    folder = _make_folder(config)
+    folder = make_folder(config)
+    checkpoint = None if config.resume in (None, "auto") else first_whole(Path(config.resume))
     if is_first():
-        journal.begin(folder, resumed=config.resume is not None)
+        journal.begin(folder, resumed=checkpoint is not None)
         describe_run(folder, config, task, splits, summary)
 
     data = ZooData(
@@ -75,18 +77,22 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
         workers=config.data.workers,
         repeats=config.augment.repeats,
         sizes=config.augment.sizes,
+        timeout=config.data.timeout,
+        restarts=config.data.worker_restarts,
     )
-    with SignalWatch() as watch:
-        trainer = _make_trainer(config, folder, watch, task)
+    with SignalWatch() as watch, memory_advice(config):
+        trainer = _make_trainer(config, folder, watch, task, resumed=checkpoint is not None)
         if config.train.compile:
             model.compile()
             task.objective.compile()
-        trainer.fit(task, data, ckpt_path=config.resume, weights_only=True)
-    best = load_checkpoint(folder / "checkpoints" / "best.ckpt")
-    load_weights(task, best["state_dict"])
-    mistakes = Mistakes(6 if splits.dense else 32)
-    trainer.callbacks.append(mistakes)  # pyright: ignore[reportAttributeAccessIssue]
-    [test] = trainer.test(task, data, verbose=False)
+            if task.average is not None:
+                task.average.module.compile()
+        trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
+        best = load_checkpoint(folder / "checkpoints" / BEST)
+        load_weights(task, best["state_dict"])
+        mistakes = Mistakes(6 if splits.dense else 32)
+        trainer.callbacks.append(mistakes)  # pyright: ignore[reportAttributeAccessIssue]
+        [test] = trainer.test(task, data, verbose=False)
 
     results = collect_results(config, splits, summary, task, test, best)
     results["seconds"] = round(time.monotonic() - started, 1)
@@ -109,55 +115,17 @@ def _parts(splits: Splits) -> tuple[Any, Any, Any]:
     return splits.train, splits.val, splits.test
 
 
-def _make_folder(config: Config) -> Path:
-    """The run folder: given, resumed, or named by time. One with files in it needs `overwrite=true`."""
-    if config.out is not None:
-        folder = Path(config.out)
-    elif not is_first() and _FOLDER_VARIABLE in os.environ:
-        folder = Path(os.environ[_FOLDER_VARIABLE])
-    else:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}-{config.data.name}"
-        folder = Path("runs") / name.replace("/", "_")
-    if not is_first():
-        return folder
-    os.environ[_FOLDER_VARIABLE] = str(folder)
-    if config.resume is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not config.overwrite:
-            raise ConfigError(f"out={folder} exists already; choose another, or overwrite=true, or resume={folder}")
-        _remove_old_results(folder)
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={folder} cannot be written: {error}") from error
-    return folder
-
-
-def _remove_old_results(folder: Path) -> None:
-    """What a run writes and another run would take for its own; nothing else in the folder is touched."""
-    pictures = [f"{name}.png" for name in ("batch", "curves", "predictions", "mistakes", "confusion")]
-    for name in (
-        "metrics.csv",
-        "results.json",
-        "env.json",
-        "report.html",
-        *pictures,
-        "checkpoints/best.ckpt",
-        "checkpoints/last.ckpt",
-    ):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) -> pl.Trainer:
+def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task, *, resumed: bool) -> pl.Trainer:
     train = config.train
     best = ModelCheckpoint(
         folder / "checkpoints",
-        filename="best",
+        filename=Path(BEST).stem,
         monitor=f"val/{task.metric}",
         mode="max",
         auto_insert_metric_name=False,
         enable_version_counter=False,
     )
-    last = LastCheckpoint(folder / "checkpoints" / "last.ckpt", watch, every=train.save_every)
+    last = LastCheckpoint(folder / "checkpoints" / LAST, watch, every=train.save_every)
     return pl.Trainer(
         accelerator=train.accelerator,
         devices=train.devices,
@@ -172,12 +140,13 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task) 
         limit_test_batches=train.limit_batches,
         num_sanity_val_steps=0,
         log_every_n_steps=min(10, task.plan.steps_per_epoch),
+        default_root_dir=folder,
         logger=[
             TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
-            EpochTable(folder / "metrics.csv", resume=config.resume is not None),
+            EpochTable(folder / "metrics.csv", resume=resumed),
         ],
         callbacks=[best, last, *([Progress(refresh_rate=10)] if train.progress else [])],
-        plugins=[AtomicCheckpointIO(), make_environment()],
+        plugins=[AtomicCheckpointIO(on_error=train.save_errors), make_environment()],
         use_distributed_sampler=False,  # ours shards by itself, without repeating pictures
         enable_model_summary=False,
         enable_progress_bar=train.progress,

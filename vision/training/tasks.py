@@ -28,16 +28,15 @@ from ..data.loading import mix_seed, seed_everything
 from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
 from .callbacks import KeepRateWarmup
+from .checkpoints import refuse_another
 from .config import Config
 from .distillation import Objective, Teacher, keep_rates
 from .distributed import of_all_processes, of_this_process, shard
+from .ema import make_average
+from .finite import StepGuard
 from .optimization import clip_gradients, hold_back, make_optimizer, make_scheduler
 from .plan import Plan
 from .settings import ConfigError
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: training cannot go on."""
 
 
 class Task(pl.LightningModule):
@@ -63,6 +62,8 @@ class Task(pl.LightningModule):
         )
         self.objective = Objective(model, config, splits, teacher)
         self.keep_rate_warmup = make_keep_rate_warmup(model, config, plan)
+        self.guard = StepGuard(skip=config.train.skip_nonfinite)
+        self.average = make_average(model, config, plan, self.guard)
         self.train_loss = MeanMetric()
         parts = ("labels", *self.objective.weights) if self.objective.weights else ()
         self.train_parts = nn.ModuleDict({name: MeanMetric() for name in parts})
@@ -72,6 +73,11 @@ class Task(pl.LightningModule):
         self.result = torch.zeros(len(splits.classes), len(splits.classes), dtype=torch.int64)
         """Counts [truth, prediction] of the latest evaluation, over all processes."""
         self.confusion = MulticlassConfusionMatrix(len(splits.classes), ignore_index=ignored, validate_args=False)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is judged: in training the average, if there is one. A test has its own weights in place."""
+        return self.model if self.average is None or self.trainer.testing else self.average.module
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -109,14 +115,9 @@ class Task(pl.LightningModule):
         loss = self.config.distill.labels_weight * parts["labels"]
         for name, weight in self.objective.weights.items():
             loss = loss + weight * parts[name]
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at epoch {self.current_epoch}, batch {batch_idx}; last.ckpt is from before "
-                f"that. Try a lower optim.lr (now {self.config.optim.lr:g}) or optim.clip_grad=1"
-            )
-        self.train_loss.update(loss.detach())
-        for name, metric in self.train_parts.items():
-            metric.update(parts[name].detach())  # pyright: ignore[reportCallIssue]
+        counts = loss.detach().isfinite()  # the guard decides what becomes of a step whose loss is not
+        for metric, value in zip(self._train_means(), (loss, *(parts[name] for name in self.train_parts)), strict=True):
+            metric.update(value.detach().where(counts, 0.0), counts.to(value.dtype))
         self.log("loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
         return loss
 
@@ -155,8 +156,8 @@ class Task(pl.LightningModule):
         if not len(images):
             # Fewer pictures than processes, and none for this one. The others wait for it in the forward pass: FSDP
             # gathers weights there, DDP the buffers.
-            return self.model(images.new_zeros(1, *images.shape[1:]))[:0]
-        logits = self.model(images)
+            return self.evaluated(images.new_zeros(1, *images.shape[1:]))[:0]
+        logits = self.evaluated(images)
         self.val_loss.update(self.hard_loss(logits, targets), len(images))
         self.confusion.update(logits.argmax(1), targets)
         return logits
@@ -185,7 +186,7 @@ class Task(pl.LightningModule):
             clip_gradients(self.model, gradient_clip_val, self.config.optim.clip_mode)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [self.keep_rate_warmup] if self.keep_rate_warmup is not None else []
+        return [part for part in (self.guard, self.average, self.keep_rate_warmup) if part is not None]
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.model, self.config.optim, self.plan)
@@ -195,22 +196,29 @@ class Task(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What it takes to build the model again and to prepare its pictures, in plain types."""
-        splits = self.splits
         # An epoch that is interrupted and resumed reports the loss of all its steps.
         means = torch.stack([torch.stack([metric.mean_value, metric.weight]) for metric in self._train_means()])
         checkpoint["train_means"] = of_all_processes(means).cpu()
-        checkpoint["mixerzoo"] = {
+        checkpoint["mixerzoo"] = self._facts()
+
+    def _facts(self) -> dict[str, Any]:
+        splits = self.splits
+        return {
             "model": self.config.model.name,
             "model_kwargs": self.config.model.kwargs,
             "head": dataclasses.asdict(self.config.head) if splits.dense else None,
             "classes": list(splits.classes),
             "in_chans": splits.channels,
             "size": splits.size,
+            "crop": self.config.data.crop,
+            "interpolation": self.config.data.interpolation,
             "mean": list(splits.mean),
             "std": list(splits.std),
+            "training_pictures": len(splits.train),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_another(checkpoint, self.state_dict(), self._facts(), force=self.config.resume_force)
         self._resumed_means = checkpoint["train_means"]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
