@@ -234,7 +234,7 @@ def describe(name: str) -> Model:
         weights_licence=(cfg.license or "") if published else "",
         code_licence=group.code,
         paper=cfg.paper_name or "",
-        arxiv=(cfg.paper_ids or "").removeprefix("arXiv:"),
+        arxiv=str(cfg.paper_ids or "").removeprefix("arXiv:"),
         origin=cfg.origin_url or "",
     )
 
