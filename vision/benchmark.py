@@ -330,7 +330,7 @@ def _columns(result: Result) -> dict[str, float | int | str]:
         "step_time": round(1e3 * result.step, 3),
         "batch_size": result.batch,
         "img_size": result.size[-1],
-        "gmacs": _round(result.macs or None, 1e-9),
+        "gmacs": _round(result.macs, 1e-9) if result.kind == "infer" else None,
         "latency": _round(result.latency(0.5), 1e3),
         "latency_p95": _round(result.latency(0.95), 1e3),
         "memory": _round(result.memory, 1e-6),
