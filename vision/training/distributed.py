@@ -16,7 +16,7 @@ Lightning moves the data; here is what it leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,9 +28,14 @@ from pytorch_lightning.plugins.environments import (
 )
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import TrainConfig
 from .launch import started_by
+
+
+_OTHER_WAYS_IN = ("forward_decided", "forward_intermediates", "forward_features", "forward_head")
+"""Methods of a backbone by which training may call it instead of `forward` (distillation.py)."""
 
 
 def make_strategy(train: TrainConfig) -> Strategy | str:
@@ -52,13 +57,16 @@ def make_environment() -> ClusterEnvironment:
 
 def shard(model: nn.Module, mesh: Any) -> None:
     """FSDP2: a unit of its own for every block, which is gathered when its turn comes, and one for the rest."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    if any(_is_sharded(parameter) for parameter in model.parameters()):
+    if is_sharded(model):  # Lightning asks again before the test
         return
     for block in _blocks(model):
         fully_shard(block, mesh=mesh["data_parallel"])
     fully_shard(model, mesh=mesh["data_parallel"])
+    for method in _OTHER_WAYS_IN:
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -74,12 +82,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return [block for block in found if id(block) not in inner]
 
 
-def _is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "full_tensor")
-
-
 def is_sharded(module: nn.Module) -> bool:
-    return any(_is_sharded(parameter) for parameter in module.parameters())
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -92,19 +96,37 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True, strict=True))
 
 
+def whole(model: nn.Module, make: Callable[[], nn.Module], state: Mapping[str, Any]) -> nn.Module:
+    """`model`, or where it is in parts a new one with the weights of the task's `state`, for one process alone."""
+    if not is_sharded(model):
+        return model
+    again = make()
+    again.load_state_dict(
+        {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    )
+    return again
+
+
 def of_all_processes(value: Tensor) -> Tensor:
     """[...] of this process to [processes, ...] of all, in their order. Every process calls it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    count, _ = _group()
+    if count == 1:
         return value[None]
-    parts = [torch.empty_like(value) for _ in range(torch.distributed.get_world_size())]
+    parts = [torch.empty_like(value) for _ in range(count)]
     torch.distributed.all_gather(parts, value.contiguous())
     return torch.stack(parts)
 
 
 def of_this_process(values: Tensor) -> Tensor:
     """What `of_all_processes` made, back; with another number of processes the first takes the sum, the others 0."""
-    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    own = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if len(values) == size:
+    count, own = _group()
+    if len(values) == count:
         return values[own]
     return values.sum(0) if own == 0 else torch.zeros_like(values[0])
+
+
+def _group() -> tuple[int, int]:
+    """How many processes there are, and which this is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return 1, 0

@@ -174,16 +174,15 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Until all have ended: the first that did so with anything but 0, if any. The others are not waited for long."""
     failed: int | None = None
     deadline = float("inf")
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        if failed is None:
-            failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-            if failed is not None:
-                orderly = (processes[failed].returncode or 0) > 128
-                deadline = time.monotonic() + (_ORDERLY_GRACE if orderly else _GRACE)
+    while True:
+        codes = [process.poll() for process in processes]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            grace = _ORDERLY_GRACE if (codes[failed] or 0) > 128 else _GRACE
+            deadline = time.monotonic() + grace
+        if None not in codes or time.monotonic() > deadline:
+            return failed
         time.sleep(0.05)
-    if failed is None:
-        failed = next((rank for rank, process in enumerate(processes) if process.returncode), None)
-    return failed
 
 
 def _verdict(
@@ -192,7 +191,7 @@ def _verdict(
     """The exit code of a run in which this process was the first to end with something else than 0."""
     code = processes[failed].returncode
     if code > 0 and processes[0].returncode == code:
-        return code  # all of them stopped for the same reason, and the first has said which
+        return code  # the first process failed, or all of them for the same reason: it has said which
     if failed > 0:
         logs[failed].seek(0)
         for line in logs[failed].read().decode(errors="replace").splitlines()[-_LAST_WORDS:]:
