@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from . import sweep
 from .config import Config, Key, keys

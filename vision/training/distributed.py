@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 from .config import TrainConfig
 from .launch import started_by
 
-
 _OTHER_WAYS_IN = ("forward_decided", "forward_intermediates", "forward_features", "forward_head")
 """Methods of a backbone by which training may call it instead of `forward` (distillation.py)."""
 

@@ -164,10 +164,10 @@ def _environments(count: int) -> list[dict[str, str]]:
         "NODE_RANK": "0",
         PARENT_VARIABLE: str(os.getpid()),
     }
-    threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1))}
-    return [
-        {**os.environ, **shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)
-    ]
+    threads = (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1))}
+    )
+    return [{**os.environ, **shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:

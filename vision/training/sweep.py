@@ -140,7 +140,7 @@ def _name(choices: dict[str, str]) -> str:
     """A folder's name that can stand in an argument: no commas, no spaces, no slashes."""
     leaves = [name.rsplit(".", 1)[-1] for name in choices]
     short = leaves if len(set(leaves)) == len(leaves) else list(choices)
-    words = (re.sub(r"[^\w.+-]+", "-", value).strip("-") for value in choices.values())
+    words = (re.sub(r"[^\w.+-]+", "-", value).strip("-") or "empty" for value in choices.values())
     return "_".join(f"{name}={word}" for name, word in zip(short, words, strict=True))
 
 
@@ -148,7 +148,9 @@ def _resumed(folder: Path, more: Sequence[str]) -> Plan:
     try:
         saved = json.loads((folder / _FILE).read_text())["arguments"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / _FILE} cannot be read ({error}); start the sweep as before, out={folder}") from None
+        raise ConfigError(
+            f"{folder / _FILE} cannot be read ({error}); start the sweep as before, out={folder}"
+        ) from None
     if more:
         raise ConfigError(f"resume={folder} goes on with a sweep as it was; {more[0]} would change it")
     again = plan([*saved, f"out={folder}"])
@@ -204,7 +206,9 @@ def _train(command: Sequence[str]) -> tuple[int, int | None]:
 
 def _rows(plan: Plan, codes: dict[str, int]) -> list[dict[str, Any]]:
     """What is known of each run, best validation first, those without one last."""
-    rows = [{"run": one.name, **one.choices, **_result(plan.folder / one.name, codes.get(one.name))} for one in plan.runs]
+    rows = [
+        {"run": one.name, **one.choices, **_result(plan.folder / one.name, codes.get(one.name))} for one in plan.runs
+    ]
     return sorted(rows, key=lambda row: -row["validation"] if row["validation"] is not None else 1.0)
 
 
@@ -222,7 +226,7 @@ def _result(folder: Path, code: int | None) -> dict[str, Any]:
         "test": results["test"][metric],
         "metric": metric,
         "epoch": epoch,
-        "seconds": results["seconds"],
+        "seconds": round(results["seconds"]),
         "state": "done",
     }
 
@@ -249,4 +253,4 @@ def _markdown(cells: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value < 10 else str(value)
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
