@@ -104,7 +104,8 @@ class EpochBatches(Sampler[Request]):
     def __len__(self) -> int:
         if self.training:
             return self.length // (self.batch_size * self.world_size)
-        return -(-self.length // (self.batch_size * self.world_size))
+        # No more than the smallest share has pictures: a batch is empty only where there are fewer than processes.
+        return min(-(-self.length // (self.batch_size * self.world_size)), max(self.length // self.world_size, 1))
 
     def __iter__(self) -> Iterator[Request]:
         return self._requests(self.epoch, self.start)
@@ -140,6 +141,9 @@ class _Answering:
         return len(self.dataset)
 
     def __getitems__(self, request: Request, /) -> Answer:
+        if not request.indices:  # fewer pictures than processes: an empty batch of the right shape
+            answer = self.__getitems__(request._replace(indices=[0]))
+            return answer if answer.error else answer._replace(batch=tuple(part[:0] for part in answer.batch))
         answer = getattr(self.dataset, "answer", None)
         try:
             batch, bad = answer(request) if answer is not None else (self.dataset.__getitems__(request), {})

@@ -85,6 +85,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor that is spread over processes is here; of any other all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     """A whole state dict into a module, in whatever way that one is shared. Every process calls it."""
     if not is_sharded(module):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoints import write_text
+from .distributed import own_part
 from .failures import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -104,12 +105,12 @@ def _network(task: Any) -> nn.Module:
 
 
 def _largest_gradient(network: nn.Module, device: torch.device) -> Tensor:
-    """The largest magnitude of a gradient, of all parts of a network that is spread over processes."""
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    if not gradients:
+    """The largest magnitude of a gradient; of a network in parts, of the parts that are here, which may be empty."""
+    gradients: list[Any] = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    here = [part for part in (own_part(gradient) for gradient in gradients) if part.numel()]
+    if not here:
         return torch.zeros((), device=device)
-    largest: Any = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-    return largest.full_tensor() if hasattr(largest, "full_tensor") else largest
+    return torch.nn.utils.get_total_norm(here, norm_type=float("inf"))
 
 
 def _describe(trainer: pl.Trainer, losses: list[tuple[int, Tensor]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from .callbacks import EpochTable, LastCheckpoint, Progress
 from .checkpoints import AtomicCheckpointIO, load_checkpoint
 from .config import Config
 from .distillation import make_teacher
-from .distributed import load_weights, make_environment, make_strategy
+from .distributed import load_weights, make_environment, make_strategy, whole
 from .failures import memory_advice
 from .folder import make_folder
 from .journal import Journal
@@ -98,8 +99,15 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
     results["seconds"] = round(time.monotonic() - started, 1)
     results["folder"] = str(folder)
     if trainer.is_global_zero:
+        task.model = whole(task.model, lambda: _build_empty(config, splits), best["state_dict"])
         show_results(folder, task, splits, results, mistakes.found)
     return results
+
+
+def _build_empty(config: Config, splits: Splits) -> torch.nn.Module:
+    """The model of a run without the weights that it began with."""
+    fresh = dataclasses.replace(config.model, pretrained=False, checkpoint=None, start_from=None)
+    return build_model(dataclasses.replace(config, model=fresh), splits)
 
 
 def load_data(config: Config) -> Splits:
