@@ -111,7 +111,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     note = f"\na cell is the largest of {step} x {step} classes" if step > 1 else ""
     axes.set_title(_plain(title) + note, fontsize=11)
     if count <= _MOST_NAMED_CLASSES:
-        names = [_name(name) for name in classes]
+        names = [short_name(name) for name in classes]
         size = min(10.0, 0.8 * 72 * cell)
         axes.set_xticks(range(count), names, fontsize=size, **_turned(names, upright=cell < 0.2))
         axes.set_yticks(range(count), names, fontsize=size)
@@ -143,7 +143,7 @@ def _list_confusions(axes: Axes, counts: np.ndarray, classes: Sequence[str], mos
     shares = [100 * others[pair] / counts[pair[0]].sum() for pair in pairs]
     axes.barh(range(len(pairs)), shares, color=_COLOURS["val/loss"], alpha=0.35)
     for place, (truth, predicted) in enumerate(pairs):
-        text = f" {_name(classes[truth])} → {_name(classes[predicted])}: {int(others[truth, predicted]):,}"
+        text = f" {short_name(classes[truth])} → {short_name(classes[predicted])}: {int(others[truth, predicted]):,}"
         axes.text(0, place, text, va="center", fontsize=9)
     axes.set(ylim=(max(len(pairs), 1) - 0.5, -0.5), xlim=(0, 100), yticks=[], xlabel="percent of the true class")
     axes.set_title("most frequent mistakes: truth → prediction" if pairs else "no mistakes", fontsize=11)
@@ -159,10 +159,10 @@ def _turned(names: Sequence[str], *, upright: bool) -> dict[str, Any]:
 
 def draw_batch(path: Path, images: Tensor, labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
     """The pictures of a training batch after augmentation, with their labels."""
-    figure, grid = _grid(len(images), title="a training batch as the model sees it")
+    figure, grid = picture_grid(len(images), title="a training batch as the model sees it")
     for axes, image, label in zip(grid, images, labels, strict=False):
         _show(axes, image, mean, std)
-        axes.set_title("\n".join(_name(line) for line in label.splitlines()), fontsize=7, pad=3)
+        axes.set_title("\n".join(short_name(line) for line in label.splitlines()), fontsize=7, pad=3)
     figure.savefig(path, dpi=130)
 
 
@@ -179,12 +179,12 @@ def draw_predictions(
     title: str,
 ) -> None:
     """Pictures with prediction and confidence; a wrong one in red, with the truth below."""
-    figure, grid = _grid(len(images), title=title, row_height=1.5)
+    figure, grid = picture_grid(len(images), title=title, row_height=1.5)
     for index, axes in enumerate(grid[: len(images)]):
         _show(axes, images[index], mean, std)
         right = bool(predicted[index] == truth[index])
-        text = f"{_name(classes[int(predicted[index])])} ({100 * float(confidence[index]):.0f} %)"
-        text += "" if right else f"\ntruth: {_name(classes[int(truth[index])])}"
+        text = f"{short_name(classes[int(predicted[index])])} ({100 * float(confidence[index]):.0f} %)"
+        text += "" if right else f"\ntruth: {short_name(classes[int(truth[index])])}"
         axes.set_title(text, fontsize=7, pad=3, color=_RIGHT if right else _WRONG)
     figure.savefig(path, dpi=130)
 
@@ -221,7 +221,7 @@ def draw_masks(
     if len(classes) > _LONGEST_LEGEND:  # then only those that are in these pictures
         present = torch.cat([mask.flatten() for mask in columns.values()]).unique().tolist()
         shown = [index for index in present if index != IGNORE_INDEX][:_LONGEST_LEGEND]
-    handles = [Patch(color=palette[index], label=_name(classes[index])) for index in shown]
+    handles = [Patch(color=palette[index], label=short_name(classes[index])) for index in shown]
     handles.append(Patch(facecolor="white", edgecolor="black", linewidth=0.5, label="ignored"))
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
@@ -249,7 +249,7 @@ def _redden(picture: np.ndarray, amount: np.ndarray) -> np.ndarray:
     return grey + amount[..., None] * (np.array([0.8, 0.05, 0.05]) - grey)
 
 
-def _name(name: str, longest: int = _LONGEST_NAME) -> str:
+def short_name(name: str, longest: int = _LONGEST_NAME) -> str:
     """A class name that fits under a picture."""
     return _plain(name if len(name) <= longest else f"{name[: longest - 1]}…")
 
@@ -259,9 +259,12 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _grid(count: int, *, title: str, row_height: float = 1.3, columns: int = 8) -> tuple[Figure, list[Axes]]:
+def picture_grid(
+    count: int, *, title: str, row_height: float = 1.3, column_width: float = 1.15, columns: int = 8
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many empty places, row by row."""
     rows, columns = -(-count // columns), min(count, columns)
-    figure = Figure(figsize=(max(1.15 * columns, 3.0), row_height * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(column_width * columns, 3.0), row_height * rows + 0.4), layout="constrained")
     figure.suptitle(_plain(title), fontsize=10)
     grid: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:

@@ -1,0 +1,392 @@
+"""What a model says about pictures: a table of classes, or masks laid over the pictures.
+
+    python -m mixerzoo.vision.predict runs/first path/to/pictures
+    python -m mixerzoo.vision.predict nat_tiny --pretrained 'photos/**/*.jpg' --format csv --output classes.csv
+
+The model is a run folder or checkpoint of `train.py`, a timm name with `--pretrained` or `--checkpoint`, or a folder
+that `… export --format safetensors` wrote. Pictures may have any size, shape and colour mode; each is prepared as the
+model's evaluation did it. A segmenter sees the whole picture at the size of its training, and answers at the picture's.
+
+Unusual: a picture that cannot be read is named and left out, and the exit code is 1, so that a script can tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._loading import KeyValue, Trained, load_model, load_run, one_line
+from .data.classification import PicturesInMemory, PictureTransforms
+from .data.loading import Request
+from .data.pictures import UnreadableError, read_picture
+from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
+
+Format = Literal["table", "csv", "json"]
+
+OVERLAY, MASK = ".overlay.png", ".mask.png"
+"""What is added to a picture's name. Files that end so are no pictures to predict."""
+WIDEST_NAME = 30  # of a class in the table
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model in eval mode, the names of its classes, and what makes its input [C, H, W] of an RGB picture."""
+
+    model: nn.Module
+    classes: Sequence[str]
+    prepare: Callable[[Image.Image], Tensor]
+    dense: bool
+    trained: bool = True
+
+    @torch.no_grad()
+    def classify(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Probabilities [B, classes]."""
+        images = torch.stack([self.prepare(picture) for picture in pictures])
+        return self._answer(images).softmax(1).cpu()
+
+    @torch.no_grad()
+    def segment(self, picture: Image.Image) -> Tensor:
+        """The class of each pixel, int64 [H, W] of the picture's own size."""
+        logits = self._answer(self.prepare(picture)[None])
+        size = (picture.height, picture.width)
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(0).cpu()
+
+    def _answer(self, images: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        return self.model(images.to(device)).float()
+
+
+def of_run(trained: Trained, size: int | None = None) -> Predictor:
+    """With the preparation of its own evaluation; `size` in place of that of the training."""
+    facts = trained.facts
+    size = size or facts["size"]
+    mean, std = facts["mean"], facts["std"]
+    # Whatever learned from grey pictures has learned from those that are held in memory, see data/classification.py.
+    if facts["in_chans"] == 1 and not trained.dense:
+        prepare: Callable[[Image.Image], Tensor] = _Framed(size, mean[0], std[0])
+    elif trained.dense:
+        fixed = get_fixed_size(facts["model"])
+        prepare = _Whole(size, tuple(mean), tuple(std), square=fixed)
+    else:
+        keys = {"crop": facts.get("crop"), "interpolation": facts.get("interpolation", "bilinear")}
+        settings: Any = SimpleNamespace(size=size, **keys)
+        prepare = PictureTransforms(settings, None)(None).of_picture
+    return Predictor(trained.model, facts["classes"], prepare, trained.dense)
+
+
+def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) -> Predictor:
+    """With timm's data configuration of the model. Classes are named by its configuration or, of ImageNet, by timm."""
+    network: Any = model
+    count = getattr(network, "num_classes", 0)
+    if not count:
+        raise ValueError(f"{type(model).__name__} has no classifier (num_classes=0): there is nothing to predict")
+    config = resolve_data_config({}, model=model)
+    if size is not None:
+        config["input_size"] = (config["input_size"][0], size, size)
+    transform: Any = create_transform(**config)
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    return Predictor(model, class_names(model), lambda picture: transform(picture.convert(mode)), False, trained)
+
+
+def class_names(model: nn.Module) -> list[str]:
+    network: Any = model
+    count = network.num_classes
+    names = (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
+    if names and len(names) == count:
+        return list(names)
+    subset = infer_imagenet_subset(network)
+    if subset is None:
+        return [str(index) for index in range(count)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(index) for index in range(count)]
+
+
+def get_fixed_size(name: str) -> bool:
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and bool(cfg.fixed_input_size)
+
+
+@dataclass(frozen=True)
+class _Framed:
+    """Grey, enlarged by a whole factor and framed with black, as `PicturesInMemory` does it; squeezed if too large."""
+
+    size: int
+    mean: float
+    std: float
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        pixels = np.array(picture.convert("L"))[None]
+        held = PicturesInMemory(pixels, np.zeros(1, np.int64), size=self.size, mean=self.mean, std=self.std)
+        return held.__getitems__(Request([0], 0))[0][0]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The whole picture with a shorter side of `size`, or squeezed to a square for models that take nothing else."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    square: bool
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        factor = self.size / min(picture.size)
+        width, height = (self.size if self.square else max(1, round(side * factor)) for side in picture.size)
+        grey = len(self.mean) == 1
+        small = picture.convert("L" if grey else "RGB").resize((width, height), Image.Resampling.BILINEAR)
+        values = torch.from_numpy(np.array(small)).float().div(255).reshape(height, width, -1).permute(2, 0, 1)
+        return (values - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+
+def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
+    """(file, a name below the folder or pattern it was found by), each once, for files, folders and patterns.
+
+    Folders are searched to the bottom for files that end as pictures do. What this tool wrote itself is left out.
+    """
+    found: dict[Path, Path] = {}
+    for argument in arguments:
+        path, root = Path(argument), Path(argument).parent
+        if path.is_dir():
+            known, root = Image.registered_extensions(), path
+            files = [file for file in path.rglob("*") if file.suffix.lower() in known]
+        elif path.exists() or not glob.has_magic(argument):
+            files = [path]  # one that is not there is reported with those that cannot be read
+        else:
+            root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
+            files = [Path(file) for file in glob.glob(argument, recursive=True)]
+        files = sorted(file for file in files if not file.name.endswith((OVERLAY, MASK)) and not file.is_dir())
+        if not files:
+            raise ValueError(
+                f"{argument}: there are no pictures; give files, folders or patterns such as 'photos/*.jpg'"
+            )
+        for file in files:
+            found.setdefault(file, _new_name(file.relative_to(root), found.values()))
+    return list(found.items())
+
+
+def _new_name(name: Path, taken: Collection[Path]) -> Path:
+    """`name`, or one like it: folders that are given side by side may hold files of one name."""
+    names = itertools.chain([name], (name.with_name(f"{name.stem}-{n}{name.suffix}") for n in itertools.count(2)))
+    return next(new for new in names if new not in taken)
+
+
+def predict(
+    predictor: Predictor, files: Sequence[tuple[Path, Path]], *, batch: int = 16, on_error: Callable[[str], None]
+) -> Iterator[tuple[Path, Path, Image.Image, Tensor]]:
+    """(file, its name, picture, probabilities [classes] or classes of the pixels [H, W]) for each that can be read."""
+    waiting: list[tuple[Path, Path, Image.Image]] = []
+    for place, (file, name) in enumerate(files):
+        try:
+            waiting.append((file, name, read_picture(file)))
+        except UnreadableError as error:
+            on_error(f"{file}: {error.reason}")
+        full = len(waiting) == (1 if predictor.dense else batch)
+        if waiting and (full or place == len(files) - 1):
+            pictures = [picture for *_, picture in waiting]
+            answers = [predictor.segment(pictures[0])] if predictor.dense else predictor.classify(pictures)
+            for item, answer in zip(waiting, answers, strict=True):
+                yield *item, answer
+            waiting = []
+
+
+def most_likely(probabilities: Tensor, count: int) -> list[tuple[int, float]]:
+    values, indices = probabilities.topk(min(count, len(probabilities)))
+    return list(zip(indices.tolist(), values.tolist(), strict=True))
+
+
+def largest(mask: Tensor, count: int) -> list[tuple[int, float]]:
+    """The classes that cover most of a mask [H, W], with their shares."""
+    found, pixels = mask.unique(return_counts=True)
+    order = pixels.argsort(descending=True, stable=True)[:count]
+    return [(int(found[index]), float(pixels[index] / mask.numel())) for index in order]
+
+
+def write_rows(predictions: Sequence[Prediction], classes: Sequence[str], format: Format, *, dense: bool) -> str:
+    """All of it as text: for the terminal, for spreadsheets (a row a picture) or for programs."""
+    value = "share" if dense else "probability"
+    if format == "json":
+        rows = [
+            {
+                "file": str(item.file),
+                **({"overlay": str(item.overlay)} if item.overlay else {}),
+                "classes": [{"class": classes[k], "index": k, value: round(v, 6)} for k, v in item.found],
+            }
+            for item in predictions
+        ]
+        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    if format == "csv":
+        most = max((len(item.found) for item in predictions), default=1)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file", *(f"{name}_{rank}" for rank in range(1, most + 1) for name in ("class", value))])
+        for item in predictions:
+            writer.writerow([item.file, *(cell for k, v in item.found for cell in (classes[k], f"{v:.6f}"))])
+        return text.getvalue()
+    return _table(predictions, classes)
+
+
+def _table(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
+    """A file, then pairs of columns: class names to the left, their percentages to the right."""
+    rows = [
+        [str(item.file), *(cell for k, v in item.found for cell in (_shorten(classes[k]), f"{100 * v:.1f} %"))]
+        for item in predictions
+    ]
+    padded = []
+    for place, column in enumerate(itertools.zip_longest(*rows, fillvalue="")):
+        width, percent = max(map(len, column)), place > 0 and place % 2 == 0
+        padded.append([cell.rjust(width) if percent else cell.ljust(width) for cell in column])
+    return "".join(f"{'  '.join(row).rstrip()}\n" for row in zip(*padded, strict=True))
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= WIDEST_NAME else f"{name[: WIDEST_NAME - 1]}…"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixerzoo.vision.predict", description="Say what a model sees in pictures."
+    )
+    add = parser.add_argument
+    add("model", help="a run folder or checkpoint of train.py, a timm name, or a folder of exported safetensors")
+    add("images", nargs="+", metavar="IMAGES", help="files, folders (searched to the bottom) or 'patterns/*.jpg'")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--pretrained", action="store_true", help="of a timm name: the published weights")
+    weights.add_argument("--checkpoint", type=Path, help="of a timm name: weights in a file")
+    add("--model-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="of a timm name")
+    add("--input-size", type=int, metavar="N", help="side of what the model sees, of segmenters the shorter side")
+    add("--top-k", type=int, default=3, metavar="K", help="classes a picture, default %(default)s")
+    add("--format", choices=get_args(Format), default="table", help="default %(default)s")
+    add("--output", type=Path, metavar="FILE", help="write the table there, not to the screen")
+    add(
+        "--sheet", type=Path, metavar="FILE.png", help="classifiers: all pictures on one, with what they were taken for"
+    )
+    add("--folder", type=Path, help="segmenters: where overlays go; without it they lie beside the pictures")
+    add("--masks", action="store_true", help="segmenters: also write masks, PNG files of class numbers")
+    add("--batch-size", type=int, default=16, metavar="N", help="pictures at a time, default %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s here")
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> Predictor:
+    name, size = arguments.model, arguments.input_size
+    image_size = None if size is None else (size, size)
+    path = Path(name)
+    own = (path / "config.json").is_file()
+    of_name = arguments.checkpoint is not None or arguments.pretrained or arguments.model_kwargs
+    if path.exists() and of_name:
+        raise ValueError(f"{name} brings its weights and settings; --pretrained and the like belong to a timm name")
+    if path.exists() and not own:
+        predictor = of_run(load_run(path, image_size=image_size), size)
+    elif own or name.startswith("local-dir:"):
+        predictor = of_timm(_load_folder(name if ":" in name else f"local-dir:{name}"), size=size)
+    else:
+        if len(path.parts) > 1 and not timm.is_model(name):
+            raise ValueError(f"there is no run folder or checkpoint {name}, and no timm model is called so")
+        model = load_model(
+            name,
+            checkpoint=arguments.checkpoint,
+            pretrained=arguments.pretrained,
+            image_size=image_size,
+            **arguments.model_kwargs,
+        )
+        predictor = of_timm(model, size=size, trained=arguments.pretrained or arguments.checkpoint is not None)
+    try:
+        predictor.model.to(arguments.device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {arguments.device}: {one_line(error)}") from error
+    return predictor
+
+
+def _load_folder(name: str) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=True).eval()
+    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load {name}: {one_line(error)}") from error
+
+
+def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
+    for option in ("top_k", "batch_size", "input_size"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')} {value}: at least 1 is needed")
+    if predictor.dense and arguments.sheet is not None:
+        raise ValueError("--sheet is for classifiers; a segmenter writes an overlay for each picture (--folder)")
+    if not predictor.dense and (arguments.folder is not None or arguments.masks):
+        raise ValueError("--folder and --masks are for segmenters; a classifier writes a table, and --sheet")
+
+
+def _run_cli(arguments: argparse.Namespace) -> int:
+    predictor = _load(arguments)
+    _check(arguments, predictor)
+    files = find_pictures(arguments.images)
+    failures: list[str] = []
+    predictions: list[Prediction] = []
+    thumbnails: list[Image.Image] = []
+    answers = predict(predictor, files, batch=arguments.batch_size, on_error=failures.append)
+    for file, name, picture, answer in answers:
+        overlay = None
+        if predictor.dense:
+            overlay = _write_pictures(arguments, predictor, file, name, picture, answer)
+        elif arguments.sheet is not None and len(thumbnails) < MOST_ON_SHEET:
+            picture.thumbnail((256, 256))
+            thumbnails.append(picture)
+        find = largest if predictor.dense else most_likely
+        predictions.append(Prediction(file, find(answer, arguments.top_k), overlay))
+    text = write_rows(predictions, predictor.classes, arguments.format, dense=predictor.dense)
+    if arguments.output is None:
+        sys.stdout.write(text)
+    else:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text)
+    if thumbnails:
+        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(arguments.sheet, thumbnails, predictions, predictor.classes)
+    for failure in failures:
+        print(f"predict: skipped {failure}", file=sys.stderr)
+    if not predictor.trained:
+        print("predict: the weights are random: give --checkpoint FILE or --pretrained", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _write_pictures(
+    arguments: argparse.Namespace, predictor: Predictor, file: Path, name: Path, picture: Image.Image, mask: Tensor
+) -> Path:
+    # The whole name, suffix included: a.jpg and a.png may lie side by side.
+    base = file if arguments.folder is None else arguments.folder / name
+    base.parent.mkdir(parents=True, exist_ok=True)
+    overlay = base.with_name(f"{base.name}{OVERLAY}")
+    draw_overlay(overlay, picture, mask, predictor.classes)
+    if arguments.masks:
+        write_mask(base.with_name(f"{base.name}{MASK}"), mask, len(predictor.classes))
+    return overlay
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all pictures predicted. 1: some could not be read; the others are in the table. 2: wrong arguments."""
+    try:
+        return _run_cli(parser().parse_args(argv))
+    except (OSError, ValueError) as error:
+        print(f"predict: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
