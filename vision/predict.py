@@ -77,17 +77,16 @@ class Predictor:
 def of_run(trained: Trained, size: int | None = None) -> Predictor:
     """With the preparation of its own evaluation; `size` in place of that of the training."""
     facts = trained.facts
-    size = size or facts["size"]
+    side: int = size or facts["size"]
     mean, std = facts["mean"], facts["std"]
     # Whatever learned from grey pictures has learned from those that are held in memory, see data/classification.py.
     if facts["in_chans"] == 1 and not trained.dense:
-        prepare: Callable[[Image.Image], Tensor] = _Framed(size, mean[0], std[0])
+        prepare: Callable[[Image.Image], Tensor] = _Framed(side, mean[0], std[0])
     elif trained.dense:
-        fixed = get_fixed_size(facts["model"])
-        prepare = _Whole(size, tuple(mean), tuple(std), square=fixed)
+        prepare = _Whole(side, tuple(mean), tuple(std), square=_is_fixed(facts["model"]))
     else:
         keys = {"crop": facts.get("crop"), "interpolation": facts.get("interpolation", "bilinear")}
-        settings: Any = SimpleNamespace(size=size, **keys)
+        settings: Any = SimpleNamespace(size=side, **keys)
         prepare = PictureTransforms(settings, None)(None).of_picture
     return Predictor(trained.model, facts["classes"], prepare, trained.dense)
 
@@ -119,7 +118,7 @@ def class_names(model: nn.Module) -> list[str]:
     return [info.index_to_description(index) for index in range(count)]
 
 
-def get_fixed_size(name: str) -> bool:
+def _is_fixed(name: str) -> bool:
     cfg = timm.get_pretrained_cfg(name)
     return cfg is not None and bool(cfg.fixed_input_size)
 
@@ -337,6 +336,7 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = _load(arguments)
     _check(arguments, predictor)
     files = find_pictures(arguments.images)
+    sheet: Path | None = arguments.sheet
     failures: list[str] = []
     predictions: list[Prediction] = []
     thumbnails: list[Image.Image] = []
@@ -345,7 +345,7 @@ def _run_cli(arguments: argparse.Namespace) -> int:
         overlay = None
         if predictor.dense:
             overlay = _write_pictures(arguments, predictor, file, name, picture, answer)
-        elif arguments.sheet is not None and len(thumbnails) < MOST_ON_SHEET:
+        elif sheet is not None and len(thumbnails) < MOST_ON_SHEET:
             picture.thumbnail((256, 256))
             thumbnails.append(picture)
         find = largest if predictor.dense else most_likely
@@ -356,9 +356,9 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     else:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text)
-    if thumbnails:
-        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-        draw_sheet(arguments.sheet, thumbnails, predictions, predictor.classes)
+    if sheet is not None and thumbnails:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(sheet, thumbnails, predictions, predictor.classes)
     for failure in failures:
         print(f"predict: skipped {failure}", file=sys.stderr)
     if not predictor.trained:
