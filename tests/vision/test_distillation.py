@@ -14,6 +14,7 @@ import timm
 import torch
 from mixerzoo.vision.data.splits import Splits
 from mixerzoo.vision.training import distillation
+from mixerzoo.vision.training import report, results
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.callbacks import KeepRateWarmup, read_table
@@ -93,8 +94,9 @@ def configs(repository: Path) -> Path:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(run_module, "_draw_results", lambda *_: None)
+    monkeypatch.setattr(results, "_draw_batch", lambda *_: None)
+    monkeypatch.setattr(results, "_draw_results", lambda *_: None)
+    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
