@@ -13,8 +13,7 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.data.splits import Splits
-from mixerzoo.vision.training import distillation
-from mixerzoo.vision.training import report, results
+from mixerzoo.vision.training import distillation, report, results
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.callbacks import KeepRateWarmup, read_table
