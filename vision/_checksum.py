@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 _NO_COMMENT = struct.pack("<H", 0)  # the last two bytes of an archive: how long its comment is
+_ENDING = len(_NO_COMMENT) + _COMMENT
 _CHUNK = 1 << 20
 
 
@@ -38,15 +39,19 @@ def write_sealed(file: BinaryIO, write: Callable[[Any], Any]) -> None:
     """Lets `write` write a zip archive without a comment to the new file, and gives it the checksum as its comment."""
     digesting = _Digesting(file)
     write(digesting)
-    comment = _MARK + digesting.digest.hexdigest().encode()
     file.seek(-len(_NO_COMMENT), 2)
-    file.write(struct.pack("<H", len(comment)) + comment)
+    file.write(_ending(digesting.digest))
+
+
+def _ending(digest: hashlib._Hash) -> bytes:
+    """The comment of an archive, after its length."""
+    return struct.pack("<H", _COMMENT) + _MARK + digest.hexdigest().encode()
 
 
 def is_sealed(path: Path) -> bool:
     """Whether the file ends with a checksum of ours."""
     with open(path, "rb") as file:
-        return path.stat().st_size > _COMMENT and _comment(file).startswith(_MARK)
+        return path.stat().st_size > _ENDING and _last(file)[len(_NO_COMMENT) :].startswith(_MARK)
 
 
 def find_damage(path: Path) -> str | None:
@@ -58,7 +63,7 @@ def find_damage(path: Path) -> str | None:
         if not is_sealed(path):
             return "has no checksum at its end: it was cut off, or train.py has not written it"
         with open(path, "rb") as file:
-            digest, left = hashlib.sha256(), size - _COMMENT - len(_NO_COMMENT)
+            digest, left = hashlib.sha256(), size - _ENDING
             while left > 0:
                 chunk = file.read(min(_CHUNK, left))
                 if not chunk:
@@ -66,7 +71,7 @@ def find_damage(path: Path) -> str | None:
                 digest.update(chunk)
                 left -= len(chunk)
             digest.update(_NO_COMMENT)
-            same = _comment(file) == _MARK + digest.hexdigest().encode()
+            same = _last(file) == _ending(digest)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -74,6 +79,6 @@ def find_damage(path: Path) -> str | None:
     return None if same else "does not have the checksum it was written with: the file has changed"
 
 
-def _comment(file: BinaryIO) -> bytes:
-    file.seek(-_COMMENT, 2)
+def _last(file: BinaryIO) -> bytes:
+    file.seek(-_ENDING, 2)
     return file.read()

@@ -1,6 +1,7 @@
 """Write a model, or its feature pyramid, to a file that runs without this library; keep the file only if it is right.
 
-    python -m mixerzoo.vision.export nat_mini --format onnx --features 0,1,2,3 --checkpoint best.ckpt
+    python -m mixerzoo.vision.export runs/first --format onnx --features 0,1,2,3
+    python -m mixerzoo.vision.export nat_mini --format pt2 --checkpoint best.ckpt
 
 An exported graph can be wrong at other shapes than the traced one without any error: a size that was computed in Python
 stands in it as a constant. So each file is loaded back by the program that will run it and compared with the model, at
@@ -8,8 +9,11 @@ the traced shape and at three others: ONNX by onnxruntime, `.pt2` by `torch.expo
 this library nor timm, a safetensors folder by timm's `local-dir:`. A file that differs is not written, and a good file
 of an earlier export is not touched.
 
-Unusual: the program is traced once, with `Dim.AUTO`, for both ONNX and `.pt2`. A named `Dim` would refuse every model
-that has a smallest size; AUTO finds that size, and it goes into the file's metadata. Works for any timm model.
+What is written also says how pictures are prepared (mean, standard deviation, size, interpolation), what classes are
+called, and which sizes it takes: in the metadata of an ONNX file, in `mixerzoo.json` inside a `.pt2` file, in the
+folder's config.json. Of a run with averaged weights those are written. Works for any timm model.
+
+Unusual: the program is traced once, for both ONNX and `.pt2`, see _programs.py.
 """
 
 from __future__ import annotations
@@ -19,12 +23,9 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
-import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,21 +36,14 @@ import torch
 from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
-from ._loading import KeyValue, load_model, one_line
+from ._loading import KeyValue, find_weights, load_model, load_run, one_line
+from ._programs import AXES, ExportError, Shape, free_axes, raise_bounds, run_pt2, trace, write_onnx
 
 Format = Literal["onnx", "pt2", "safetensors"]
-Shape = tuple[int, int, int, int]
 
-AXES = {0: "batch", 2: "height", 3: "width"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
-OPSET = 20
 TOLERANCE = 1e-4
-
-
-class ExportError(RuntimeError):
-    """The model could not be traced, or the file does not do what the model does. Nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,8 @@ def _write_folder(
     labels = {"label_names": data["label_names"]} if data.get("label_names") else {}
     size = {"input_size": data["input_size"]}
     save_for_hf(model, str(draft), model_config=labels, safe_serialization=True, data_config=size)
-    free = () if not dynamic else ("batch",) if get_model_input_config(model)["fixed_input_size"] else AXES.values()
+    fixed = get_model_input_config(model)["fixed_input_size"]
+    free = () if not dynamic else ("batch",) if fixed else AXES.values()
 
     def run(images: list[Tensor], **arguments: Any) -> list[list[Tensor]]:
         loaded = timm.create_model(f"local-dir:{draft}", pretrained=True, **arguments).eval()
@@ -180,130 +175,19 @@ def _write_graph(
 ) -> tuple[dict[str, tuple[int, int | None]], list[_Check]]:
     module = model if features is None else FeatureExtractor(model, features)
     names = _output_names(model, features)
-    free = [0] if get_model_input_config(model)["fixed_input_size"] else list(AXES)
-    program = _trace(module, torch.randn(traced), free if dynamic else [])
-    axes = _raise_bounds(program, traced, _free_axes(program))
+    free = list(AXES) if _takes_any_size(model) else [0]
+    program = trace(module, torch.randn(traced), free if dynamic else [])
+    axes = raise_bounds(program, traced, free_axes(program))
     metadata = {**_metadata(model, features, names), **data, "axes": axes}
     if format == "onnx":
-        return axes, [_Check(module, _write_onnx(program, draft, names, axes, metadata), names)]
+        return axes, [_Check(module, write_onnx(program, draft, names, axes, metadata), names)]
     torch.export.save(program, draft, extra_files={"mixerzoo.json": json.dumps(metadata)})
-    return axes, [_Check(module, lambda images: _run_pt2(draft, images), names)]
+    return axes, [_Check(module, lambda images: run_pt2(draft, images), names)]
 
 
-def _trace(module: nn.Module, image: Tensor, free: list[int]) -> ExportedProgram:
-    """Trace with the given axes free. A model that cannot be traced so is traced again with only the batch free."""
-    shapes = {axis: Dim.AUTO for axis in free}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside torch that no caller of ours can act on
-        try:
-            return torch.export.export(module, (image,), dynamic_shapes=(shapes,))
-        except Exception as error:
-            if len(free) > 1:
-                return _trace(module, image, [0])
-            raise ExportError(f"torch.export cannot trace this model: {one_line(error)}") from error
-
-
-def _free_axes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
-    """The axes that AUTO could keep free, with their bounds; an axis that some code needed as a number is missing."""
-    (name,) = program.graph_signature.user_inputs
-    image = next(node for node in program.graph.nodes if node.name == name).meta["val"]
-    bounds = {str(symbol): bound for symbol, bound in program.range_constraints.items()}
-    axes: dict[str, tuple[int, int | None]] = {}
-    for axis, label in AXES.items():
-        if not isinstance(image.shape[axis], int):
-            bound = bounds.get(str(image.shape[axis]))
-            low, high = (int(bound.lower), bound.upper) if bound is not None else (1, None)
-            # torch writes 2 for every axis that is not the constant 1, and does not check it.
-            axes[label] = (1 if low == 2 else low, int(high) if high is not None and high < 2**31 else None)
-    return axes
-
-
-def _raise_bounds(
-    program: ExportedProgram, traced: Shape, axes: dict[str, tuple[int, int | None]]
-) -> dict[str, tuple[int, int | None]]:
-    """Raise the smallest height and width to where the program runs: a bound on a product of sizes is no axis' own.
-
-    The program is tried; between its own bounds and the traced size the two are moved together.
-    """
-    run = program.module()
-    labels = [label for label in ("height", "width") if label in axes]
-
-    def sizes(share: float) -> dict[str, int]:
-        lows = {label: axes[label][0] for label in labels}
-        own = dict(zip(AXES.values(), (traced[axis] for axis in AXES), strict=True))
-        return own | {label: low + math.ceil(share * (own[label] - low)) for label, low in lows.items()}
-
-    def accepted(share: float) -> bool:
-        size = sizes(share)
-        try:
-            run(torch.zeros(traced[0], traced[1], size["height"], size["width"]))
-        except Exception:  # a guard is an AssertionError, a size that no layer takes a RuntimeError
-            return False
-        return True
-
-    share, refused = 0.0, 0.0
-    if labels and not accepted(0.0):
-        share = 1.0
-        while sizes(share) != sizes(refused) and share - refused > 1e-3:
-            middle = (share + refused) / 2
-            share, refused = (middle, refused) if accepted(middle) else (share, middle)
-    return axes | {label: (sizes(share)[label], axes[label][1]) for label in labels}
-
-
-def _write_onnx(
-    program: ExportedProgram,
-    draft: Path,
-    names: list[str],
-    axes: dict[str, tuple[int, int | None]],
-    metadata: dict[str, Any],
-) -> Callable[[list[Tensor]], list[list[Tensor]]]:
-    import onnxruntime
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["image"],
-                output_names=names,
-                dynamic_shapes=({axis: label for axis, label in AXES.items() if label in axes},),
-                verbose=False,
-            )
-        except Exception as error:
-            raise ExportError(f"torch.onnx cannot translate this model: {one_line(error)}") from error
-    assert onnx_program is not None  # None belongs to the exporter that dynamo=True replaces
-    onnx_program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
-    onnx_program.save(draft, external_data=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
-
-    def run(images: list[Tensor]) -> list[list[Tensor]]:
-        return [[torch.from_numpy(out) for out in session.run(names, {"image": image.numpy()})] for image in images]
-
-    return run
-
-
-_RUN_PT2 = """
-import sys, torch
-program = torch.export.load(sys.argv[1]).module()
-outputs = [program(image) for image in torch.load(sys.argv[2])]
-torch.save([[out] if isinstance(out, torch.Tensor) else list(out) for out in outputs], sys.argv[3])
-assert not {"mixerzoo", "timm"} & set(sys.modules), "the program needs more than torch"
-"""
-
-
-def _run_pt2(draft: Path, images: list[Tensor]) -> list[list[Tensor]]:
-    """Run the program in a new process that imports torch alone, as a user of the file will."""
-    given, returned = draft.with_name("images.pt"), draft.with_name("outputs.pt")
-    torch.save(images, given)
-    command = [sys.executable, "-I", "-c", _RUN_PT2, *map(str, (draft, given, returned))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return torch.load(returned, weights_only=True)
+def _takes_any_size(model: nn.Module) -> bool:
+    """Whether a program may have free height and width; `exports_free_sizes` is false where tracing does not end."""
+    return not get_model_input_config(model)["fixed_input_size"] and getattr(model, "exports_free_sizes", True)
 
 
 def _untraced_shapes(model: nn.Module, traced: Shape, axes: dict[str, tuple[int, int | None]]) -> list[Shape]:
@@ -427,14 +311,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def parser() -> _Parser:
     parser = _Parser(prog="python -m mixerzoo.vision.export", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("model", help="a name that timm.list_models() knows after `import mixerzoo.vision`")
+    parser.add_argument("model", help="a run folder of train.py, one of its checkpoints, or a timm name")
     parser.add_argument("--format", choices=get_args(Format), required=True)
     parser.add_argument(
         "--features", type=_numbers, metavar="0,1,2,3", help="export these feature maps, not the classifier"
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
-        "--checkpoint", type=Path, help="of train.py, of timm, or published; without one: random weights"
+        "--checkpoint", type=Path, help="of train.py (or its folder), of timm, or published; else: random weights"
     )
     weights.add_argument("--pretrained", action="store_true", help="the published weights, downloaded by timm")
     parser.add_argument("--output", type=Path, help="default: MODEL.onnx, MODEL.pt2, or the folder MODEL")
@@ -447,24 +331,43 @@ def parser() -> _Parser:
     return parser
 
 
+def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> tuple[str, nn.Module]:
+    """The model that the command names, by its timm name or by a run of `train.py`, and its timm name."""
+    checkpoint = None if arguments.checkpoint is None else find_weights(arguments.checkpoint)
+    if timm.is_model(arguments.model.partition(".")[0]) or not Path(arguments.model).exists():
+        model = load_model(
+            arguments.model,
+            checkpoint=checkpoint,
+            pretrained=arguments.pretrained,
+            num_classes=arguments.num_classes,
+            image_size=image_size,
+            **arguments.model_kwargs,
+        )
+        return arguments.model, model
+    if checkpoint is not None or arguments.pretrained or arguments.model_kwargs or arguments.num_classes is not None:
+        raise ValueError(
+            f"{arguments.model} knows its model, weights and classes: leave out --checkpoint, --pretrained, "
+            "--num-classes and --model-kwargs"
+        )
+    trained = load_run(arguments.model, image_size=image_size)
+    if trained.dense:
+        raise ValueError(f"{arguments.model} holds a segmenter; classifiers and their feature maps can be exported")
+    return trained.facts["model"], trained.model
+
+
 def _run_cli(arguments: argparse.Namespace) -> None:
     size = arguments.input_size
     if size is not None and (len(size) > 2 or min(size) < 1):
         raise ValueError(f"--input-size takes one or two positive numbers, got {','.join(map(str, size))}")
     image_size = (size[0], size[-1]) if size is not None else None
-    model = load_model(
-        arguments.model,
-        checkpoint=arguments.checkpoint,
-        pretrained=arguments.pretrained,
-        num_classes=arguments.num_classes,
-        image_size=image_size,
-        **arguments.model_kwargs,
-    )
-    print(f"tracing {arguments.model} and comparing: a minute or more for a large model", flush=True)
+    name, model = _load(arguments, image_size)
+    print(f"tracing {name} and comparing: a minute or more for a large model", flush=True)
+    if arguments.dynamic and arguments.format != "safetensors" and not _takes_any_size(model):
+        print(f"{name} can only be traced for one size: height and width are fixed; --static fixes the batch, too")
     suffix = "" if arguments.format == "safetensors" else f".{arguments.format}"
     report = export_model(
         model,
-        arguments.output or Path(f"{arguments.model}{suffix}"),
+        arguments.output or Path(f"{name}{suffix}"),
         format=arguments.format,
         features=arguments.features,
         image_size=image_size,
@@ -475,7 +378,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
     print(f"wrote {report.path}; free: {', '.join(free) or 'nothing'}")
     if arguments.dynamic and "height" not in report.axes:
         print("height and width are fixed: this model is built for one size or cannot be traced for others")
-    if arguments.checkpoint is None and not arguments.pretrained:
+    if name == arguments.model and arguments.checkpoint is None and not arguments.pretrained:
         print("the weights are random: give --checkpoint FILE or --pretrained for trained ones")
 
 

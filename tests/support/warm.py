@@ -83,8 +83,12 @@ class WarmServer:
         env: Mapping[str, str | None] | None = None,
         prepare: Callable[..., None] | None = None,
         prepare_with: Mapping[str, Any] | None = None,
+        pictures: bool = False,
     ) -> Run:
-        """`program`: a file, or the name of a module, as `python -m` takes it. `env`: None unsets a variable."""
+        """`program`: a file, or the name of a module, as `python -m` takes it. `env`: None unsets a variable.
+
+        `pictures`: whether a run draws and reports what it found, which takes longer than training in these tests.
+        """
         self._runs += 1
         output = Path(self._folder.name) / str(self._runs)
         output.mkdir()
@@ -97,6 +101,7 @@ class WarmServer:
             cwd=str(cwd or output),
             env=dict(env or {}),
             prepare=fault,
+            pictures=pictures,
             stdout=str(output / "out"),
             stderr=str(output / "err"),
         )

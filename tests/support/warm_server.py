@@ -71,6 +71,8 @@ def _become(request: dict[str, Any]) -> None:
         os.chdir(request["cwd"])
         for name, value in request["env"].items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+        if not request["pictures"]:
+            _without_pictures()
         if request["prepare"]:
             path, name, arguments = request["prepare"]
             getattr(_load(path), name)(**arguments)
@@ -88,6 +90,14 @@ def _become(request: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _without_pictures() -> None:
+    from mixerzoo.vision.training import journal, report, results
+
+    for module, name in ((results, "_draw_batch"), (results, "_draw_results"), (report, "write_report")):
+        setattr(module, name, lambda *_, **__: None)
+    journal._commit = lambda *_: None  # asks git
 
 
 def _load(path: str) -> Any:
