@@ -101,6 +101,14 @@ class EpochBatches(Sampler[Request]):
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
+    @property
+    def first(self) -> int:
+        """The number of the first request of an iteration."""
+        return self.start
+
+    def size_at(self, epoch: int) -> int | None:
+        return self.sizes.get(max((first for first in self.sizes if first <= epoch), default=-1))
+
     def __len__(self) -> int:
         if self.training:
             return self.length // (self.batch_size * self.world_size)
@@ -115,7 +123,7 @@ class EpochBatches(Sampler[Request]):
         if self.training:
             order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
             order = order.repeat(self.repeats)[: len(self) * self.batch_size * self.world_size]
-            size = self.sizes.get(max((first for first in self.sizes if first <= epoch), default=-1))
+            size = self.size_at(epoch)
         # As many batches on each rank, so that no rank waits for another; sizes differ by one at most.
         parts = np.array_split(order[self.rank :: self.world_size], max(len(self), 1))
         for index, part in enumerate(parts):
@@ -177,20 +185,23 @@ class ResumableLoader(DataLoader):
             pin_memory=pin_memory,
             timeout=timeout if workers else 0,
             worker_init_fn=outlive_the_step,
+            generator=torch.Generator(),
         )
         self.source, self.batches, self.restarts = dataset, batches, restarts
-        self._handed_out = 0
+        self._handed_out = self._first = 0
 
     def __iter__(self) -> Iterator[Any]:
-        self._handed_out = self.batches.start
-        failures = 0
+        self._handed_out = began = self.batches.start
+        failures = pictures = 0
         while True:
             crew = Crew(self._begin)
             try:
-                for answer in crew:
+                for number, answer in enumerate(crew, self._first + 1):
                     batch = self._accept(answer)
-                    self._handed_out += 1
-                    yield batch
+                    self._handed_out = max(number, self._handed_out)
+                    if batch is not None:
+                        pictures += len(batch[0])
+                        yield batch
                 break
             except WorkerError as error:
                 failure = str(error)
@@ -201,10 +212,17 @@ class ResumableLoader(DataLoader):
                 raise WorkerError(f"{failure}. data.worker_restarts={failures} would start the workers again")
             _log.warning("%s; starting the workers again, at batch %d", failure, self._handed_out)
         self._report()
+        if not (self.batches.training or began) and self.batches.world_size == 1 and pictures != len(self.source):
+            raise DataError(
+                f"{pictures} of {len(self.source)} pictures could be read; what is left out changes a result"
+            )
 
     def _begin(self) -> Iterator[Any]:
         """PyTorch's iterator, from the first batch that was not handed out. Where the epoch began stays as it was."""
+        assert self.generator is not None
+        self.generator.manual_seed(mix_seed(self.batches.seed, self.batches.epoch))  # what workers' own seeds come from
         start, self.batches.start = self.batches.start, self._handed_out
+        self._first = self.batches.first
         try:
             return super().__iter__()
         finally:

@@ -6,19 +6,23 @@ A new data set is a function that returns `Splits` and one line in `SOURCES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytorch_lightning as pl
 
 from .classification import load_digits, load_fashion_mnist, load_image_folder
 from .loading import Batches, EpochBatches, ResumableLoader
 from .mask_folder import load_mask_folder
+from .readers import load_timm
 from .scenes import load_fashion_scenes
 from .splits import Augmentation, DataSettings, Splits
+from .streams import Stream, StreamBatches
 
 SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
     "fashion_mnist": load_fashion_mnist,
     "digits": load_digits,
     "image_folder": load_image_folder,
+    "timm": load_timm,
     "fashion_scenes": load_fashion_scenes,
     "mask_folder": load_mask_folder,
 }
@@ -55,16 +59,18 @@ class ZooData(pl.LightningDataModule):
 
     def _loader(self, dataset: Batches, *, training: bool = False) -> ResumableLoader:
         trainer = self.trainer
-        batches = EpochBatches(
-            len(dataset),
-            self.batch_size,
-            seed=self.seed,
-            training=training,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
-            repeats=self.repeats,
-            sizes=self.sizes,
-        )
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "training": training,
+            "rank": trainer.global_rank if trainer else 0,
+            "world_size": trainer.world_size if trainer else 1,
+            "repeats": self.repeats,
+            "sizes": self.sizes,
+        }
+        if isinstance(dataset, Stream):
+            batches = StreamBatches(len(dataset), self.batch_size, workers=self.workers, **options)
+        else:
+            batches = EpochBatches(len(dataset), self.batch_size, **options)
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return ResumableLoader(
             dataset,

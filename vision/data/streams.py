@@ -1,0 +1,223 @@
+"""Data sets that are read from one end to the other: WebDataset shards, Hugging Face's and TensorFlow's streams.
+
+timm's readers for them shuffle and shard by themselves: by shards over all loading processes, samples through a buffer.
+What a stream cannot do is begin in the middle, or give a picture by its number. Here each loading process counts, so
+that training is as exact as on other data, at a price:
+
+* A run resumed inside an epoch reads that epoch's stream again up to its place; pictures on the way are decoded, but
+  not augmented. It sees what it would have seen, with as many workers and processes as before.
+* No picture is held out of a stream: validation pictures need a split of their own.
+* In training the stream goes on from its beginning until the epoch is full, so some pictures come twice and some later,
+  depending on how even the shards are. An evaluation sees each picture once. Every process reads all of the stream for
+  that and keeps its share.
+* timm's readers leave out what they cannot decode, with a line in the log. There is no counting, no limit; but an
+  evaluation of fewer pictures than the split states is an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.dataset_factory import create_dataset
+from torch import Tensor
+from torch.utils.data import default_collate, get_worker_info
+
+from .classification import PictureTransforms
+from .loading import EpochBatches, Request, mix_seed, seed_everything
+from .pictures import DataError, to_rgb
+from .splits import Augmentation, DataSettings, Splits
+
+_log = logging.getLogger(__name__)
+
+_HINT = "(a split may state its length, as in train|50000 or, with shards, train-{0000..0009}.tar|50000)"
+
+
+class Turn(NamedTuple):
+    """A request to a stream, for its next pictures of a rank: of `indices` only how many they are counts. `number`
+    counts from the epoch's beginning."""
+
+    indices: Sequence[int]
+    seed: int
+    size: int | None = None
+    number: int = 0
+    epoch: int = 0
+    rank: int = 0
+    world_size: int = 1
+    skip: bool = False
+
+
+class Stream:
+    """The batches of an iterable timm data set. Each worker answers its own turns, in order."""
+
+    def __init__(self, dataset: Any, length: int, transforms: PictureTransforms, *, training: bool) -> None:
+        self.dataset, self.length, self.transforms, self.training = dataset, length, transforms, training
+        self._items: Iterator[tuple[Any, Any]] = iter(())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
+        """As many pictures as are asked for, from the beginning: a stream has no numbers."""
+        batch = self.answer(Turn(*request))[0]
+        self._items = iter(())
+        if batch is None:
+            raise DataError("the stream is empty")
+        return batch
+
+    def answer(self, turn: Turn) -> tuple[tuple[Tensor, Tensor] | None, dict[str, str]]:
+        """A batch, or None for one that is skipped or past the end."""
+        worker = get_worker_info()
+        if turn.number == (worker.id if worker else 0):
+            self._items = self._begin(turn)
+        items = list(itertools.islice(self._items, len(turn.indices)))
+        if turn.skip or not items:
+            return None, {}
+        transform, images = self.transforms(turn.size), []
+        for place, (picture, target) in enumerate(items):
+            seed_everything(mix_seed(turn.seed, place))
+            images.append(transform(to_rgb(picture), int(target)))
+        pictures, targets = default_collate(images)
+        return (pictures, targets), {}
+
+    def _begin(self, turn: Turn) -> Iterator[tuple[Any, Any]]:
+        """The stream of this process for an epoch, as if it had never been read."""
+        reader, worker = self.dataset.reader, get_worker_info()
+        # timm asks torch.distributed, which is not started when the data set is made.
+        reader.dist_rank, reader.dist_num_replicas = (turn.rank, turn.world_size) if self.training else (0, 1)
+        reader.worker_info, reader.worker_id, reader.num_workers, reader.ds = None, 0, 1, None
+        reader.batch_size = len(turn.indices)
+        reader.worker_seed = mix_seed(reader.common_seed, turn.epoch)  # of the main process; workers have their own
+        loading = reader.dist_num_replicas * (worker.num_workers if worker else 1)
+        shards = getattr(getattr(reader, "split_info", None), "filenames", None)
+        if self.training and shards is not None and len(shards) < loading:
+            raise DataError(
+                f"{len(shards)} shards cannot be shared among {loading} loading processes (data.workers, on each "
+                f"device); use fewer, at most {max(len(shards) // reader.dist_num_replicas, 1)} data.workers"
+            )
+        seed_everything(mix_seed(turn.epoch, loading))
+        self.dataset.set_epoch(turn.epoch)
+        share = iter(reader)
+        return share if self.training else itertools.islice(share, turn.rank, None, turn.world_size)
+
+
+class StreamBatches(EpochBatches):
+    """The turns of one rank for one epoch. Those before `start` are asked for too, to be passed over.
+
+    `workers` loading processes take turns. How many pictures each of them has is unknown, so that an evaluation asks
+    until the one that has all of them, should there be one, is at its end.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, workers: int, **options: Any) -> None:
+        super().__init__(length, batch_size, **options)
+        self.workers = max(workers, 1)
+
+    @property
+    def first(self) -> int:
+        return 0
+
+    def __len__(self) -> int:
+        share = math.ceil(self.length / self.world_size)
+        return super().__len__() if self.training else self.workers * math.ceil(share / self.batch_size)
+
+    def _requests(self, epoch: int, start: int) -> Iterator[Any]:
+        size = self.size_at(epoch) if self.training else None
+        for number in range(len(self)):
+            seed = mix_seed(self.seed, epoch, self.rank, number)
+            place = (number, epoch, self.rank, self.world_size)
+            yield Turn(range(self.batch_size), seed, size, *place, skip=number < start)
+
+
+def load_stream(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
+    """The stream that `data.dataset` names, training and validation."""
+    val_name = config.val_split or "validation"
+    train, val = _open(config, config.train_split, seed, training=True), _open(config, val_name, seed, training=False)
+    classes = _classes(config, train)
+    length = min(_length(train, config.train_split), config.limit or 2**62)
+    judged = Stream(val, _length(val, val_name), PictureTransforms(config, None), training=False)
+    test = judged
+    if config.test_split is not None:
+        opened = _open(config, config.test_split, seed, training=False)
+        test = Stream(opened, _length(opened, config.test_split), PictureTransforms(config, None), training=False)
+    else:
+        _log.warning("%s: no data.test_split, so the final numbers are of the validation pictures", config.dataset)
+    _log.warning("%s is a stream: a run resumed inside an epoch reads up to its place again", config.dataset)
+    return Splits(
+        train=Stream(train, length, PictureTransforms(config, augmentation), training=True),
+        val=judged,
+        test=test,
+        classes=classes,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        size=config.size,
+        origin=f"{config.dataset} in {config.root}" if config.root else str(config.dataset),
+    )
+
+
+def _open(config: DataSettings, split: str, seed: int, *, training: bool) -> Any:
+    prefix, _, name = str(config.dataset).partition("/")
+    prefix, options, classes = prefix.lower(), {}, None
+    if prefix == "wds" and (config.root is None or ("://" not in config.root and not Path(config.root).is_dir())):
+        raise ValueError(f"data.root={config.root}: there is no such folder of shards")
+    asked, _, count = split.partition("|") if prefix != "wds" else (split, "", "")  # its reader knows the sign
+    try:
+        if prefix == "hfids":
+            features = _features(name, asked, config.root)
+            options = columns(features, name)
+            classes = getattr(features[options["target_key"]], "names", None)
+        dataset: Any = create_dataset(
+            str(config.dataset),
+            root=config.root,
+            split=asked,
+            is_training=training,
+            seed=seed,
+            num_samples=int(count) if count else None,
+            input_img_mode="",
+            **options,  # pyright: ignore[reportArgumentType]
+        )
+        if classes:
+            dataset.reader.class_to_idx = {name: index for index, name in enumerate(classes)}
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"data.dataset={config.dataset}, split {split}: {reason} {_HINT}") from error
+    return dataset
+
+
+def _features(name: str, split: str, cache: str | None) -> Any:
+    """The kinds of the columns. The builder, which timm asks, knows those of local files only once it has read them."""
+    import datasets
+
+    return datasets.load_dataset(name, split=split, streaming=True, cache_dir=cache).features  # pyright: ignore
+
+
+def columns(features: Any, origin: str) -> dict[str, str]:
+    """timm's names for the columns of `datasets` with the picture and the class, which may be called otherwise."""
+    kinds = {name: type(feature).__name__ for name, feature in features.items()}
+    pictures = [name for name, kind in kinds.items() if kind == "Image"]
+    labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+    if not pictures or not (labels or "label" in kinds):
+        raise ValueError(f"{origin} has the columns {', '.join(kinds)}; one of pictures and one of classes are needed")
+    return {
+        "input_key": "image" if "image" in pictures else pictures[0],
+        "target_key": "label" if "label" in kinds else labels[0],
+    }
+
+
+def _length(dataset: Any, split: str) -> int:
+    if not dataset.reader.num_samples:
+        raise ValueError(f"{split}: how many pictures these are is not known {_HINT}")
+    return int(dataset.reader.num_samples)
+
+
+def _classes(config: DataSettings, dataset: Any) -> tuple[str, ...]:
+    names = getattr(dataset.reader, "class_to_idx", None) or {}
+    if names:
+        return tuple(sorted(names, key=names.__getitem__))
+    if config.classes is None:
+        raise ValueError(f"{config.dataset} does not say how many classes it has; give data.classes")
+    return tuple(str(index) for index in range(config.classes))
