@@ -159,6 +159,10 @@ def weights_overlay(
     overlay["input_size"] = (channels, *size)
     if facts:
         overlay.update(mean=tuple(facts["mean"]), std=tuple(facts["std"]), label_names=list(facts["classes"]))
+        # As data/classification.py prepares pictures for evaluation.
+        overlay["crop_pct"] = facts.get("crop") or (0.9 if facts["size"] > 64 else 1.0)
+        overlay["crop_mode"] = "squash" if facts.get("crop") == 1 else "center"
+        overlay["interpolation"] = facts.get("interpolation", "bilinear")
     return overlay
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from mixerzoo.vision._loading import weights_overlay
 from mixerzoo.vision.export import ExportError, Report, export_model, load_model, main
+from PIL import Image
+from timm.data import create_transform
 from torch import Tensor, nn
 
 
@@ -153,6 +158,103 @@ def test_checkpoint_of_our_trainer_knows_its_model_and_its_images(tmp_path: Path
     torch.save({"state_dict": {"model.x": torch.ones(1)}, "mixerzoo": {**facts, "head": {"channels": 8}}}, file)
     with pytest.raises(ValueError, match="segmenter"):
         load_model("nat_mini", checkpoint=file)
+
+
+def _run_folder(folder: Path, **facts: Any) -> nn.Module:
+    """A run of train.py as it is on the disk: the weights that were validated in `best.ckpt`, others beside them."""
+    arguments = {"depths": [1, 1], "embed_dim": 16, "num_heads": [1, 2], "stem_stride": 2}
+    model = timm.create_model("nat_mini", **arguments, num_classes=2, in_chans=1).eval()
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    raw = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    known = {"model": "nat_mini", "model_kwargs": arguments, "head": None, "classes": ["cat", "dog"], "in_chans": 1}
+    known |= {"size": 32, "crop": None, "interpolation": "bilinear", "mean": [0.3], "std": [0.4]}
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(
+        {"state_dict": state, "raw_weights": raw, "mixerzoo": known | facts}, folder / "checkpoints" / "best.ckpt"
+    )
+    return model
+
+
+def test_run_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Its weights are the averaged ones, which stand in `state_dict`; its name is that of the timm model."""
+    monkeypatch.chdir(tmp_path)
+    model = _run_folder(tmp_path / "runs/first")
+    assert main(["runs/first", "--format", "safetensors"]) == 0
+    assert "random" not in capsys.readouterr().out
+    again = timm.create_model("local-dir:nat_mini", pretrained=True).eval()
+    image = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(_logits(again, image), _logits(model, image), rtol=0, atol=0)
+    cfg = again.pretrained_cfg
+    assert ([*cfg["mean"]], [*cfg["std"]], cfg["input_size"]) == ([0.3], [0.4], (1, 32, 32))
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (1.0, "bilinear")
+    # The folder that was written does not hide the name.
+    assert main(["nat_mini", "--format", "safetensors", "--checkpoint", "runs/first", "--output", "again"]) == 0
+    first, second = (Path(name, "model.safetensors").read_bytes() for name in ("nat_mini", "again"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("facts", "arguments", "message"),
+    [
+        ({}, ["--num-classes", "3"], "knows its model, weights and classes"),
+        ({"head": {"channels": 8}}, [], "cannot build the segmenter"),
+    ],
+)
+def test_run_folder_that_cannot_be_exported(
+    facts: dict[str, Any], arguments: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    _run_folder(tmp_path / "run", **facts)
+    assert main([str(tmp_path / "run"), "--format", "pt2", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_onnx_of_a_run_names_classes_and_preparation(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    _run_folder(tmp_path / "run", size=96, crop=0.8, interpolation="bicubic")
+    file = tmp_path / "model.onnx"
+    assert main([str(tmp_path / "run"), "--format", "onnx", "--static", "--output", str(file)]) == 0
+    metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+    assert metadata["label_names"] == ["cat", "dog"] and metadata["input_size"] == [1, 96, 96]
+    assert (metadata["mean"], metadata["std"], metadata["crop_pct"]) == ([0.3], [0.4], 0.8)
+    assert metadata["interpolation"] == "bicubic" and metadata["axes"] == {}
+
+
+@pytest.mark.parametrize(("crop", "size"), [(None, 32), (None, 224), (0.8, 96), (1.0, 64)])
+def test_checkpoint_knows_the_crop_of_its_evaluation(crop: float | None, size: int, tmp_path: Path) -> None:
+    """timm's transform of the loaded model is that of the run's own evaluation."""
+    classification = pytest.importorskip("mixerzoo.vision.data.classification")
+    config = SimpleNamespace(size=size, crop=crop, interpolation="bilinear")
+    facts = {"in_chans": 3, "size": size, "crop": crop, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    overlay = weights_overlay("nat_mini", {}, {**facts, "classes": ["a"]}, 1, {})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 130, 3), dtype=np.uint8))
+    keys = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+    timms: Any = create_transform(**{key: overlay[key] for key in keys})
+    ours = classification.PictureTransforms(config, None)(None).of_picture(picture)
+    torch.testing.assert_close(timms(picture), ours, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tracing_ends", [True, False])
+def test_model_whose_tracing_does_not_end_keeps_its_size(
+    tracing_ends: bool, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = timm.create_model("test_convnext2").eval()
+    if not tracing_ends:
+        model.exports_free_sizes = False
+    free: list[list[int]] = []
+
+    def trace(module: nn.Module, image: Tensor, axes: list[int]) -> None:
+        free.append(axes)
+        raise ExportError("stopped by the test")
+
+    monkeypatch.setattr("mixerzoo.vision.export.load_model", lambda *_, **__: model)
+    monkeypatch.setattr("mixerzoo.vision.export.trace", trace)
+    assert main(["test_convnext2", "--format", "onnx", "--output", str(tmp_path / "m.onnx")]) == 1
+    said = capsys.readouterr().out
+    assert ("can only be traced for one size: height and width are fixed; --static" in said) != tracing_ends
+    assert free == [[0, 2, 3] if tracing_ends else [0]]
 
 
 def test_published_layout_is_renamed_by_the_models_filter(tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, PatchEmbed, calculate_drop_path_rates
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from ...mixers.token_predictor import PredictorLG
 from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, unwrap
 from ._dynamic import DynamicBackbone, DynamicBlock, DynamicStage, keep_ratios, with_fresh_predictors
 from ._hierarchical import Stage
+from .dinat_s import PatchEmbed, PatchMerging
 from .stvitr import WindowBlock
 
 
@@ -129,9 +129,7 @@ class DynamicSwin(DynamicBackbone):
             stages.append(kind(blocks, dim=dim, reduction=4 * 2**i, downsample=downsample))
         dim = stages[-1].dim
         super().__init__(
-            PatchEmbed(
-                None, 4, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC", dynamic_img_pad=True, **dd
-            ),
+            PatchEmbed(in_chans, embed_dim, stride=4, **dd),
             stages,
             ClassifierHead(dim, num_classes, global_pool, drop_rate, input_fmt="NHWC", **dd),
             norm=nn.LayerNorm(dim, **dd),
