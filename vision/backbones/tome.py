@@ -68,8 +68,15 @@ METHODS["tome"] = ToMe
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: VisionTransformer) -> StateDict:
-    """timm's rules for ViTs: patches and positions resized, the names of DeiT's and MAE's files."""
+    """timm's rules for ViTs: patches and positions resized, the names of DeiT's and MAE's files.
+
+    A masked autoencoder ends in a norm before pooling, which its fine-tuning replaces by a new one behind it.
+    """
     state_dict: StateDict = vit_filter_fn(unwrap(checkpoint), model)  # type: ignore[assignment]
+    own = model.state_dict()
+    if "fc_norm.weight" in own and "norm.weight" in state_dict:
+        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("norm.")}
+        state_dict |= {name: own[name] for name in ("fc_norm.weight", "fc_norm.bias")}
     refuse_mismatch(state_dict, model)
     return state_dict
 
