@@ -113,7 +113,10 @@ def test_the_page_needs_nothing_beside_it(kind: str, request: pytest.FixtureRequ
     embedded = [base64.b64decode(source.removeprefix(prefix)) for source in page.sources]
     assert sorted(embedded) == sorted(drawn.values())
     assert not {"link", "iframe", "object", "embed"} & set(page.tags)
-    assert {name for name, _ in page.attributes}.isdisjoint({"href", "srcset", "onclick", "onload", "action"})
+    assert {name for name, _ in page.attributes}.isdisjoint({"srcset", "onclick", "onload", "action"})
+    assert all(value and value.startswith("#") for name, value in page.attributes if name == "href")
+    targets = {value for name, value in page.attributes if name == "id"}
+    assert {value for name, value in page.attributes if name == "href"} == {f"#{target}" for target in targets}
     assert "http" not in page.raw and "url(" not in page.raw and "@import" not in page.raw
     assert "prefers-color-scheme: dark" in page.raw and "@media print" in page.raw
 

@@ -35,12 +35,15 @@ from .report_page import page
 CLASSES_AT_ONCE = 40  # a longer table is folded
 
 PICTURES = {
-    "curves.png": "Learning curves. The ring marks the epoch whose weights are in checkpoints/best.ckpt.",
-    "confusion.png": "What each true class was taken for in the test.",
-    "mistakes.png": "Test pictures on which the model was wrong and most sure of it: wrong labels, odd pictures and "
-    "classes that overlap show here first.",
-    "predictions.png": "Test pictures taken at even distances, with what the model says.",
-    "batch.png": "A training batch as the model sees it, after augmentation. If this looks wrong, what is learned is.",
+    "curves": ("Learning curves", "The ring marks the best epoch, whose weights are in checkpoints/best.ckpt."),
+    "confusion": ("Confusions", "What each true class was taken for in the test."),
+    "mistakes": (
+        "Mistakes",
+        "Test pictures on which the model was wrong and most sure of it: wrong labels, odd pictures and classes that "
+        "overlap show here first.",
+    ),
+    "predictions": ("Predictions", "Test pictures taken at even distances, with what the model says."),
+    "batch": ("Training batch", "After augmentation, as the model sees it. What looks wrong here is learned wrong."),
 }
 
 
@@ -72,20 +75,20 @@ def write_report(folder: Path) -> Path:
     run = _read(folder)
     if run.rows:
         pictures.draw_curves(folder / "curves.png", run.rows, run.metric, run.title)
-    sections = [
-        _summary(run),
-        _warnings(run),
-        *(_picture(folder / name, caption) for name, caption in PICTURES.items()),
-        _classes(run),
-        _settings(run),
-        _model(run),
-        _epochs(run),
-        _environment(run),
-        _usage(run),
-    ]
+    drawn = {title: _picture(folder / f"{name}.png", caption) for name, (title, caption) in PICTURES.items()}
+    sections = {
+        "Warnings": _warnings(run),
+        "Learning curves": drawn.pop("Learning curves"),
+        "Classes": _classes(run),
+        **drawn,
+        "Settings": _settings(run),
+        "Model": _model(run),
+        "Epochs": _epochs(run),
+        "Environment": _environment(run),
+        "Use it": _usage(run),
+    }
     path = folder / "report.html"
-    text = page(run.title, [section for section in sections if section])
-    write_text(path, text)
+    write_text(path, page(run.title, _summary(run), {name: text for name, text in sections.items() if text}))
     return path
 
 
@@ -133,7 +136,7 @@ def _state_in_words(run: _Run) -> str:
 
 def _numbers(run: _Run) -> Iterable[tuple[str, str]]:
     """The few numbers for the top of the page."""
-    for name, value in run.results.get("test", {}).items():
+    for name, value in sorted(run.results.get("test", {}).items(), key=lambda item: item[0] == "loss"):
         yield f"test {_words(name)}", _number(name, value)
     measured = [row for row in run.rows if f"val/{run.metric}" in row]
     if measured:
@@ -142,7 +145,8 @@ def _numbers(run: _Run) -> Iterable[tuple[str, str]]:
         yield "best epoch", f"{int(best['epoch']) + 1} of {run.results.get('epochs', len(run.rows))}"
     if "parameters" in run.results:
         yield "parameters", f"{run.results['parameters'] / 1e6:,.2f} M"
-        yield "multiply-adds", f"{run.results['gmacs']:.3g} G"
+        gmacs = run.results["gmacs"]
+        yield "multiply-adds", f"{gmacs:,.2f} G" if gmacs >= 0.1 else f"{1000 * gmacs:,.2f} M"
         yield "time", _duration(run.results["seconds"])
 
 
@@ -151,7 +155,7 @@ def _warnings(run: _Run) -> str:
     if not messages:
         return ""
     items = "".join(f"<li>{escape(message)}</li>" for message in dict.fromkeys(messages))
-    return f"<section class='warnings'><h2>Warnings</h2><ul>{items}</ul></section>"
+    return f"<ul class='warnings'>{items}</ul>"
 
 
 def _picture(path: Path, caption: str) -> str:
@@ -161,7 +165,7 @@ def _picture(path: Path, caption: str) -> str:
     width, height = struct.unpack(">II", content[16:24])
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     return (
-        f"<figure id='{path.stem}'><img alt='{escape(caption)}' width='{width}' height='{height}' src='{source}'>"
+        f"<figure><img alt='{escape(caption)}' width='{width}' height='{height}' src='{source}'>"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -183,7 +187,7 @@ def _classes(run: _Run) -> str:
     if len(rows) > CLASSES_AT_ONCE:
         table = _folded(f"all {len(rows)} classes", table)
         table = _table(head, rows[: CLASSES_AT_ONCE // 2]) + table
-    return f"<section><h2>Classes</h2>{_p('Of the test, worst first; a click on a heading sorts.')}{table}</section>"
+    return f"{_p('Of the test, worst first; a click on a heading sorts.')}{table}"
 
 
 def _settings(run: _Run) -> str:
@@ -196,8 +200,8 @@ def _settings(run: _Run) -> str:
             others.append([key.name, _value(value), key.doc])
     note = _p("Those that differ from the defaults: set by the recipe, the data file or the command line.")
     return (
-        f"<section><h2>Settings</h2>{note}{_table(['key', 'value', 'default', 'meaning'], changed)}"
-        f"{_folded(f'the other {len(others)}', _table(['key', 'default', 'meaning'], others))}</section>"
+        f"{note}{_table(['key', 'value', 'default', 'meaning'], changed)}"
+        f"{_folded(f'the other {len(others)}', _table(['key', 'default', 'meaning'], others))}"
     )
 
 
@@ -210,7 +214,7 @@ def _model(run: _Run) -> str:
     rows = [[*row[:2], *(_count(cell) for cell in row[2:])] for row in fields[1:] if len(row) == 4]
     rows += [["total", "", *(_count(cell) for cell in row[1:])] for row in fields if row[:1] == ["total"]]
     note = _p(text.splitlines()[-1])
-    return f"<section><h2>Model</h2>{_table(['part', 'class', 'parameters', 'MMACs'], rows)}{note}</section>"
+    return f"{_table(['part', 'class', 'parameters', 'MMACs'], rows)}{note}"
 
 
 def _epochs(run: _Run) -> str:
@@ -218,8 +222,7 @@ def _epochs(run: _Run) -> str:
         return ""
     names = [name for name in dict.fromkeys(name for row in run.rows for name in row) if name != "epoch"]
     rows = [[int(row["epoch"]) + 1, *(_short(row.get(name)) for name in names)] for row in run.rows]
-    table = _folded(f"{len(rows)} rows of metrics.csv", _table(["epoch", *names], rows))
-    return f"<section><h2>Epochs</h2>{table}</section>"
+    return _folded(f"{len(rows)} rows of metrics.csv", _table(["epoch", *names], rows))
 
 
 def _environment(run: _Run) -> str:
@@ -239,10 +242,7 @@ def _environment(run: _Run) -> str:
         **last["variables"],
     }
     rows = [[name, value] for name, value in facts.items() if value]
-    return (
-        f"<section><h2>Environment</h2>{_table(['started', 'ended', 'state', 'command'], starts)}"
-        f"{_table(['of the last start', ''], rows)}</section>"
-    )
+    return f"{_table(['started', 'ended', 'state', 'command'], starts)}{_table(['of the last start', ''], rows)}"
 
 
 def _usage(run: _Run) -> str:
@@ -254,8 +254,7 @@ def _usage(run: _Run) -> str:
         "Export, here as ONNX": f"python -m mixerzoo.vision.export {model} --format onnx --checkpoint {best}",
         "Write this page again": f"python -m mixerzoo.vision.training.report {folder}",
     }
-    items = "".join(f"<p>{escape(name)}</p><pre>{escape(command)}</pre>" for name, command in commands.items())
-    return f"<section><h2>Use it</h2>{items}</section>"
+    return "".join(f"{_p(name)}<pre>{escape(command)}</pre>" for name, command in commands.items())
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Everything stands in the page: no file, font or address besides. Without scripts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
 
 _STYLE = """
@@ -25,17 +25,18 @@ p { margin: 0.5rem 0; overflow-wrap: anywhere; }
 .tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0.5rem 0.9rem; }
 dt { color: var(--soft); font-size: 0.8rem; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-.warnings { background: var(--warn); border: 1px solid var(--open); border-radius: 6px; padding: 0 1rem 0.6rem; }
-.warnings h2 { margin-top: 0.8rem; border: 0; }
+nav { font-size: 0.9rem; }
+a { color: var(--soft); margin-right: 0.8rem; }
+.warnings { background: var(--warn); border: 1px solid var(--open); border-radius: 6px; padding: 0.6rem 2rem; }
 .warnings li { overflow-wrap: anywhere; }
-figure { margin: 1.5rem 0; break-inside: avoid; }
+figure { margin: 0.8rem 0; break-inside: avoid; }
 img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
 figcaption { font-size: 0.9rem; color: var(--soft); }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 th { text-align: left; cursor: pointer; white-space: nowrap; }
 th, td { padding: 0.25rem 0.8rem 0.25rem 0.3rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 .number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .share { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share)); min-width: 7rem; }
 summary { cursor: pointer; color: var(--soft); padding: 0.3rem 0; }
@@ -43,7 +44,7 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
   overflow-x: auto; margin: 0.2rem 0 0.8rem; }
 footer { margin-top: 2.5rem; color: var(--soft); font-size: 0.85rem; }
 @media print { body { max-width: none; padding: 0; font-size: 11px; } pre { white-space: pre-wrap; }
-  .share { print-color-adjust: exact; } }
+  .share { print-color-adjust: exact; } nav { display: none; } }
 """
 
 _SCRIPT = """
@@ -61,13 +62,17 @@ addEventListener("beforeprint", () => document.querySelectorAll("details").forEa
 """
 
 
-def page(title: str, sections: Sequence[str]) -> str:
-    """A whole HTML document. `title` is text; `sections` are HTML already."""
-    body = "\n".join(sections)
+def page(title: str, header: str, sections: Mapping[str, str]) -> str:
+    """A whole HTML document. The title and the names of the sections are text; the rest is HTML already."""
+    links = " ".join(f"<a href='#s{number}'>{escape(name)}</a>" for number, name in enumerate(sections))
+    body = "\n".join(
+        f"<section id='s{number}'><h2>{escape(name)}</h2>\n{content}</section>"
+        for number, (name, content) in enumerate(sections.items())
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n{header}\n<nav>{links}</nav>\n{body}\n"
         f"<footer>Written by mixerzoo from the files of the run folder.</footer>\n<script>{_SCRIPT}</script>\n"
         "</body>\n</html>\n"
     )
