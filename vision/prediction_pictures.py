@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SMALLEST_SIDE = 240  # smaller pictures are enlarged, so that a legend beside them is no giant
+SMALL, LARGE = 240, 1200  # smaller pictures are enlarged to about these sides, to stand up to a legend
 MOST_IN_LEGEND = 24
 MOST_ON_SHEET = 200
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
@@ -32,8 +32,11 @@ def draw_overlay(path: Path, picture: Image.Image, mask: Tensor, classes: Sequen
     palette = class_colours(len(classes))
     pixels = np.asarray(picture.convert("RGB")) / 255
     painted = Image.fromarray((255 * overlay(pixels, mask.numpy(), palette)).round().astype(np.uint8))
-    factor = -(-SMALLEST_SIDE // min(picture.size))
-    panels = [panel.resize((panel.width * factor, panel.height * factor), 0) for panel in (picture, painted)]
+    factor = max(1, min(-(-SMALL // min(picture.size)), LARGE // max(picture.size)))
+    panels = [
+        panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.NEAREST)
+        for panel in (picture, painted)
+    ]
     legend = _legend(mask, classes, palette, unit=max(12, min(panels[0].size) // 30))
     gap = max(8, legend.width // 30)
     beside = panels[0].width <= 2 * panels[0].height  # else the two stand one above the other
