@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -17,6 +18,7 @@ from mixerzoo.vision._checksum import find_damage, is_sealed, write_sealed
 from mixerzoo.vision._loading import load_model, read_checkpoint
 from mixerzoo.vision.data.splits import Splits
 from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, load_checkpoint, refuse_another
+from mixerzoo.vision.training.config import Config
 from mixerzoo.vision.training.resume import first_whole
 from mixerzoo.vision.training.settings import ConfigError, load
 from warm import Finished
@@ -216,10 +218,11 @@ def _resume(path: Path, configs: Path) -> None:
 
 
 @functools.cache
-def _digits(configs: Path) -> Splits:
+def _digits(configs: Path) -> tuple[Config, Splits]:
     from mixerzoo.vision.training.run import load_data
 
-    return load_data(load(["data=digits", "data.limit=10"], configs))
+    config = load(["data=digits", "data.limit=10", "model=test_convnext", "distill.teacher=test_convnext"], configs)
+    return config, load_data(config)
 
 
 def _train_with(key: str) -> Callable[[Path, Path], None]:
@@ -227,11 +230,14 @@ def _train_with(key: str) -> Callable[[Path, Path], None]:
         from mixerzoo.vision.training.build import build_model
         from mixerzoo.vision.training.distillation import make_teacher
 
-        config = load(["data=digits", "model=test_convnext", "distill.teacher=test_convnext", f"{key}={path}"], configs)
-        if key == "distill.checkpoint":
-            make_teacher(config.distill, _digits(configs))
+        config, splits = _digits(configs)
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(config, section), **{name: str(path)})
+        config = dataclasses.replace(config, **{section: part})
+        if section == "distill":
+            make_teacher(config.distill, splits)
         else:
-            build_model(config, _digits(configs))
+            build_model(config, splits)
 
     train.__name__ = key
     return train

@@ -85,9 +85,7 @@ def test_a_hanging_worker_is_an_error_after_the_timeout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "hang"])
-def test_restarted_workers_go_on_at_the_same_batch(
-    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_restarted_workers_go_on_at_the_same_batch(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = list(_loader(Fragile(tmp_path), workers=0))
     loader = _loader(Fragile(tmp_path, at=expected[4][0][0].item(), how=how), timeout=1.5, restarts=1)
     assert _same(list(loader), expected)
