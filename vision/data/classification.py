@@ -156,9 +156,8 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
     root = Path(config.root or "")
     if config.root is None or not root.is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")
-    folders = {name: root / name for name in ("train", "val", "validation", "test") if (root / name).is_dir()}
-    train = _read_folder(folders.get("train", root))
-    val_folder = folders.get("val") or folders.get("validation")
+    folders = split_folders(root)
+    train, val_folder = _read_folder(folders["train"]), folders.get("val")
     if val_folder is None:
         chosen, kept = split_indices(len(train), config.held_out, seed, config.limit)
         val = evaluated(train, config, kept)
@@ -177,6 +176,12 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
         size=config.size,
         origin=f"pictures in {root}",
     )
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Which folder holds which split; one without a folder `train` is for training as a whole."""
+    names = {"train": "train", "validation": "val", "val": "val", "test": "test"}
+    return {"train": root, **{split: root / name for name, split in names.items() if (root / name).is_dir()}}
 
 
 def trained(dataset: Any, config: DataSettings, augmentation: Augmentation, indices: np.ndarray) -> SeededItems:

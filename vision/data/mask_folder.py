@@ -35,11 +35,12 @@ from torchvision.transforms import v2
 from .classification import split_indices
 from .fashion_mnist import cache_folder
 from .items import SeededItems
-from .pictures import CHECK_COMMAND, DataError, UnreadableError, picture_size, read_picture
+from .pictures import CHECK_COMMAND, DataError, UnreadableError, picture_size, read_picture, reason_of
 from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
 
+FOLDERS = {"train": ("training", "train"), "val": ("validation", "val")}  # of a split, either name
 _LONG = 2.0  # seconds that checking the masks may take each time
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -68,7 +69,7 @@ def read_mask(path: Path, classes: int, *, ignore_zero: bool) -> np.ndarray:
             mask = np.array(file)
             mode = file.mode
     except Exception as error:  # as when a picture is read
-        raise UnreadableError(str(path), str(error) or type(error).__name__) from error
+        raise UnreadableError(str(path), reason_of(path, error)) from error
     if mask.ndim != 2:
         colours = ", ".join(
             str(tuple(colour.tolist())) for colour in np.unique(mask.reshape(-1, mask.shape[-1]), axis=0)[:3]
@@ -134,9 +135,8 @@ def load_mask_folder(config: DataSettings, augmentation: Augmentation, seed: int
     root = Path(config.root or "")
     if config.root is None or not (root / "images").is_dir():
         raise ValueError(f"data.root={config.root}: there is no folder {root / 'images'} with pictures")
-    names = _class_names(root, config.classes)
-    train = _pairs(root, ("training", "train"))
-    val = _pairs(root, ("validation", "val"))
+    names = class_names(root, config.classes)
+    train, val = (_pairs(root, folders) for folders in FOLDERS.values())
     if not train:
         raise ValueError(f"{root / 'images'} needs a folder training (or train) with pictures")
     if not val:
@@ -214,24 +214,28 @@ def _normalised() -> list[v2.Transform]:
     return [to_float, v2.Normalize(list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))]
 
 
-def _pairs(root: Path, splits: tuple[str, str]) -> list[tuple[Path, Path]]:
+def _pairs(root: Path, names: Sequence[str]) -> list[tuple[Path, Path]]:
     """Every picture of a split with its mask, sorted; none where there is no such folder."""
-    folder = next((root / "images" / name for name in splits if (root / "images" / name).is_dir()), None)
+    pairs = expected_pairs(root, names)
+    for picture, mask in pairs:
+        if not mask.is_file():
+            raise ValueError(f"{picture} has no mask; it was expected at {mask}")
+    return pairs
+
+
+def expected_pairs(root: Path, names: Sequence[str]) -> list[tuple[Path, Path]]:
+    """The same, with the places where masks should be. `names`: of the split's folder, one of them or another."""
+    folder = next((root / "images" / name for name in names if (root / "images" / name).is_dir()), None)
     if folder is None:
         return []
     masks = next((root / name for name in ("annotations", "masks") if (root / name).is_dir()), None)
     if masks is None:
         raise ValueError(f"{root} has neither annotations/ nor masks/; the masks of images/{folder.name} belong there")
-    pairs = []
-    for picture in sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES):
-        mask = (masks / folder.name / picture.relative_to(folder)).with_suffix(".png")
-        if not mask.is_file():
-            raise ValueError(f"{picture} has no mask; it was expected at {mask}")
-        pairs.append((picture, mask))
-    return pairs
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    return [(picture, (masks / folder.name / picture.relative_to(folder)).with_suffix(".png")) for picture in pictures]
 
 
-def _class_names(root: Path, count: int | None) -> tuple[str, ...]:
+def class_names(root: Path, count: int | None) -> tuple[str, ...]:
     file = root / "classes.txt"
     names = tuple(line for line in file.read_text().splitlines() if line.strip()) if file.is_file() else None
     if names is None and count is None:

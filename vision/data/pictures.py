@@ -47,7 +47,7 @@ def read_picture(source: str | os.PathLike[str] | BinaryIO, name: str | None = N
     except MemoryError:
         raise
     except Exception as error:  # decoders answer damaged bytes with any kind of exception
-        raise UnreadableError(called, _reason(source, error)) from error
+        raise UnreadableError(called, reason_of(source, error)) from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:
@@ -57,7 +57,7 @@ def picture_size(path: Path) -> tuple[int, int]:
             turned = file.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter, one way or the other
             width, height = file.size
     except Exception as error:
-        raise UnreadableError(str(path), _reason(path, error)) from error
+        raise UnreadableError(str(path), reason_of(path, error)) from error
     return (width, height) if turned else (height, width)
 
 
@@ -76,7 +76,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _reason(source: object, error: Exception) -> str:
+def reason_of(source: object, error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.exists():

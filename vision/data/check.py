@@ -1,0 +1,230 @@
+"""Finds before training what would stop it later: every picture and every mask of a data set is read once.
+
+    python -m mixerzoo.vision.data check path/to/pictures
+    python -m mixerzoo.vision.data check data=ade20k data.root=path/to/ADEChallengeData2016
+
+A path is a folder of pictures by class, a folder of pictures and masks, or a .tar; settings are those of train.py. One
+line for each problem: unreadable pictures, empty class folders, classes that training does not know, masks that are
+missing, coloured, of another size or with unknown labels, and the same file in two splits. The exit code is 0 without
+problems, 1 with some, 2 where there is nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .pictures import DataError, UnreadableError, read_picture
+
+
+class Problem(NamedTuple):
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass
+class Part:
+    """A split: `examine` reads one of its `count` pictures. `found` is wrong whatever they hold."""
+
+    split: str
+    count: int
+    examine: Callable[[int], list[Problem]]
+    files: Sequence[Path] = ()
+    found: list[Problem] = field(default_factory=list)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixerzoo.vision.data", description="Read every picture and mask of a data set, list problems."
+    )
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("what", nargs="+", help="a folder or .tar, or settings of train.py: data=… data.root=… …")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that read (all processors)")
+    parser.add_argument("--configs", type=Path, help="the folder of recipes and data sets (./configs)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        parts = parts_of(_settings(arguments.what, arguments.configs))
+    except ValueError as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 2
+    problems = 0
+    for problem in check(parts, workers=max(arguments.workers, 1), progress=True):
+        print(problem)
+        problems += 1
+    counted = ", ".join(f"{part.count:,} {part.split}" for part in parts)
+    print(f"check: {counted}; {problems or 'no'} problem{'s' * (problems != 1)}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def check(parts: Sequence[Part], *, workers: int = 1, progress: bool = False) -> Iterator[Problem]:
+    """The problems of all parts, those of pictures in the order of the files."""
+    from tqdm import tqdm
+
+    for part in parts:
+        yield from part.found
+        with ThreadPoolExecutor(workers) as pool:
+            # Without a terminal tqdm is silent by itself (disable=None).
+            shown = tqdm(total=part.count, desc=part.split, unit="", leave=False, disable=None if progress else True)
+            for problems in pool.map(part.examine, range(part.count)):
+                shown.update()
+                yield from problems
+            shown.close()
+    yield from _in_two_splits(parts)
+
+
+def _in_two_splits(parts: Sequence[Part]) -> Iterator[Problem]:
+    """Files with the same content in two splits. Only what has the same length is read for that."""
+    by_length: defaultdict[int, list[tuple[str, Path]]] = defaultdict(list)
+    for part in parts:
+        for file in part.files:
+            if file.is_file() and (length := file.stat().st_size):
+                by_length[length].append((part.split, file))
+    for alike in by_length.values():
+        if len({split for split, _ in alike}) == 1:
+            continue
+        seen: dict[str, tuple[str, Path]] = {}
+        for split, file in alike:
+            first_split, first = seen.setdefault(hashlib.sha256(file.read_bytes()).hexdigest(), (split, file))
+            if first_split != split:
+                yield Problem(str(file), f"the same as {first}: {split} and {first_split} must not share pictures")
+
+
+def _settings(what: Sequence[str], configs: Path | None) -> Any:
+    """The data settings that are meant: of a path alone, or as train.py would take them."""
+    from ..training.config import DataConfig
+    from ..training.settings import load
+
+    if len(what) == 1 and "=" not in what[0]:
+        path = Path(what[0])
+        if not path.exists():
+            raise ValueError(f"{path}: there is no such folder or file; settings are written key=value")
+        source = "timm" if path.is_file() else "mask_folder" if (path / "images").is_dir() else "image_folder"
+        return DataConfig(source=source, root=str(path))
+    folders = [configs] if configs else [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
+    folder = next((folder for folder in folders if (folder / "data").is_dir()), None)
+    if folder is None:
+        raise ValueError(f"{folders[0]}: there are no data sets; name the folder by --configs")
+    return load(what, folder).data
+
+
+def parts_of(config: Any) -> list[Part]:
+    """The splits of a data set, by its settings."""
+    from .module import SOURCES
+
+    root = Path(config.root or "")
+    if config.source in ("image_folder", "mask_folder") and (config.root is None or not root.is_dir()):
+        raise ValueError(f"data.root={config.root}: there is no such folder")
+    if config.source == "image_folder":
+        return _folders(root)
+    if config.source == "mask_folder":
+        return _masks(root, config)
+    if config.source not in SOURCES:
+        raise ValueError(f"data.source={config.source}: choose one of {', '.join(SOURCES)}")
+    return _read_by_timm(config)
+
+
+def _folders(root: Path) -> list[Part]:
+    from torchvision.datasets import ImageFolder
+
+    from .classification import split_folders
+
+    parts, known = [], None
+    for split, folder in split_folders(root).items():
+        try:
+            dataset = ImageFolder(str(folder), allow_empty=True)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} needs a sub-folder with pictures for each class: {error}") from None
+        known = known or dataset.classes  # of training, which comes first
+        filled = {label for _, label in dataset.samples}
+        found = [
+            Problem(str(folder / name), "there is no picture of this class")
+            for name, label in dataset.class_to_idx.items()
+            if label not in filled
+        ]
+        found += [
+            Problem(str(folder / name), "training has no such class") for name in dataset.classes if name not in known
+        ]
+        found += [Problem(str(folder / name), "this class is missing") for name in known if name not in dataset.classes]
+        files = [Path(file) for file, _ in dataset.samples]
+        parts.append(Part(split, len(files), lambda index, files=files: _unreadable(files[index]), files, found))
+    return parts
+
+
+def _unreadable(file: Path) -> list[Problem]:
+    try:
+        read_picture(file)
+    except UnreadableError as error:
+        return [Problem(error.file, f"cannot be read: {error.reason}")]
+    return []
+
+
+def _masks(root: Path, config: Any) -> list[Part]:
+    from .mask_folder import FOLDERS, class_names, expected_pairs, problem_of
+
+    if config.classes is None and not (root / "classes.txt").is_file():
+        raise ValueError(f"how many classes there are is not known; add {root / 'classes.txt'}, or data.classes=…")
+    classes, parts = len(class_names(root, config.classes)), []
+
+    def examine(picture: Path, mask: Path) -> list[Problem]:
+        problems = _unreadable(picture)
+        if not mask.is_file():
+            return [*problems, Problem(str(picture), f"has no mask; it was expected at {mask}")]
+        wrong = problem_of(picture, mask, classes, ignore_zero=config.ignore_zero)
+        if wrong is None or (isinstance(wrong, UnreadableError) and wrong.file == str(picture)):
+            return problems
+        what = f"cannot be read: {wrong.reason}" if isinstance(wrong, UnreadableError) else str(wrong)
+        return [*problems, Problem(str(mask), what.removeprefix(f"{mask} "))]
+
+    for split, names in FOLDERS.items():
+        if pairs := expected_pairs(root, names):
+            part = Part(split, len(pairs), lambda index, pairs=pairs: examine(*pairs[index]))
+            part.files = [picture for picture, _ in pairs]
+            masks = {mask for _, mask in pairs}
+            lonely = sorted(set(Path(os.path.commonpath([mask.parent for mask in masks])).rglob("*.png")) - masks)
+            part.found = [Problem(str(mask), "this mask has no picture") for mask in lonely]
+            parts.append(part)
+    if not parts:
+        raise ValueError(f"{root / 'images'} needs a folder training (or train) with pictures")
+    return parts
+
+
+def _read_by_timm(config: Any) -> list[Part]:
+    from ..training.config import AugmentConfig
+    from .items import SeededItems
+    from .module import SOURCES
+
+    splits = SOURCES[config.source](config, AugmentConfig(), 0)
+    parts = []
+    for split, batches in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        if split == "test" and batches is splits.val:
+            continue
+        if not isinstance(batches, SeededItems):
+            raise ValueError(f"{splits.origin} is not made of files that could be checked one by one")
+
+        def examine(index: int, batches: SeededItems = batches) -> list[Problem]:
+            try:
+                batches.dataset[batches.indices[index]]
+            except UnreadableError as error:
+                return [Problem(error.file, f"cannot be read: {error.reason}")]
+            except DataError as error:  # an unknown label
+                file, _, what = str(error).partition(" ")
+                return [Problem(file, what)]
+            return []
+
+        parts.append(Part(split, len(batches), examine))
+    return parts
