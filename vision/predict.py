@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._loading import KeyValue, Trained, load_model, load_run, one_line
-from .data.classification import PicturesInMemory, PictureTransforms
+from .data.classification import PicturesInMemory
 from .data.loading import Request
 from .data.pictures import UnreadableError, read_picture
 from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
@@ -79,15 +78,12 @@ def of_run(trained: Trained, size: int | None = None) -> Predictor:
     facts = trained.facts
     side: int = size or facts["size"]
     mean, std = facts["mean"], facts["std"]
-    # Whatever learned from grey pictures has learned from those that are held in memory, see data/classification.py.
-    if facts["in_chans"] == 1 and not trained.dense:
-        prepare: Callable[[Image.Image], Tensor] = _Framed(side, mean[0], std[0])
-    elif trained.dense:
-        prepare = _Whole(side, tuple(mean), tuple(std), square=_is_fixed(facts["model"]))
+    if trained.dense:
+        prepare: Callable[[Image.Image], Tensor] = _Whole(side, tuple(mean), tuple(std), _is_fixed(facts["model"]))
+    elif facts["in_chans"] == 1:  # grey pictures are those that are held in memory, see data/classification.py
+        prepare = _Framed(side, mean[0], std[0])
     else:
-        keys = {"crop": facts.get("crop"), "interpolation": facts.get("interpolation", "bilinear")}
-        settings: Any = SimpleNamespace(size=side, **keys)
-        prepare = PictureTransforms(settings, None)(None).of_picture
+        return of_timm(trained.model, size=size)
     return Predictor(trained.model, facts["classes"], prepare, trained.dense)
 
 

@@ -23,6 +23,7 @@ from mixerzoo.vision.predict import find_pictures, main, of_run
 from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training.settings import load
 from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 Write = Callable[..., Path]
 
@@ -83,7 +84,8 @@ def test_digits_are_prepared_as_in_their_evaluation(
 def test_photographs_are_prepared_as_in_the_evaluation_of_folders(
     crop: float | None, interpolation: str, write_run: Write, repository: Path, photo: Image.Image
 ) -> None:
-    trained = load_run(write_run(["a", "b"], size=96, crop=crop, interpolation=interpolation))
+    stated = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    trained = load_run(write_run(["a", "b"], size=96, crop=crop, interpolation=interpolation, **stated))
     settings = [f"data.crop={crop or 'null'}", f"data.interpolation={interpolation}", "data.size=96"]
     config = load(settings, repository / "configs")
     want, _ = PictureTransforms(config.data, None)(None)(photo, 0)
