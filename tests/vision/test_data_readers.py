@@ -16,7 +16,9 @@ from mixerzoo.vision.data.module import SOURCES
 from mixerzoo.vision.data.pictures import DataError
 from mixerzoo.vision.data.splits import Splits
 from mixerzoo.vision.data.streams import StreamBatches
+from mixerzoo.vision.training import cli
 from mixerzoo.vision.training.config import AugmentConfig, DataConfig
+from mixerzoo.vision.training.settings import ConfigError, load
 from PIL import Image
 
 
@@ -321,3 +323,53 @@ def test_a_stream_of_hugging_face(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     resumed.batches.start = 3
     assert _same(list(resumed), expected[3:])
     assert [value for images, _ in _stream(splits, "val") for value in _values(splits, images)] == [50, 51, 52]
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "name"),
+    [
+        ("pictures.tar", "root", "timm"),
+        ("hfds/uoft-cs/cifar10", "dataset", "timm"),
+        ("torch/cifar100", "dataset", "timm"),
+        (".", "root", "image_folder"),
+    ],
+)
+def test_a_path_or_a_name_of_timms_stands_for_settings(
+    data: str, key: str, name: str, repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load([f"data={data}"], repository / "configs").data
+    assert (config.name, config.source, getattr(config, key)) == (name, name, data)
+    published = load(["recipe=van_imagenet", f"data={data}"], repository / "configs")
+    assert published.data.size == 224 and published.augment.mixup == 0.8  # meant for photos, however they are read
+
+
+def test_a_name_that_is_no_data_set_is_an_error(repository: Path) -> None:
+    with pytest.raises(ConfigError, match="data=other/cifar10: choose one of"):
+        load(["data=other/cifar10"], repository / "configs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["archive", "shards"])
+def test_a_run_trains_on_them(how: str, tmp_path: Path, repository: Path, request: pytest.FixtureRequest) -> None:
+    tiny = [
+        f"model.kwargs.{key}" for key in ("depths=[1,1,1,1]", "num_heads=[1,1,1,1]", "embed_dim=8", "kernel_size=3")
+    ]
+    if how == "archive":
+        files = {**_below("train", _pictures(0)), **_below("val", _pictures(50))}
+        data = [f"data={_archive(tmp_path / 'a.tar', files)}"]
+    else:
+        root = request.getfixturevalue("shards")
+        data = ["data=wds/", f"data.root={root}", "data.classes=2"]
+        data += [f"data.{key}={WDS[key]}" for key in ("train_split", "val_split")]
+    settings = [
+        *data,
+        *tiny,
+        "model.kwargs.stem_stride=2",
+        "train.batch_size=4",
+        "train.epochs=1",
+        "train.progress=false",
+    ]
+    out = tmp_path / "out"
+    assert cli.main([*settings, "data.size=32", "data.workers=1", f"out={out}"], configs=repository / "configs") == 0
+    assert (out / "results.json").is_file() and (out / "predictions.png").is_file()

@@ -146,6 +146,10 @@ def _from_arrays(
 
 def split_indices(length: int, held_out: float, seed: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Indices for training and for validation: a fixed shuffle, so that the two never meet."""
+    if length < 2:
+        raise ValueError(
+            f"{length} picture cannot be divided: one at least is needed for training and another for validation"
+        )
     order = np.random.default_rng(mix_seed(seed, length)).permutation(length)
     count = min(max(round(length * held_out), 1), length - 1)
     return order[count:][:limit], order[:count]

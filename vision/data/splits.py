@@ -58,6 +58,16 @@ class Splits:
     origin: str
     dense: bool = False
 
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            raise ValueError(
+                f"{self.origin}: there is one class only ({', '.join(self.classes) or 'none'}), and nothing to tell it "
+                "from; at least 2 are needed"
+            )
+        for name, part in (("training", self.train), ("validation", self.val), ("test", self.test)):
+            if not len(part):
+                raise ValueError(f"{self.origin}: there are no {name} pictures")
+
     @property
     def channels(self) -> int:
         return len(self.mean)
