@@ -48,7 +48,8 @@ _FLAGS = ("--help", "-h", "--cfg", "--debug")
 def main(arguments: Sequence[str], *, configs: Path) -> int:
     """Runs the command and returns its exit code."""
     level = logging.INFO if is_first() else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger().setLevel(level)
     end_with_parent()
     flags = {argument for argument in arguments if argument.startswith("-")}
     given = [argument for argument in arguments if argument not in flags]
@@ -106,6 +107,8 @@ def _train(config: Config) -> int:
     # Imported late: help and errors about settings should not wait for Lightning.
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+    from ..data.pictures import DataError
+    from ..data.workers import WorkerError
     from .failures import TrainingError
     from .run import run
     from .signals import Interrupted, exit_code
@@ -121,12 +124,12 @@ def _train(config: Config) -> int:
         return 130
     except MisconfigurationException as error:
         return _fail(error)
+    except (TrainingError, DataError, WorkerError) as error:
+        return _fail(error, code=1)
     except ValueError as error:
         if not _is_ours(error):
             raise
         return _fail(error)
-    except TrainingError as error:
-        return _fail(error, code=1)
     if is_first():
         test = ", ".join(f"{name} {value:.4f}" for name, value in results["test"].items())
         _say(f"test: {test} (epoch {results['best_epoch']} of {results['epochs']}, {results['seconds']:.0f} s)")

@@ -33,6 +33,9 @@ _KEYS = {key.name: key for key in keys()}
 _SECTIONS = {name.split(".")[0] for name in _KEYS if "." in name}
 _OPEN = tuple(name for name, key in _KEYS.items() if key.describe_type().startswith("dict"))  # any key may stand below
 
+_PHOTOS = ("image_folder", "timm")  # read in different ways, but a recipe's size and augmentation are meant for both
+_TIMM_PREFIXES = ("hfds", "hfids", "wds", "tfds", "torch")
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message says which, why, and what to write."""
@@ -51,9 +54,11 @@ def load(arguments: Sequence[str], folder: Path) -> Config:
         checkpoint = find_checkpoint(given["resume"], given.get("out"))
         trees = _read(_saved_config(checkpoint))
         _same_experiment(given, trees[0][1])
-        saved = _merge(trees)
+        saved = _merge(trees, Config())
         given |= {"resume": str(checkpoint), "out": str(checkpoint.parent.parent)}
-    config = _merge([*trees, *((texts.get(name, name), {name: value}) for name, value in given.items())])
+        trees = []
+    trees += [(texts.get(name, name), {name: value}) for name, value in given.items()]
+    config = _merge(trees, saved or Config())
     if saved is not None and not given.get("resume_force"):
         _refuse_changes(saved, config)
     return config
@@ -66,9 +71,9 @@ def _out_with_checkpoint(out: str | None) -> str:
     return out if has_checkpoint(Path(out)) else "auto"
 
 
-def _merge(trees: Sequence[tuple[str, Mapping[str, Any]]]) -> Config:
-    """The settings of all trees, checked; later ones win."""
-    config = OmegaConf.structured(Config)
+def _merge(trees: Sequence[tuple[str, Mapping[str, Any]]], base: Config) -> Config:
+    """`base` with the settings of all trees, checked; later ones win."""
+    config = OmegaConf.structured(base)
     unset: set[str] = set()  # merging ignores `???`, so that it would leave the default in place
     for origin, tree in trees:
         for name, value in _flatten(tree, origin):
@@ -174,15 +179,27 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
         given.pop("data", None) or given.pop("data.name", None) or tree.get("data", {}).get("name", "fashion_mnist")
     )
     names = choices(folder, "data")
-    if data not in names and Path(data).is_dir():
-        given.setdefault("data.root", data)
-        data = "image_folder"
+    data, meant = _place(data, names)
+    given |= {key: value for key, value in meant.items() if key not in given}
     _check_choice("data", data, names)
     trees = [(origin, tree), *parts]
-    if data != tree.get("data", {}).get("name", data):
+    usual = tree.get("data", {}).get("name", data)
+    if data != usual and not {data, usual} <= set(_PHOTOS):
         trees = [(place, {k: v for k, v in part.items() if k not in ("data", "augment")}) for place, part in trees]
     [data_tree] = _read(folder / "data" / f"{data}.yaml")
     return [data_tree, *trees, (origin, {"recipe": recipe, "data": {"name": data}})]
+
+
+def _place(data: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The file in configs/data for what `data=` names, and what a path or one of timm's names stands for besides."""
+    if data not in names:
+        if Path(data).is_dir():
+            return "image_folder", {"data.root": data}
+        if data.endswith(".tar"):
+            return "timm", {"data.root": data}
+        if data.partition("/")[0].lower() in _TIMM_PREFIXES and "/" in data:
+            return "timm", {"data.dataset": data}
+    return data, {}
 
 
 def _of_variant(variants: Any, model: str, origin: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -220,9 +237,9 @@ def _same_experiment(given: dict[str, Any], saved: Mapping[str, Any]) -> None:
     for name in ("recipe", *SHORTHANDS):
         wanted = given.pop(name, None) or given.pop(f"{name}.name", None)
         was = saved[name] if name == "recipe" else saved[name]["name"]
-        if name == "data" and was == "image_folder" and wanted is not None and Path(wanted).is_dir():
-            given.setdefault("data.root", wanted)
-            continue
+        if name == "data" and wanted is not None:
+            wanted, meant = _place(wanted, [was])
+            given.update({key: value for key, value in meant.items() if key not in given})
         if wanted not in (None, was):
             raise ConfigError(
                 f"{name}={wanted}: the run to resume has {name}={was}; leave resume= out to start a new run"
@@ -260,7 +277,7 @@ def _set(config: DictConfig, name: str, value: Any, origin: str) -> DictConfig:
     try:
         if key is not None and key.base is bool and not isinstance(value, bool):
             raise ConfigError(f"{origin}: {name} needs true or false")
-        merged = OmegaConf.merge(config, tree)
+        merged = OmegaConf.unsafe_merge(config, tree)  # in place: copying all for each key takes most of a start
     except OmegaConfBaseException as error:
         needed = f"a value of type {key.describe_type()}" if key else "another value"
         raise ConfigError(f"{origin}: {name} needs {needed} ({_first_line(error)})") from None
