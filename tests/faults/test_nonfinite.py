@@ -64,7 +64,12 @@ def _finite(checkpoint: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("value", "what"), [(float("nan"), "loss"), (float("inf"), "loss"), (float("nan"), "gradient")], ids=str
+    ("value", "what"),
+    [
+        (float("nan"), "loss"),
+        pytest.param(float("inf"), "loss", marks=pytest.mark.slow),
+        pytest.param(float("nan"), "gradient", marks=pytest.mark.slow),
+    ],
 )
 def test_training_stops_before_the_weights_change(
     value: float, what: str, spoil: Any, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -118,6 +123,7 @@ def _named(prefix: str, values: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {f"{prefix}.{name}": value for name, value in values.items() if torch.is_tensor(value)}
 
 
+@pytest.mark.slow
 def test_more_in_a_row_than_allowed_stops(spoil: Any, repository: Path, tmp_path: Path) -> None:
     spoil(float("inf"), {1, 3, 4, 5})
     arguments = [*DIGITS, "train.epochs=2", "train.skip_nonfinite=2", f"out={tmp_path / 'run'}"]
