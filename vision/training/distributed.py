@@ -16,7 +16,7 @@ Lightning moves the data; here is what it leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,13 +88,6 @@ def is_sharded(module: nn.Module) -> bool:
 def own_part(tensor: Tensor) -> Tensor:
     """What of a tensor that is spread over processes is here; of any other all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def clip_norm(parameters: Sequence[nn.Parameter], most: float) -> None:
-    """torch's clip_grad_norm_, in two steps: of parts it would compare each process' share of the norm with `most`."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    nn.utils.clip_grads_with_norm_(parameters, most, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -28,7 +28,6 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 
 from .config import OptimConfig, ScheduleConfig
-from .distributed import clip_norm
 from .plan import Plan
 from .settings import ConfigError, nearest
 
@@ -160,11 +159,7 @@ def clip_gradients(model: nn.Module, value: float, mode: str) -> None:
     """timm's clipping, in place. Adaptive clipping leaves the classifier alone, as its authors do."""
     heads = classifiers(model) if mode == "agc" else []
     left_alone = {parameter for head in heads for parameter in head.parameters()}
-    parameters = [parameter for parameter in model.parameters() if parameter not in left_alone]
-    if mode == "norm":
-        clip_norm(parameters, value)
-    else:
-        dispatch_clip_grad(parameters, value, mode=mode)
+    dispatch_clip_grad([p for p in model.parameters() if p not in left_alone], value, mode=mode)
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
