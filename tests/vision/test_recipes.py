@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,6 +222,21 @@ def test_segmentation_with_unireplknet_as_published(settings: Load) -> None:
         assert settings("unireplknet_segmentation", f"model={name}").data.size == size
 
 
+def test_the_table_of_recipes_is_whole_and_says_what_the_files_say(repository: Path, settings: Load) -> None:
+    """Each published recipe has a row, with its length, and with numbers that stand in its first lines."""
+    text = (repository / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\|.*?\|(.*)\|(.*)\| \[(\w+)\]\(\.\./configs/recipes/(\w+)\.yaml\) \|$", text, re.MULTILINE)
+    own = {"classification", "segmentation", "token_reduction"}
+    assert sorted(name for *_, name in rows) == sorted(set(RECIPES) - own)
+    for what, published, title, name in rows:
+        train = settings(name).train
+        assert title == name
+        assert f"{train.steps:,} steps" in what if train.steps else f"{train.epochs} epochs" in what, name
+        comment = (repository / "configs" / "recipes" / f"{name}.yaml").read_text().split("\nmodel:")[0]
+        numbers = re.findall(r"\d+\.\d+", published)
+        assert all(number in comment for number in numbers), name
+
+
 def test_what_authors_do_besides_is_in_their_recipes(settings: Load) -> None:
     """Averaged weights, repeated augmentation, layers that share a rate, a small new head, as the sources have them."""
     decays = {"vmamba": 0.9999, "efficientvmamba": 0.9999, "vig": 0.9999, "mobilemamba": 0.9998, "vim": 0.99996}
@@ -428,10 +444,11 @@ def _stand_in(recipe: str, config: Config, path: Path) -> list[str]:
         return []
     source = config.model.start_from
     convolutional = "convnext" in source
-    shape = {"depths": (1, 1, 4, 1)} if convolutional else {"depth": 4}
+    shape: dict[str, Any] = {"depths": (1, 1, 4, 1)} if convolutional else {"depth": 4}
     kwargs = shape if convolutional else {**shape, "img_size": 64}
-    classes = {} if recipe == "tome_mae_finetune" else {"num_classes": 2}  # an autoencoder has no head
-    torch.save(timm.create_model(source, **classes, **kwargs).state_dict(), path)
+    if recipe != "tome_mae_finetune":  # an autoencoder has no head
+        kwargs = {**kwargs, "num_classes": 2}
+    torch.save(timm.create_model(source, **kwargs).state_dict(), path)
     [(name, value)] = [(name, str(value).replace("(", "[").replace(")", "]")) for name, value in shape.items()]
     given = [f"model.start_from={path}", f"model.kwargs.{name}={value}"]
     teaches = [f"distill.checkpoint={path}", f"distill.kwargs.{name}={value}"]

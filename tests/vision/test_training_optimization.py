@@ -194,12 +194,12 @@ def test_the_last_epochs_go_without_mixing(settings: Load, monkeypatch: pytest.M
 @pytest.mark.parametrize("mode", ["norm", "value", "agc"])
 def test_gradients_are_clipped_in_three_ways(mode: str) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("test_convnext", num_classes=5)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model: Any = timm.create_model("test_convnext", num_classes=5)
+    before, after = {}, {}
+    for name, parameter in model.named_parameters():
+        parameter.grad = after[name] = torch.randn_like(parameter)
+        before[name] = parameter.grad.clone()
     clip_gradients(model, 0.01, mode)
-    after = {name: parameter.grad for name, parameter in model.named_parameters()}
     if mode == "norm":
         total = torch.cat([gradient.flatten() for gradient in before.values()]).norm()
         for name, gradient in after.items():
@@ -279,7 +279,8 @@ def test_a_new_head_begins_smaller(settings: Load) -> None:
     heads = []
     for scale in (1.0, 0.001):
         torch.manual_seed(0)
-        heads.append(build_model(settings(f"model.head_init_scale={scale}"), splits).head.fc.weight)
+        model: Any = build_model(settings(f"model.head_init_scale={scale}"), splits)
+        heads.append(model.head.fc.weight)
     torch.testing.assert_close(heads[1], heads[0] * 0.001)
 
 

@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
                 "group_matcher)"
             )
         prefix = "backbone.model."
-        layers = group_parameters(inner, matcher(coarse=coarse), reverse=True)
+        layers: dict[str, int] = group_parameters(inner, matcher(coarse=coarse), reverse=True)  # pyright: ignore
         return lambda name: (0, layers[name[len(prefix) :]]) if name.startswith(prefix) else (1, 0)
 
 

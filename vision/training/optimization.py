@@ -141,8 +141,8 @@ class _Layers:
                 f"optim.layer_decay: {type(model).__name__} has no group_matcher (timm's); set it to null"
             )
         try:
-            fine = group_parameters(model, matcher(coarse=False), reverse=True)
-            stages = group_parameters(model, matcher(coarse=True), reverse=True)
+            fine: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)  # pyright: ignore
+            stages: dict[str, int] = group_parameters(model, matcher(coarse=True), reverse=True)  # pyright: ignore
         except ValueError as error:
             raise ConfigError(f"optim.layer_decay: {error}; set it to null") from error
         first = {stage: min(fine[name] for name in fine if stages[name] == stage) for stage in set(stages.values())}
