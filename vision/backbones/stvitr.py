@@ -20,7 +20,7 @@ What is unusual:
   padded map, but of what pads it to whole windows only the corner where both axes are padded, or the strip if one is;
   if neither is, nothing is hidden, not even the zeros outside. When the map is recovered, that corner is as many
   semantic tokens as it has positions on the map.
-* Two convolutions make the stem, without norms of layers; the image is padded to a multiple of 4 before.
+* Two convolutions make the stem; the image is padded to a multiple of 4 before. Exported files have one image size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -323,9 +323,10 @@ class STViTR(HierarchicalBackbone):
         embed_dim: channels of the first stage; each later one has twice as many.
         detection: the graph of the published detection backbone, with a norm of what `features_only` returns.
         init_values: initial scale of the branches of blocks that deal with semantic tokens.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout after the projections of attention and MLP.
+        drop_rate, proj_drop_rate: dropout before the classifier, and after the projections of attention and MLP.
     """
+
+    exports_free_sizes = False  # windows of windows of free sizes: tracing takes an hour, and ONNX does not end
 
     def __init__(
         self,
@@ -358,12 +359,11 @@ class STViTR(HierarchicalBackbone):
                 unit = WindowedSemanticUnit if detection else SemanticUnit
                 drop_paths = rates[stage][number * len(_UNIT) : (number + 1) * len(_UNIT)]
                 return unit(dim, heads, init_values=init_values, drop_paths=drop_paths, **args)
-            shift = _WINDOW // 2 if number % 2 else 0
             return WindowBlock(
                 dim,
                 heads,
                 window_size=_WINDOW,
-                shift=shift,
+                shift=_WINDOW // 2 if number % 2 else 0,
                 shifts_single=detection,
                 drop_path=rates[stage][number],
                 **args,
