@@ -11,15 +11,13 @@ Unusual:
 * Heads are chosen for each picture; those pruned are left out of attention, and put zeros into the projection.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.token_reduction import attention_with_class_row, attention_with_column_sums, keep_tokens
 from .token_predictor import kept_count
-from .token_reduction import TokenReducer, TokenState, after_pruning
+from .token_reduction import TokenReducer, TokenState, after_pruning, share_of
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -100,7 +98,7 @@ class CascadePruning(TokenReducer):
         rate, importance = self.token_rate, state.importance
         if rate is None or importance is None:
             return x, state
-        keep = math.ceil(rate * (state.assign.shape[1] - self.num_prefix))
+        keep = share_of(state.assign.shape[1] - self.num_prefix, rate, up=True)
         score = importance[:, self.num_prefix :]
         kept, slot = keep_tokens(x, score, keep, num_prefix=self.num_prefix)
         importance = keep_tokens(importance.unsqueeze(2), score, keep, num_prefix=self.num_prefix)[0].squeeze(2)

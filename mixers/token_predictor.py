@@ -21,9 +21,7 @@ from torch.nn import functional as F
 
 from ..kernels._runtime import is_autocast
 from ..kernels.token_reduction import keep_tokens
-from .token_reduction import TokenReducer, TokenState, after_pruning
-
-_FRACTION_BITS = 40
+from .token_reduction import TokenReducer, TokenState, after_pruning, share_of
 
 
 class PredictorLG(nn.Module):
@@ -94,24 +92,15 @@ class PredictorLG(nn.Module):
 
 
 def kept_count(tokens: int, ratio: float) -> int:
-    """How many of so many tokens a ratio keeps: rounded down as Python does it, but at least one.
+    """How many of so many tokens a ratio keeps: rounded down, but at least one.
 
-    So 0.7 - 0.2 of 196 are 97, not 98. While exporting, `tokens` may be a symbol; ONNX would multiply in float32, so
-    the product is one of integers there.
+    The published 0.7 - 0.2 is a little less than a half, so of 196 it keeps 97.
     """
+    count = share_of(tokens, ratio)
     if torch.jit.is_scripting():
-        return max(int(tokens * ratio), 1)
-    elif isinstance(tokens, torch.SymInt):
-        return torch.sym_max((tokens * _numerator(ratio)) // (1 << _FRACTION_BITS), 1)  # type: ignore[return-value]
+        return max(count, 1)
     else:
-        return torch.sym_max(torch.sym_int(tokens * ratio), 1)  # type: ignore[return-value]
-
-
-def _numerator(ratio: float) -> int:
-    """Of the fraction over 2**40 that gives the same counts as the floating-point number."""
-    below = int(ratio * (1 << _FRACTION_BITS))
-    exact = all((n * below) >> _FRACTION_BITS == int(n * ratio) for n in range(1, 4097))
-    return below if exact else below + 1
+        return torch.sym_max(count, 1)  # type: ignore[return-value]
 
 
 @register_notrace_function

@@ -11,12 +11,12 @@ Token Reorganizations" (ICLR 2022, arXiv 2202.07800), github.com/youweiliang/evi
 Unusual:
 * `TokenState.assign` says for every token of the first block where it is now. It alone gives dense features, the
   pictures, and what was kept; ToMe's own code traces with a float matrix of tokens by tokens instead.
-* How many tokens remain depends on the rate and the number of tokens, never on the picture.
+* How many tokens remain depends on the rate and the number of tokens, never on the picture. A rate means what it says:
+  0.55 of 20 tokens are 11, though their product in floating point is a little more, and the published code keeps 12.
 * EViT's fused token stands nowhere on the raster: the tokens in it count as dropped.
 * A merged token weighs as much as its parts in attention (`proportional`), through the logarithm of its size.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels._runtime import is_exporting
 from ..kernels.token_reduction import (
     attention_with_class_row,
     bipartite_match,
@@ -33,6 +34,45 @@ from ..kernels.token_reduction import (
     scatter_tokens,
     unmerge_tokens,
 )
+
+_FRACTION_BITS = 40
+
+
+def share_of(tokens: int, rate: float, up: bool = False) -> int:
+    """The largest number of so many tokens whose share, tokens by tokens, is not above the rate; or with `up` the
+    smallest whose share is not below it.
+
+    While exporting, `tokens` may be a symbol. ONNX would compute in float32, so it gets a product of integers.
+    """
+    if torch.jit.is_scripting():
+        return _share_of(tokens, rate, up)
+    else:
+        if not (isinstance(tokens, torch.SymInt) and is_exporting()):
+            return _share_of(tokens, rate, up)
+        rest = (1 << _FRACTION_BITS) - 1 if up else 0  # and nothing negative, which ONNX would round towards zero
+        return (tokens * _numerator(rate, up) + rest) // (1 << _FRACTION_BITS)
+
+
+def _share_of(tokens: int, rate: float, up: bool) -> int:
+    nearest = int(tokens * rate + 0.5)
+    share = nearest / max(tokens, 1)
+    if up:
+        return nearest + 1 if share < rate else nearest
+    return nearest - 1 if share > rate else nearest
+
+
+def _numerator(rate: float, up: bool) -> int:
+    """Of the fraction over 2**40 that gives the counts of `share_of`.
+
+    They are those of one number that is as good as the rate, and between two neighbours over 2**40 there is no more
+    than one fraction of so few tokens: so if it is not the lower neighbour it is the upper one.
+    """
+    below = int(rate * (1 << _FRACTION_BITS))
+    for n in range(1, 4097):
+        count = -((-n * below) >> _FRACTION_BITS) if up else (n * below) >> _FRACTION_BITS
+        if count != _share_of(n, rate, up):
+            return below + 1
+    return below
 
 
 class TokenState(NamedTuple):
@@ -193,7 +233,7 @@ class AttentivePruning(TokenReducer):
 
     def between(self, x: Tensor, state: TokenState, evidence: Tensor | None) -> tuple[Tensor, TokenState]:
         tokens = x.shape[1] - self.num_prefix
-        keep = math.ceil(self.keep_rate * tokens)
+        keep = share_of(tokens, self.keep_rate, up=True)
         if evidence is None or keep == tokens:
             return x, state
         kept, slot = keep_tokens(x, evidence, keep, num_prefix=self.num_prefix, fuse=self.fuse)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mixerzoo.mixers.token_predictor import PredictorLG, attention_under_policy, draw_decision, kept_count
+from mixerzoo.mixers.token_reduction import share_of
 from torch import Tensor, nn
 
 
@@ -104,8 +105,17 @@ def test_counts() -> None:
     assert kept_count(196, 0.7 - 0.2) == 97 and kept_count(196, 0.7**2) == 96 and kept_count(10, 0.7) == 7
     assert kept_count(1, 0.3) == kept_count(0, 0.3) + 0 == 1
     for ratio in (0.9, 0.8, 0.7, 0.6, 0.5, 0.3, 0.7 - 0.2, 0.7 - 0.4, 0.9 - 0.2, 0.7**2, 0.7**3, 0.5**3, 1.0):
-        for tokens in range(1, 1000):
-            assert kept_count(tokens, ratio) == max(int(tokens * ratio), 1)
+        assert kept_count(196, ratio) == max(int(196 * ratio), 1), "as published"
+
+
+@pytest.mark.parametrize("rate", [0.07, 0.28, 0.55, 0.7, 0.81, 0.7 - 0.2, 0.7**2, 1 / 3, 1e-6, 1.0])
+def test_shares_are_what_they_are_called(rate: float) -> None:
+    """Also where the product in floating point lies on the other side of a whole number: 0.55 * 20, 0.7 * 90."""
+    for tokens in range(1, 1000):
+        down, up = share_of(tokens, rate), share_of(tokens, rate, up=True)
+        assert down / tokens <= rate < (down + 1) / tokens
+        assert (up - 1) / tokens < rate <= up / tokens
+    assert [share_of(20, 0.55, up=True), share_of(90, 0.7), share_of(100, 0.07, up=True)] == [11, 63, 7]
 
 
 class Keep(nn.Module):
@@ -113,12 +123,12 @@ class Keep(nn.Module):
         super().__init__()
         self.ratio = ratio
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, : kept_count(x.shape[1], self.ratio)]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, : kept_count(x.shape[1], self.ratio)], x[:, : share_of(x.shape[1], self.ratio, up=True)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio", [0.7, 0.7 - 0.2])
+@pytest.mark.parametrize("ratio", [0.7, 0.55, 0.7 - 0.2])
 def test_exported_counts_are_the_same(ratio: float, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -128,11 +138,12 @@ def test_exported_counts_are_the_same(ratio: float, tmp_path) -> None:
     onnx_program.save(tmp_path / "keep.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "keep.onnx", providers=["CPUExecutionProvider"])
     scripted = torch.jit.script(Keep(ratio))
-    for tokens in (10, 49, 100, 196, 200, 300, 576, 1024, 4096):
+    for tokens in (10, 20, 49, 90, 100, 196, 200, 300, 360, 576, 1024, 4096):
         x = torch.zeros(1, tokens)
-        counts = {tokens: max(int(tokens * ratio), 1)}
-        assert {tokens: program.module()(x).shape[1]} == counts == {tokens: scripted(x).shape[1]}
-        assert {tokens: session.run(None, {session.get_inputs()[0].name: x.numpy()})[0].shape[1]} == counts
+        counts = [kept_count(tokens, ratio), share_of(tokens, ratio, up=True)]
+        of_session = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for got in (program.module()(x), scripted(x), of_session):
+            assert [part.shape[1] for part in got] == counts
 
 
 def test_half_precision_decides_in_float32() -> None:
