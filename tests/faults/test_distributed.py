@@ -166,7 +166,8 @@ def test_a_run_leaves_the_folder_of_one_process(together: Path) -> None:
     assert names == {"checkpoints", "config.yaml", "env.json", "metrics.csv", "results.json", "tensorboard"}
     checkpoints = {path.name for path in (together / "checkpoints").iterdir()}
     assert checkpoints == {"best.ckpt", "last.ckpt"}
-    assert len(list((together / "tensorboard").glob("events.*"))) == 1
+    writers = {path.name.split(".")[-2] for path in (together / "tensorboard").glob("events.*")}
+    assert len(writers) == 1, "by the process id in their names"
     assert len(json.loads((together / "env.json").read_text())["starts"]) == 1
 
 
@@ -264,7 +265,7 @@ def test_fsdp_learns_what_ddp_learns_and_its_checkpoint_is_one_of_whole_weights(
     together: Path, torchrun: Callable[..., list[Finished]], run_train: Callable[..., Finished], tmp_path: Path
 ) -> None:
     """With a single picture to evaluate: one of the processes has none, and gathers weights all the same."""
-    settings = (*TINY, *TWO, *STILL, "train.strategy=fsdp", "optim.clip_grad=1e6", "out=run")
+    settings = (*TINY, *TWO, *STILL, "train.strategy=fsdp", "out=run")
     for done in torchrun(*settings, prepare=plain, prepare_with={"evaluated": 1}):
         assert done.code == 0, done.err
     one, two = _weights(together), _weights(tmp_path / "run")

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -80,5 +80,8 @@ def _become(command: Sequence[str], env: Mapping[str, str], outputs: Mapping[str
 
 
 def fork_processes() -> None:
-    """Every process that the launcher or a sweep starts from now on."""
-    subprocess.Popen = Forked  # pyright: ignore[reportAttributeAccessIssue]
+    """Every process that the launcher or a sweep starts from now on; others start processes as ever."""
+    from mixerzoo.vision.training import launch, sweep
+
+    for module in (launch, sweep):
+        module.subprocess = SimpleNamespace(Popen=Forked)  # pyright: ignore[reportAttributeAccessIssue]

@@ -102,13 +102,14 @@ def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> in
                     own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
                     processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **own))
                 failed = _wait(processes)
+                codes = [process.poll() for process in processes]
             finally:
                 for process in processes:
                     if process.poll() is None:
                         process.kill()
                         process.wait()
         try:
-            return 0 if failed is None else _verdict(failed, processes, logs, say)
+            return 0 if failed is None else _verdict(failed, codes, logs, say)
         finally:
             for log in logs:
                 log.close()
@@ -186,19 +187,27 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _verdict(
-    failed: int, processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], say: Callable[[str], None]
+    failed: int, codes: Sequence[int | None], logs: Sequence[IO[bytes]], say: Callable[[str], None]
 ) -> int:
-    """The exit code of a run in which this process was the first to end with something else than 0."""
-    code = processes[failed].returncode
-    if code > 0 and processes[0].returncode == code:
-        return code  # the first process failed, or all of them for the same reason: it has said which
-    if failed > 0:
-        logs[failed].seek(0)
-        for line in logs[failed].read().decode(errors="replace").splitlines()[-_LAST_WORDS:]:
-            say(f"  process {failed}: {line}")
+    """The exit code of a run in which process `failed` was the first to end with something else than 0.
+
+    `codes`: those of the processes that ended by themselves.
+    """
+    code = codes[failed] or 1
+    if code > 1 and codes[0] == code:
+        return code  # all of them stopped for the same reason, and the first has said which
+    words: dict[str, list[int]] = {}
+    for number, log in enumerate(logs):
+        if number > 0 and codes[number]:
+            log.seek(0)
+            text = "\n".join(log.read().decode(errors="replace").rstrip().splitlines()[-_LAST_WORDS:])
+            words.setdefault(text, []).append(number)
+    for text, numbers in words.items():
+        for line in text.splitlines():
+            say(f"  process {', '.join(map(str, numbers))}: {line}")
     how = f"ended with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
     hint = " (too little memory?)" if code == -signal.SIGKILL else ""
-    say(f"error: process {failed} of {len(processes)} {how}{hint}; the others were stopped")
+    say(f"error: process {failed} of {len(codes)} {how}{hint}; the others were stopped")
     return code if code in (2, 130, 143) else 1
 
 
