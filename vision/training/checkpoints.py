@@ -104,7 +104,7 @@ def refuse_another(
     checkpoint: Mapping[str, Any], own: Mapping[str, Any], facts: Mapping[str, Any], *, force: bool = False
 ) -> None:
     """Raises if the checkpoint is not of a task with the tensors `own`, or, but for `force`, of other `facts`."""
-    saved = checkpoint["state_dict"]
+    saved = checkpoint.get("state_dict", own)  # FSDP's strategy has taken it out, into the model, and checked it
     resized = [
         f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"
         for name in own
