@@ -354,8 +354,10 @@ DECIDING = ("dynamicvit_finetune", "dynamicvit_hierarchical_finetune")
 @pytest.mark.parametrize("recipe", DECIDING)
 def test_every_size_of_dynamicvit_has_its_own_teacher(recipe: str, settings: Load) -> None:
     """The dense model from whose weights it starts, with the same tokens; predictors and fast ways learn faster."""
-    family = "dynamicvit_deit_[sb]*" if recipe == "dynamicvit_finetune" else "dynamicvit_[cs]*"
-    for name in timm.list_models(family):
+    families = (
+        ["dynamicvit_deit_[sb]*", "dynamicvit_lvvit_*"] if recipe == "dynamicvit_finetune" else "dynamicvit_[cs]*"
+    )
+    for name in timm.list_models(families):
         config = settings(recipe, f"model={name}")
         assert config.distill.teacher == config.model.start_from is not None
         assert (config.distill.logits_weight, config.distill.tokens_weight) == (0.5, 0.5)
@@ -372,14 +374,17 @@ def test_every_size_of_dynamicvit_has_its_own_teacher(recipe: str, settings: Loa
         assert scale == pytest.approx(1.0 if added else 0.01 if recipe == "dynamicvit_finetune" else 0.2), name
 
 
-@pytest.mark.parametrize("name", ["dynamicvit_lvvit_small", "dynamicvit_deit_256_patch16_224"])
-def test_models_whose_dense_weights_nobody_serves_ask_for_a_file(name: str, settings: Load, tmp_path: Path) -> None:
-    """With one, the dense model in it is start and teacher."""
-    recipe = ("dynamicvit_finetune", f"model={name}")
+def test_a_model_whose_dense_weights_nobody_serves_asks_for_a_file(settings: Load) -> None:
+    recipe = ("dynamicvit_finetune", "model=dynamicvit_deit_256_patch16_224")
     with pytest.raises(ConfigError, match=r"distill\.checkpoint has no value"):
         settings(*recipe, "model.start_from=somewhere")
     with pytest.raises(ConfigError, match=r"model\.start_from has no value"):
         settings(*recipe, "distill.checkpoint=somewhere")
+
+
+@pytest.mark.parametrize("name", ["dynamicvit_lvvit_small", "dynamicvit_deit_256_patch16_224"])
+def test_a_dense_model_in_a_file_is_the_teacher(name: str, settings: Load, tmp_path: Path) -> None:
+    recipe = ("dynamicvit_finetune", f"model={name}")
     small: dict[str, Any] = {"depth": 4, "img_size": 32}
     config = settings(*recipe, "model.start_from=x", f"distill.checkpoint={tmp_path / 'dense.pth'}")
     assert config.distill.tokens_loss == ("kl" if "lvvit" in name else "mse")
