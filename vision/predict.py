@@ -40,7 +40,7 @@ from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_s
 
 Format = Literal["table", "csv", "json"]
 
-OVERLAY, MASK = ".overlay.png", ".mask.png"
+OVERLAY = ".overlay.png"
 """What is added to a picture's name. Files that end so are no pictures to predict."""
 WIDEST_NAME = 30  # of a class in the table
 
@@ -167,7 +167,7 @@ def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
         else:
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             files = [Path(file) for file in glob.glob(argument, recursive=True)]
-        files = sorted(file for file in files if not file.name.endswith((OVERLAY, MASK)) and not file.is_dir())
+        files = sorted(file for file in files if not file.name.endswith(OVERLAY) and not file.is_dir())
         if not files:
             raise ValueError(
                 f"{argument}: there are no pictures; give files, folders or patterns such as 'photos/*.jpg'"
@@ -178,9 +178,10 @@ def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
 
 
 def _new_name(name: Path, taken: Collection[Path]) -> Path:
-    """`name`, or one like it: folders that are given side by side may hold files of one name."""
+    """`name`, or one like it: folders that are given side by side may hold files of one name, suffix aside."""
+    stems = {other.with_suffix("") for other in taken}
     names = itertools.chain([name], (name.with_name(f"{name.stem}-{n}{name.suffix}") for n in itertools.count(2)))
-    return next(new for new in names if new not in taken)
+    return next(new for new in names if new.with_suffix("") not in stems)
 
 
 def predict(
@@ -274,7 +275,7 @@ def parser() -> argparse.ArgumentParser:
         "--sheet", type=Path, metavar="FILE.png", help="classifiers: all pictures on one, with what they were taken for"
     )
     add("--folder", type=Path, help="segmenters: where overlays go; without it they lie beside the pictures")
-    add("--masks", action="store_true", help="segmenters: also write masks, PNG files of class numbers")
+    add("--masks", type=Path, metavar="FOLDER", help="segmenters: where masks go, PNG files of class numbers")
     add("--batch-size", type=int, default=16, metavar="N", help="pictures at a time, default %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s here")
     return parser
@@ -324,7 +325,7 @@ def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
             raise ValueError(f"--{option.replace('_', '-')} {value}: at least 1 is needed")
     if predictor.dense and arguments.sheet is not None:
         raise ValueError("--sheet is for classifiers; a segmenter writes an overlay for each picture (--folder)")
-    if not predictor.dense and (arguments.folder is not None or arguments.masks):
+    if not predictor.dense and (arguments.folder is not None or arguments.masks is not None):
         raise ValueError("--folder and --masks are for segmenters; a classifier writes a table, and --sheet")
 
 
@@ -370,8 +371,10 @@ def _write_pictures(
     base.parent.mkdir(parents=True, exist_ok=True)
     overlay = base.with_name(f"{base.name}{OVERLAY}")
     draw_overlay(overlay, picture, mask, predictor.classes)
-    if arguments.masks:
-        write_mask(base.with_name(f"{base.name}{MASK}"), mask, len(predictor.classes))
+    if arguments.masks is not None:
+        path = (arguments.masks / name).with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_mask(path, mask, len(predictor.classes))
     return overlay
 
 

@@ -18,7 +18,7 @@ from mixerzoo.vision import predict as predict_module
 from mixerzoo.vision._loading import load_model, load_run
 from mixerzoo.vision.data.classification import PictureTransforms, load_digits
 from mixerzoo.vision.data.loading import Request
-from mixerzoo.vision.data.mask_folder import load_mask_folder
+from mixerzoo.vision.data.mask_folder import load_mask_folder, read_mask
 from mixerzoo.vision.predict import find_pictures, main, of_run
 from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training.settings import load
@@ -111,8 +111,10 @@ def test_masks_are_those_of_the_evaluation(
     [want] = load_run(folder).model(images).argmax(1)
 
     square.save(tmp_path / "square.png")
-    assert main([str(folder), str(tmp_path / "square.png"), "--masks", "--format", "json", "--top-k", "5"]) == 0
-    mask = np.array(Image.open(tmp_path / "square.png.mask.png"))
+    command = [str(folder), str(tmp_path / "square.png"), "--masks", str(tmp_path / "out")]
+    assert main([*command, "--format", "json", "--top-k", "5"]) == 0
+    mask = np.array(Image.open(tmp_path / "out" / "square.png"))
+    assert np.array_equal(read_mask(tmp_path / "out" / "square.png", 5, ignore_zero=False), mask)
     assert np.array_equal(mask, want.numpy())
     [row] = _rows(capsys.readouterr().out)
     shares = {entry["class"]: entry["share"] for entry in row["classes"]}
@@ -133,11 +135,14 @@ def test_overlays_have_the_size_of_the_picture_and_a_legend(
     photo.resize((7, 11)).save(pictures / "tiny.png")
     assert main([str(folder), str(pictures)]) == 0
     assert (pictures / "wide.jpg.overlay.png").exists()  # which is no picture for the next one
-    assert main([str(folder), str(pictures), "--folder", str(tmp_path / "out"), "--masks"]) == 0
-    found = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png")}
+    out, masks = tmp_path / "out", tmp_path / "masks"
+    assert main([str(folder), str(pictures), "--folder", str(out), "--masks", str(masks)]) == 0
     names = ("wide.jpg", "below/panorama.jpg", "tiny.png")
-    assert found == {f"{name}.{kind}.png" for name in names for kind in ("overlay", "mask")}
-    assert Image.open(tmp_path / "out/tiny.png.mask.png").size == (7, 11)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == {
+        f"{name}.overlay.png" for name in names
+    }
+    found = {path.relative_to(masks).as_posix(): Image.open(path).size for path in masks.rglob("*.png")}
+    assert found == {"wide.png": (500, 300), "below/panorama.png": (900, 130), "tiny.png": (7, 11)}
     wide, panorama = (Image.open(tmp_path / f"out/{name}.overlay.png") for name in names[:2])
     assert wide.size[0] > 1000 and wide.size[1] >= 300  # side by side
     assert 900 < panorama.size[0] < 1800 and panorama.size[1] > 2 * 130  # one above the other
@@ -262,14 +267,15 @@ def test_what_cannot_be_done_is_said_in_one_line(
 
 
 def test_names_below_folders_are_kept_and_never_meet(tmp_path: Path) -> None:
-    for name in ("a/1.png", "a/b/1.png", "c/1.png", "c/1.txt"):
+    for name in ("a/1.png", "a/b/1.png", "c/1.jpg", "c/1.png", "c/1.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = find_pictures([str(tmp_path / "a"), str(tmp_path / "c"), str(tmp_path / "**" / "1.png")])
     assert [(file.relative_to(tmp_path).as_posix(), name.as_posix()) for file, name in found] == [
         ("a/1.png", "1.png"),
         ("a/b/1.png", "b/1.png"),
-        ("c/1.png", "1-2.png"),
+        ("c/1.jpg", "1-2.jpg"),
+        ("c/1.png", "1-3.png"),
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from mixerzoo.vision.training import pictures
-from mixerzoo.vision.training.journal import Journal, read_journal
+from mixerzoo.vision.training.journal import MOST_WARNINGS, Journal, read_journal
 from mixerzoo.vision.training.mistakes import Mistakes
 from mixerzoo.vision.training.report import main, write_report
 from mixerzoo.vision.training.run import run
@@ -75,7 +75,7 @@ def configs(repository: Path) -> Path:
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests about words: drawing takes half a second."""
-    monkeypatch.setattr(pictures, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(pictures, "draw_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,7 @@ def test_the_page_says_what_was_done(kind: str, request: pytest.FixtureRequest) 
     assert max(places[:2]) < min(places[2:])
     assert f"{results['parameters']:,}" in page.texts  # the model's table
     assert f"python -m mixerzoo.vision.predict {folder} path/to/pictures" in page.texts
+    assert page.texts.count(f"python train.py resume={folder}") == 1  # not also at the top
     [start] = read_journal(folder)
     assert start["versions"]["torch"] in page.text and start["cpu"] in page.text
     assert "validation pictures" in page.text if kind == "classified" else True  # there is no folder `test`
@@ -178,7 +179,8 @@ def test_a_run_that_does_not_end_well_leaves_a_page(
         journal.begin(folder)
         raise error
     page = Page(folder / "report.html")
-    assert any(text.startswith(words) and "after 1 whole epoch" in text for text in page.texts)
+    assert any(text.startswith(words) and "after 1 whole epoch of 3" in text for text in page.texts)
+    assert page.texts.count(f"python train.py resume={folder}") == 2
     assert "25.00 %" in page.texts and len(page.sources) == 1  # the curves so far
     assert read_journal(folder)[-1]["state"] == words[0].lower() + words[1:]
 
@@ -198,12 +200,15 @@ def test_warnings_and_earlier_starts_are_kept(configs: Path, tmp_path: Path, no_
         journal.begin(folder)
         for _ in range(3):
             log.warning("skipped %s", "<x>.jpg")
+        for index in range(MOST_WARNINGS):
+            log.warning("another %d", index)
         raise ValueError
     with Journal() as journal:
         journal.begin(folder, resumed=True)
     log.warning("after all of it")
     first, second = read_journal(folder)
-    assert first["warnings"] == ["before there was a folder", "skipped <x>.jpg (3 times)"]
+    assert first["warnings"][:3] == ["before there was a folder", "skipped <x>.jpg (3 times)", "another 0"]
+    assert first["warnings"][-1] == "and 2 more" and len(first["warnings"]) == MOST_WARNINGS + 1
     assert (first["state"], second["state"], second["warnings"]) == ("failed: ValueError", "finished", [])
     page = Page(folder / "report.html")
     assert "skipped <x>.jpg (3 times)" in page.texts and "after all of it" not in page.text

@@ -55,6 +55,7 @@ class Journal(logging.Handler):
         self.folder: Path | None = None
         self.starts: list[dict[str, Any]] = []
         self._warnings: dict[str, int] = {}
+        self._left_out = 0
 
     def __enter__(self) -> Journal:
         logging.getLogger("mixerzoo").addHandler(self)
@@ -71,6 +72,8 @@ class Journal(logging.Handler):
         message = record.getMessage()
         if message in self._warnings or len(self._warnings) < MOST_WARNINGS:
             self._warnings[message] = self._warnings.get(message, 0) + 1
+        else:
+            self._left_out += 1
         with contextlib.suppress(OSError):
             self._write()
 
@@ -94,7 +97,8 @@ class Journal(logging.Handler):
         if self.folder is None:
             return
         self.starts[-1]["warnings"] = [
-            message if count == 1 else f"{message} ({count} times)" for message, count in self._warnings.items()
+            *(text if count == 1 else f"{text} ({count} times)" for text, count in self._warnings.items()),
+            *([f"and {self._left_out} more"] if self._left_out else []),
         ]
         text = json.dumps({"starts": self.starts}, indent=2, ensure_ascii=False) + "\n"
         write_text(self.folder / "env.json", text)

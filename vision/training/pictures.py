@@ -30,8 +30,10 @@ _MOST_CELLS = 250
 _LONGEST_NAME = 24
 
 
-def draw_curves(path: Path, rows: Sequence[dict[str, float]], metric: str, title: str) -> None:
-    """Loss, metric and learning rate by epoch; the best epoch is marked."""
+def draw_curves(
+    path: Path, rows: Sequence[dict[str, float]], metric: str, title: str, *, averaged: bool = False
+) -> None:
+    """Loss, metric and learning rate by epoch; the best epoch is marked. `averaged`: such weights are validated."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, rates = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -47,7 +49,7 @@ def draw_curves(path: Path, rows: Sequence[dict[str, float]], metric: str, title
     _mark_best(scores, rows, f"val/{metric}")
     losses.set(title="loss")
     losses.legend(frameon=False, fontsize=9)
-    scores.set(title=f"validation {_words(metric)} (%)")
+    scores.set(title=f"validation {_words(metric)} (%){', averaged weights' if averaged else ''}")
     if len(scores.get_lines()) > 2:  # more than the one curve and its ring
         scores.legend(frameon=False, fontsize=9)
     rates.set(title="learning rate")

@@ -74,7 +74,8 @@ def write_report(folder: Path) -> Path:
     """Draws the learning curves and writes report.html from what is in a run folder. Returns its path."""
     run = _read(folder)
     if run.rows:
-        pictures.draw_curves(folder / "curves.png", run.rows, run.metric, run.title)
+        averaged = run.settings["ema.decay"] is not None
+        pictures.draw_curves(folder / "curves.png", run.rows, run.metric, run.title, averaged=averaged)
     drawn = {title: _picture(folder / f"{name}.png", caption) for name, (title, caption) in PICTURES.items()}
     sections = {
         "Warnings": _warnings(run),
@@ -115,16 +116,16 @@ def _summary(run: _Run) -> str:
     facts = dict(_numbers(run))
     tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     kind = "good" if run.state == "finished" else "bad" if run.state.startswith("failed") else "open"
+    next_step = "" if kind == "good" else f"{_p('To go on with it:')}<pre>{escape(_resume(run))}</pre>"
     return (
-        f"<header><h1>{escape(run.title)}</h1>\n{_p(_state_in_words(run), f'state {kind}')}\n"
+        f"<header><h1>{escape(run.title)}</h1>\n{_p(_state_in_words(run), f'state {kind}')}{next_step}\n"
         f"<dl class='tiles'>{tiles}</dl></header>"
     )
 
 
 def _state_in_words(run: _Run) -> str:
     last = run.starts[-1] if run.starts else {}
-    done = len(run.rows)
-    epochs = f"{done} whole epoch{'s' * (done != 1)}"
+    epochs = f"{len(run.rows)} whole epoch{'s' * (len(run.rows) != 1)}{_of_all(run)}"
     if run.state == "finished":
         ended = f" on {_when(last['ended'])}" if "ended" in last else ""
         return f"Finished{ended}. Test numbers are of the weights in checkpoints/best.ckpt."
@@ -132,6 +133,15 @@ def _state_in_words(run: _Run) -> str:
         return f"Not finished: {epochs} so far. The run goes on, or was killed without a chance to say so."
     words = run.state[0].upper() + run.state[1:]
     return f"{words}, on {_when(last['ended'])}, after {epochs}. There are no test numbers."
+
+
+def _of_all(run: _Run) -> str:
+    epochs = run.results.get("epochs") or run.settings["train.epochs"]
+    return f" of {epochs}" if epochs else ""
+
+
+def _resume(run: _Run) -> str:
+    return f"python train.py resume={shlex.quote(str(run.folder))}"
 
 
 def _numbers(run: _Run) -> Iterable[tuple[str, str]]:
@@ -142,7 +152,7 @@ def _numbers(run: _Run) -> Iterable[tuple[str, str]]:
     if measured:
         best = max(measured, key=lambda row: row[f"val/{run.metric}"])
         yield f"best validation {_words(run.metric)}", _number(run.metric, best[f"val/{run.metric}"])
-        yield "best epoch", f"{int(best['epoch']) + 1} of {run.results.get('epochs', len(run.rows))}"
+        yield "best epoch", f"{int(best['epoch']) + 1}{_of_all(run)}"
     if "parameters" in run.results:
         yield "parameters", f"{run.results['parameters'] / 1e6:,.2f} M"
         gmacs = run.results["gmacs"]
@@ -249,7 +259,7 @@ def _usage(run: _Run) -> str:
     folder = shlex.quote(str(run.folder))
     model, best = shlex.quote(run.settings["model.name"]), shlex.quote(str(run.folder / "checkpoints" / "best.ckpt"))
     commands = {
-        "Go on after an interruption, or train longer (train.epochs=…)": f"python train.py resume={folder}",
+        "Go on after an interruption, or train longer (train.epochs=…)": _resume(run),
         "Predict pictures of your own": f"python -m mixerzoo.vision.predict {folder} path/to/pictures",
         "Export, here as ONNX": f"python -m mixerzoo.vision.export {model} --format onnx --checkpoint {best}",
         "Write this page again": f"python -m mixerzoo.vision.training.report {folder}",

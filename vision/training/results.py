@@ -37,6 +37,7 @@ def collect_results(
         "model": config.model.name,
         "model_kwargs": config.model.kwargs,
         "data": splits.origin,
+        "unreadable": sorted(getattr(splits.train, "bad", ())),
         "test": {name.removeprefix("test/"): value for name, value in test.items()},
         "test_by_class": _by_class(task.result, splits.classes),
         "best_epoch": best["epoch"] + 1,
