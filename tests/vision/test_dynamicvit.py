@@ -183,6 +183,33 @@ def test_the_answer_of_lv_vit_is_of_kept_patches_while_training() -> None:
     assert model.forward_decided(torch.randn(1, 3, 64, 64)).logits.isfinite().all()  # none is kept
 
 
+def test_a_mean_over_patches_is_of_kept_ones_while_training() -> None:
+    model = tiny(locations=(1,), keep_rate=0.5, class_token=False, global_pool="avg").train()
+    decided = model.forward_decided(torch.randn(3, 3, 64, 64))
+    kept = decided.mask.unsqueeze(2)
+    assert 0 < decided.mask.mean() < 1
+    mean = (decided.tokens * kept).sum(1) / kept.sum(1).clamp(min=1)
+    torch.testing.assert_close(decided.logits, model.head(model.fc_norm(mean)))
+    with pytest.raises(ValueError, match=r"global_pool=.map.\. Use tome"):
+        tiny(class_token=False, global_pool="map")
+
+
+def test_training_with_decisions_checkpoints_too() -> None:
+    model = tiny().train()
+    x, calls, grads = torch.randn(2, 3, 64, 64), [], []
+    model.blocks[2].register_forward_pre_hook(lambda *call: calls.append(1))
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(0)
+        decided = model.forward_decided(x)
+        (decided.logits.square().sum() + decided.tokens.square().mean() + sum(decided.decisions).mean()).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(calls) == 3, "the second time it was computed again for the backward pass"
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
 # As a tool
 
 
@@ -235,7 +262,7 @@ def test_arguments() -> None:
         reduce_tokens(model, "dynamicvit", keep_rate=(0.5, 0.7), locations=(1, 2))
     with pytest.raises(ValueError, match=r"blocks in order.*\(2, 1\)"):
         reduce_tokens(model, "dynamicvit", locations=(2, 1))
-    with pytest.raises(ValueError, match=r"above 0 and up to 1; got 1\.5"):
+    with pytest.raises(ValueError, match=r"above 0 and up to 1; got \[1\.5\]"):
         reduce_tokens(model, "dynamicvit", keep_rate=1.5, locations=(2,))
     with pytest.raises(ValueError, match="patch_size must be even, got"):
         timm.create_model("lvvit_small", patch_size=7)

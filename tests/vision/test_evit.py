@@ -72,3 +72,11 @@ def test_recorded_counts(repository: Path) -> None:
 def test_drive_files_are_refused_with_their_address() -> None:
     with pytest.raises(ValueError, match=r"download https://drive.google.com"):
         timm.create_model("evit_deit_small_patch16_224", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"reg_tokens": 4}, {"no_embed_class": True}, {"dynamic_img_size": False}, {"pos_embed": "none"}]
+)
+def test_what_was_not_published_is_left_to_reduce_tokens(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"as published: a class token, .*reduce_tokens"):
+        timm.create_model("evit_deit_small_patch16_224", embed_dim=24, num_heads=2, **settings)

@@ -191,11 +191,41 @@ def test_rates_change_without_new_weights() -> None:
     torch.testing.assert_close(reduced(x), restore_tokens(reduced)(x))
     reduced.set_keep_rate([0.5, 0.5, 0.5])
     assert torch.equal(reduced(x), half)
-    for wrong in (0.0, 1.5, [0.5, 0.5]):
-        with pytest.raises(ValueError, match="set_keep_rate needs shares above 0 and up to 1, 3 or one"):
-            reduced.set_keep_rate(wrong)
-    with pytest.raises(ValueError, match="ToMe has no keep rate to change"):
+    assert reduced.method == EViT([0.5, 0.5, 0.5], locations=[1, 2, 3]), "the method says what holds"
+    for wrong in (0.0, 1.5, [0.5, 0.5], "0.5"):
+        with pytest.raises(ValueError, match="keep_rate"):
+            reduced.set_keep_rate(wrong)  # type: ignore[arg-type]
+        assert torch.equal(reduced(x), half)
+    with pytest.raises(ValueError, match="ToMe has no keep rate that can be changed; reduce_tokens makes another"):
         reduce_tokens(make(), "tome").set_keep_rate(0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"), [("dynamicvit", 0.6), ("dynamicvit", [0.8, 0.5, 0.1]), ("eet", [0.6, 0.5, 0.1])]
+)
+def test_a_new_rate_means_what_it_means_at_the_beginning(method: str, rate: Any) -> None:
+    model = make()
+    changed, fresh = reduce_tokens(model, method), reduce_tokens(model, method, keep_rate=rate)
+    changed.set_keep_rate(rate)
+    rates = [[getattr(reducer, "keep_rate", None) for reducer in reduced.reducers] for reduced in (changed, fresh)]
+    assert rates[0] == rates[1]
+    with pytest.raises(ValueError, match="may not rise"):
+        changed.set_keep_rate([0.1, 0.5, 0.8])
+
+
+@torch.no_grad()
+def test_each_view_has_its_own_picture_size() -> None:
+    model, x = make(), pictures()
+    reduced = reduce_tokens(model, "tome", r=2)
+    want, wanted = model(x), reduced(x)
+    reduced.set_input_size(img_size=96)
+    plain = restore_tokens(reduced)
+    plain.set_input_size(img_size=32)
+    assert reduced(pictures(size=96)).shape == (2, 5) and plain(pictures(size=32)).shape == (2, 5)
+    assert torch.equal(model(x), want)
+    again = reduce_tokens(model, "tome", r=2)
+    model.set_input_size(img_size=48)
+    assert torch.equal(again(x), wanted)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +240,13 @@ def test_rates_change_without_new_weights() -> None:
         ("evit", {"keep_rate": [0.5, 0.5]}, "one number or one a location, 3"),
         ("evit", {"locations": [1, 1, 2]}, "each once, from 0 to 3"),
         ("evit", {"locations": [4], "keep_rate": [0.5]}, "from 0 to 3; got"),
+        ("evit", {"keep_rate": "0.5"}, "keep_rate must be a sequence of numbers; got '0.5'"),
+        ("evit", {"locations": 3}, "locations must be a sequence of numbers; got 3"),
+        ("eet", {"keep_rate": 0.5}, "keep_rate must be a sequence of numbers; got 0.5"),
+        ("spatten", {"head_keep_rate": None}, "keep rates must be a sequence of numbers; got None"),
+        ("tome", {"r": "13"}, "r must be a sequence of numbers; got '13'"),
+        (ToMe, {}, r"an instance with reducers\(model\), such as ToMe\(r=13\); got <class"),
+        (None, {}, "method must be a name or an instance"),
         (ToMe(), {"r": 3}, "settings belong to a method that is named"),
     ],
 )

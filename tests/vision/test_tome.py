@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mixerzoo.vision  # noqa: F401  registers the models
+import numpy
 import pytest
 import timm
 import torch
@@ -80,6 +81,7 @@ def test_registered_name_loads_the_checkpoint(golden: Callable[..., Any], tmp_pa
         ((16, -1.0), 12, [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]),
         ((13, 1.0), 12, [0, 2, 4, 7, 9, 11, 14, 16, 18, 21, 23, 26]),
         ([16, -1.0], 4, [32, 21, 10, 0]),  # a list of a configuration file
+        (numpy.int64(8), 2, [8, 8]),  # as of numpy.linspace
         ((8, 1.0), 1, [0]),
         ([25, 25], 4, [25, 25, 0, 0]),
         ([], 2, [0, 0]),

@@ -2,7 +2,8 @@
 
 The model that comes back is a view of the one that went in: new objects of our classes around the same parameters,
 buffers and sub-modules. Nothing of timm is patched and the model that went in works as before; training one trains the
-other. `restore_tokens` is the way back.
+other, and since layers are shared, dropout in them follows the last `train()` or `eval()` of either. `restore_tokens`
+is the way back.
 
 Unusual:
 * A method (`ToMe`, `EViT`, …) is a small frozen dataclass that gives each block its `TokenReducer`.
@@ -15,12 +16,15 @@ Unusual:
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import numbers
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from timm.layers import Attention, register_notrace_module
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, checkpoint
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -37,6 +41,14 @@ def view_as(module: nn.Module, kind: type[T]) -> T:
     view.__dict__.update(
         {name: copy.copy(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
     )
+    return view
+
+
+def view_of_model(model: nn.Module, kind: type[T]) -> T:
+    """A view with a patch embedding of its own, since `set_input_size` changes that in place."""
+    view = view_as(model, kind)
+    patch_embed: Any = view.patch_embed
+    view.patch_embed = view_as(patch_embed, type(patch_embed))
     return view
 
 
@@ -105,6 +117,14 @@ class ReductionMethod(Protocol):
         ...
 
 
+def numbers_of(name: str, given: Any) -> list[Any]:
+    """A sequence of numbers as a list; a ValueError for anything else."""
+    entries = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if isinstance(given, str | numbers.Real) or not all(isinstance(entry, numbers.Real) for entry in entries):
+        raise ValueError(f"{name} must be a sequence of numbers; got {given!r}")
+    return entries
+
+
 def stage_blocks(locations: Sequence[int] | None, rates: float | Sequence[float], depth: int) -> dict[int, float]:
     """The rate of each block in which a method prunes.
 
@@ -113,13 +133,17 @@ def stage_blocks(locations: Sequence[int] | None, rates: float | Sequence[float]
             Where a model is so shallow that two of these fall together, the later one counts.
         rates: one number, or one a location.
     """
-    blocks = [depth * i // 4 for i in (1, 2, 3)] if locations is None else list(locations)
-    shares = [rates] * len(blocks) if isinstance(rates, int | float) else list(rates)
+    blocks = [depth * i // 4 for i in (1, 2, 3)]
+    if locations is not None:
+        blocks = [int(block) for block in numbers_of("locations", locations)]
+    shares = [float(rates)] * len(blocks) if isinstance(rates, numbers.Real) else numbers_of("keep_rate", rates)
     repeated = locations is not None and len(set(blocks)) != len(blocks)
     if repeated or any(not 0 <= block < depth for block in blocks):
         raise ValueError(f"locations are blocks of the model, each once, from 0 to {depth - 1}; got {blocks}")
     if len(shares) != len(blocks):
         raise ValueError(f"keep_rate needs one number or one a location, {len(blocks)}; got {rates}")
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"keep_rate is a share of the tokens, above 0 and up to 1; got {rates}")
     return dict(zip(blocks, shares, strict=True))
 
 
@@ -185,15 +209,22 @@ class TokenReducedViT(IsotropicBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_keep_rate(self, rate: float | Sequence[float]) -> None:
-        """Change what the pruning blocks keep, without new weights; a rate for each of them, or one for all."""
-        pruning = [reducer for reducer in self.reducers if hasattr(reducer, "keep_rate")]
-        rates = [rate] * len(pruning) if isinstance(rate, int | float) else list(rate)
-        if not pruning:
-            raise ValueError(f"{type(self.method).__name__} has no keep rate to change; make the model anew")
-        if len(rates) != len(pruning) or not all(0 < rate <= 1 for rate in rates):
-            raise ValueError(f"set_keep_rate needs shares above 0 and up to 1, {len(pruning)} or one; got {rate}")
-        for reducer, share in zip(pruning, rates, strict=True):
-            reducer.keep_rate = share  # type: ignore[assignment]
+        """Change what the pruning blocks keep, without new weights.
+
+        Args:
+            rate: as the method's own `keep_rate`; if a sequence, one number for each block that prunes.
+        """
+        pruning = [i for i, reducer in enumerate(self.reducers) if hasattr(reducer, "keep_rate")]
+        method: Any = self.method
+        if not pruning or not hasattr(method, "stages"):
+            raise ValueError(
+                f"{type(method).__name__} has no keep rate that can be changed; reduce_tokens makes another model on "
+                "the same weights"
+            )
+        method = dataclasses.replace(method, keep_rate=rate, locations=pruning)
+        for block, share in method.stages(len(self.blocks)).items():
+            self.reducers[block].keep_rate = share  # type: ignore[assignment]
+        self.method = method
 
     def initial_state(self, x: Tensor, grid: tuple[int, int], dense: bool = False) -> TokenState:  # type: ignore[override]
         return initial_state(x, dense and not self.merges)
@@ -203,8 +234,16 @@ class TokenReducedViT(IsotropicBackbone):
         return spread[:, : self.num_prefix_tokens], spread[:, self.num_prefix_tokens :]
 
     def final_tokens(self, x: Tensor, state: TokenState) -> Tensor:  # type: ignore[override]
-        """The remaining tokens [B, M, C]; spread over all places if tokens were merged and the head pools over them."""
+        """The remaining tokens [B, M, C]; spread over all places if tokens were merged and the head pools over them.
+
+        While training with masks they are weighted so that the mean over all patches is that over kept ones.
+        """
         x = self.norm(x)
+        policy = state.policy
+        if policy is not None and self.global_pool == "avg":
+            prefix, kept = policy[:, : self.num_prefix_tokens], policy[:, self.num_prefix_tokens :]
+            weight = kept / kept.mean(1, keepdim=True).clamp(min=1 / kept.shape[1])
+            x = x * torch.cat([prefix, weight], 1).unsqueeze(2)
         return on_raster(x, state) if self.merges and self.global_pool != "token" else x
 
     def _walk(self, x: Tensor) -> Iterator[tuple[Tensor, TokenState]]:
@@ -212,7 +251,7 @@ class TokenReducedViT(IsotropicBackbone):
         x, grid = self._embed(x)
         state = self.initial_state(x, grid)
         for block in self.blocks:
-            x, state = block(x, state)
+            x, state = checkpoint(block, x, state) if self.grad_checkpointing else block(x, state)
             yield x, state
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
@@ -223,11 +262,10 @@ class TokenReducedViT(IsotropicBackbone):
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def forward_decided(self, x: Tensor) -> Decided:
         """Classify, and tell what the losses of a method with decisions need; in training mode nothing is dropped."""
-        *_, (x, state) = self._walk(x)
-        x = self.final_tokens(x, state)
-        prefix = self.num_prefix_tokens
+        (x, state), prefix = deque(self._walk(x), maxlen=1).pop(), self.num_prefix_tokens
         mask = None if state.policy is None else state.policy[:, prefix:]
-        return Decided(self.forward_head(x), x[:, prefix:], state.decisions, mask)
+        logits = self.forward_head(self.final_tokens(x, state))
+        return Decided(logits, self.norm(x)[:, prefix:], state.decisions, mask)
 
 
 R = TypeVar("R", bound=TokenReducedViT)
@@ -311,6 +349,8 @@ def reduce_tokens(model: VisionTransformer, method: str | ReductionMethod, **set
             raise ValueError(f"reduce_tokens: {error}") from None
     elif settings:
         raise ValueError(f"settings belong to a method that is named; {method} has its own, got {sorted(settings)}")
+    if isinstance(method, type) or not hasattr(method, "reducers"):
+        raise ValueError(f"method must be a name or an instance with reducers(model), such as ToMe(r=13); got {method}")
     if isinstance(model, TokenReducedViT):
         model = restore_tokens(model)
     kind = REDUCED.get(type(model))
@@ -320,7 +360,7 @@ def reduce_tokens(model: VisionTransformer, method: str | ReductionMethod, **set
             f"reduce_tokens takes models of the classes {known}; got {type(model).__name__}. Reduce a model before it "
             "is wrapped (features_only, compile); Eva's rotary positions and hierarchical models are not known"
         )
-    reduced = view_as(model, kind)
+    reduced = view_of_model(model, kind)
     reduced._install(cast(ReductionMethod, method))
     return reduced
 
@@ -330,7 +370,7 @@ def restore_tokens(model: TokenReducedViT) -> VisionTransformer:
     kind = next((plain for plain, reduced in reversed(REDUCED.items()) if isinstance(model, reduced)), None)
     if kind is None:
         raise ValueError(f"restore_tokens takes what reduce_tokens returned; got {type(model).__name__}")
-    plain: Any = view_as(model, kind)
+    plain: Any = view_of_model(model, kind)
     blocks = [_plain_block(block) for block in model.blocks]
     plain.blocks = nn.ModuleList(blocks) if issubclass(kind, IsotropicBackbone) else nn.Sequential(*blocks)
     del plain.method, plain.merges

@@ -13,6 +13,7 @@ What is unusual:
 * Fine-tuning leaves class token and positions as they are, see configs/recipes/dynamicvit_finetune.yaml.
 """
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from ...mixers.token_predictor import PolicyAttention, PredictedPruning
 from ...mixers.token_reduction import TokenReducer
 from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, unwrap
-from ._token_reduction import METHODS, TokenReducedViT, create_reduced, stage_blocks
+from ._token_reduction import METHODS, TokenReducedViT, create_reduced, numbers_of, stage_blocks
 from .lvvit import TokenReducedLVViT
 
 
@@ -46,18 +47,28 @@ class DynamicViT:
 
     def _rates(self) -> list[float]:
         """The share of the first block's patches that each location leaves."""
-        if not isinstance(self.keep_rate, int | float):
-            return list(self.keep_rate)
-        count = 3 if self.locations is None else len(self.locations)
-        return [self.keep_rate ** (i + 1) for i in range(count)]
+        if not isinstance(self.keep_rate, numbers.Real):
+            return numbers_of("keep_rate", self.keep_rate)
+        count = 3 if self.locations is None else len(numbers_of("locations", self.locations))
+        return [float(self.keep_rate) ** (i + 1) for i in range(count)]
 
-    def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
+    def stages(self, depth: int) -> dict[int, float]:
+        """The share of the first block's patches that each block with a predictor leaves."""
         rates = self._rates()
         if sorted(rates, reverse=True) != rates:
             raise ValueError(f"keep_rate is of the first block's patches, so it may not rise; got {self.keep_rate}")
-        stages = stage_blocks(self.locations, rates, len(model.blocks))
+        stages = stage_blocks(self.locations, rates, depth)
         if sorted(stages) != list(stages):
             raise ValueError(f"locations are blocks in order, as keep_rate is; got {self.locations}")
+        return stages
+
+    def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
+        if model.global_pool not in ("token", "avg", ""):
+            raise ValueError(
+                "DynamicViT only masks patches while it trains, which the class token or a mean can leave out; this "
+                f"model has global_pool={model.global_pool!r}. Use tome"
+            )
+        stages = self.stages(len(model.blocks))
         like = model.patch_embed.proj.weight
         return [
             PredictedPruning(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ...mixers.token_cascade import ContentPruning
 from ...mixers.token_reduction import TokenReducer
 from ._checkpoints import StateDict, refuse_mismatch, unwrap
-from ._token_reduction import METHODS, REDUCED, TokenReducedViT, create_reduced, stage_blocks
+from ._token_reduction import METHODS, REDUCED, TokenReducedViT, create_reduced, numbers_of, stage_blocks
 from .tome import timm_cfg
 
 
@@ -101,18 +101,19 @@ class EET:
     def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
         if getattr(model, "cls_token", None) is None:
             raise ValueError("EET keeps what the class token attends to; this model has none. Use tome")
-        stages = self._stages(len(model.blocks))
+        stages = self.stages(len(model.blocks))
         return [
             ContentPruning(stages[i], num_prefix=model.num_prefix_tokens) if i in stages else TokenReducer()
             for i in range(len(model.blocks))
         ]
 
-    def _stages(self, depth: int) -> dict[int, float]:
-        rates = list(self.keep_rate)
+    def stages(self, depth: int) -> dict[int, float]:
+        """The share of the first block's patches that is left behind each block that prunes."""
+        rates = numbers_of("keep_rate", self.keep_rate)
         if sorted(rates, reverse=True) != rates:
             raise ValueError(f"keep_rate is of the first block's patches, so it may not rise; got {self.keep_rate}")
         if self.locations is not None:
-            if sorted(self.locations) != list(self.locations):
+            if sorted(numbers_of("locations", self.locations)) != list(self.locations):
                 raise ValueError(f"locations are blocks in order, as keep_rate is; got {self.locations}")
             return stage_blocks(self.locations, rates, depth)
         if len(rates) != 3:

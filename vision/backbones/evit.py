@@ -49,8 +49,12 @@ class EViT:
 
     merges: ClassVar[bool] = False
 
+    def stages(self, depth: int) -> dict[int, float]:
+        """The rate of each block that prunes."""
+        return stage_blocks(self.locations, self.keep_rate, depth)
+
     def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
-        stages = stage_blocks(self.locations, self.keep_rate, len(model.blocks))
+        stages = self.stages(len(model.blocks))
         return [
             AttentivePruning(stages[i], fuse=self.fuse_token, num_prefix=_prefix(model))
             if i in stages
@@ -71,6 +75,16 @@ METHODS["evit"] = EViT
 
 class EViTVisionTransformer(TokenReducedViT):
     """EViT as published: its positions are resized without antialiasing, timm's are with."""
+
+    def __init__(self, **vit_args: Any) -> None:
+        super().__init__(**vit_args)
+        if self.num_prefix_tokens != 1 or self.pos_embed is None or self.no_embed_class or not self.dynamic_img_size:
+            raise ValueError(
+                "evit_* models are as published: a class token, learned positions of all tokens, pictures of any size. "
+                'reduce_tokens(model, "evit") takes all other vision transformers; got '
+                f"num_prefix_tokens={self.num_prefix_tokens}, no_embed_class={self.no_embed_class}, "
+                f"dynamic_img_size={self.dynamic_img_size}, positions {'no' if self.pos_embed is None else 'yes'}"
+            )
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """Patches [B, rows, columns, C] to tokens [B, 1 + rows * columns, C]."""
@@ -105,7 +119,6 @@ def _create_evit(
         pretrained,
         EViT(keep_rate, fuse_token, locations),
         checkpoint_filter_fn,
-        dynamic_img_size=True,
         **kwargs,
     )
 

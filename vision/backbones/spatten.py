@@ -18,6 +18,7 @@ What is unusual:
 
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ...mixers.token_cascade import CascadePruning
 from ...mixers.token_reduction import TokenReducer
-from ._token_reduction import METHODS, TokenReducedViT, create_reduced
+from ._token_reduction import METHODS, TokenReducedViT, create_reduced, numbers_of
 from .tome import checkpoint_filter_fn, timm_cfg
 
 FIRST_WITH_ALL_TOKENS = 0.15
@@ -41,14 +42,15 @@ def falling_rates(rate: float | Sequence[float], depth: int, untouched: float) -
         rate: the mean over the blocks that prune; or the share of every block, which may not rise and begins with 1.
         untouched: share of the blocks, rounded up, that keep all where `rate` is one number.
     """
-    if isinstance(rate, int | float):
+    if isinstance(rate, numbers.Real):
+        rate = float(rate)
         if not 0 < rate <= 1:
             raise ValueError(f"keep rates are shares above 0 and up to 1; got {rate}")
         whole = math.ceil(untouched * depth)
         pruning = depth - whole
         reach = min(rate, 1 - rate)
         return [1.0] * whole + [rate + reach * (1 - (2 * i + 1) / pruning) for i in range(pruning)]
-    rates = [float(share) for share in rate]
+    rates = [float(share) for share in numbers_of("keep rates", rate)]
     falls = all(later <= earlier for earlier, later in itertools.pairwise(rates))
     if len(rates) != depth or not falls or rates[0] != 1 or rates[-1] <= 0:
         raise ValueError(

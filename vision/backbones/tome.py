@@ -12,6 +12,7 @@ What is unusual:
   the lowest index, and undoing the merge is right with a distillation token too.
 """
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
 from ...mixers.token_reduction import TokenMerging, TokenReducer
 from ._checkpoints import StateDict, refuse_mismatch, unwrap
-from ._token_reduction import METHODS, TokenReducedDistilledViT, TokenReducedViT, create_reduced
+from ._token_reduction import METHODS, TokenReducedDistilledViT, TokenReducedViT, create_reduced, numbers_of
 
 
 def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
@@ -32,8 +33,7 @@ def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
         r: one number for all blocks; one for each, zeros where the list ends; or a pair of a mean and, as a float, an
             inflection from -1 to 1: the number then rises (1) or falls (-1) evenly along the depth, to or from zero.
     """
-    if isinstance(r, int | float):
-        r = (r, 0.0)
+    r = (float(r), 0.0) if isinstance(r, numbers.Real) else numbers_of("r", r)
     if len(r) == 2 and isinstance(r[1], float):
         mean, inflection = r
         if not -1 <= inflection <= 1:
