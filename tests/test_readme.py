@@ -126,8 +126,12 @@ def test_command_is_valid(command: str, tmp_path: Path, monkeypatch: pytest.Monk
         case ["pip", "install", "-e", requirement]:
             extras = set(re.findall(r"\w+", requirement))
             assert extras <= set(importlib.metadata.metadata("mixerzoo").get_all("Provides-Extra") or [])
-        case ["python", "train.py", *arguments]:
+        case ["python", "train.py", *arguments] | ["srun", "python", "train.py", *arguments]:
             _check_training(arguments)
+        case ["torchrun", *options]:
+            run = importlib.import_module("torch.distributed.run").get_args_parser().parse_args(options)
+            assert run.training_script == "train.py"
+            _check_training(run.training_script_args)
         case ["python", "-m", "pytest", *paths]:
             assert paths and all((ROOT / path).exists() for path in paths)
         case ["python", "-m", module, *arguments]:
@@ -141,11 +145,13 @@ def _check_training(arguments: list[str]) -> None:
     if arguments == ["--help"]:
         return  # the slow session runs it
     Path("path/to/pictures").mkdir(parents=True)
-    if any(argument.startswith("resume=") for argument in arguments):
+    if "resume=last" in arguments:
         with pytest.raises(settings.ConfigError, match=r"no last\.ckpt"):
             settings.load(arguments, ROOT / "configs")
-    else:
-        settings.load(arguments, ROOT / "configs")
+        return
+    sweep = importlib.import_module("mixerzoo.vision.training.sweep").plan(arguments)
+    for one in [run.arguments for run in sweep.runs] if sweep else [arguments]:
+        settings.load(one, ROOT / "configs")
 
 
 @pytest.mark.slow
@@ -177,12 +183,14 @@ def _small(words: list[str], folder: Path) -> list[str]:
             stamp.touch()
             arguments = " ".join(["data=digits", "train.epochs=1", *TRAIN])
             return ["make", "train", f"STAMP={stamp}", f"BIN={Path(sys.executable).parent}", f"ARGS={arguments}"]
-        case ["make", _] | ["pip", *_]:
+        case ["make", _] | ["pip", *_] | ["torchrun", *_] | ["srun", *_]:
             return []
         case ["python", "train.py", "--help"]:
             return [sys.executable, *words[1:]]
         case ["python", "train.py", *arguments]:
             names = {argument.split("=")[0] for argument in arguments}
+            if "train.devices" in names:
+                return []  # tests/vision/test_distributed.py starts several processes
             if any(argument.startswith("recipe=") and argument.endswith("_imagenet") for argument in arguments):
                 return [sys.executable, *words[1:], *PUBLISHED]
             if "recipe=token_reduction" in arguments:
@@ -193,11 +201,14 @@ def _small(words: list[str], folder: Path) -> list[str]:
         case ["python", "-m", "pytest", *_]:
             return [sys.executable, *words[1:], "--collect-only", "-q", "-p", "no:cacheprovider"]
         case ["python", "-m", "mixerzoo.vision.export", *arguments]:
-            tiny = [] if "--checkpoint" in arguments else [f"{key}={value}" for key, value in TINY.items()]
+            trained = "--checkpoint" in arguments or arguments[0].startswith("runs/")
+            tiny = [] if trained else [f"{key}={value}" for key, value in TINY.items()]
             return [sys.executable, *words[1:], *(["--input-size", "64", "--model-kwargs", *tiny] if tiny else [])]
         case ["python", "-m", "mixerzoo.vision.visualize", *_]:
             offline = [word for word in words[1:] if word != "--pretrained"]
             return [sys.executable, *offline, "--images", "1", "--input-size", "64"]
+        case ["python", "-m", "mixerzoo.vision.benchmark", *_]:
+            return [sys.executable, *words[1:], "--input-size", "64", "--rounds", "1", "--seconds", "0.1"]
         case ["python", "-m", *_]:
             return [sys.executable, *words[1:]]
     raise AssertionError(f"no rule runs the command {words}")
