@@ -54,6 +54,12 @@ def is_sealed(path: Path) -> bool:
         return path.stat().st_size > _ENDING and _last(file)[len(_NO_COMMENT) :].startswith(_MARK)
 
 
+def refuse_damage(path: Path) -> None:
+    """Raises a `ValueError` if a file, of whatever origin, ends with a checksum that is not its own."""
+    if is_sealed(path) and (damage := find_damage(path)) is not None:
+        raise ValueError(f"{path} {damage}")
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a file that was written sealed, as the end of a sentence; None if it is whole."""
     try:

@@ -19,6 +19,7 @@ from timm.models import load_state_dict, resolve_model_input_args
 from timm.utils.misc import ParseKwargs
 from torch import Tensor, nn
 
+from ._checksum import refuse_damage
 from .segmentation import Segmenter, build_segmenter
 
 
@@ -58,7 +59,17 @@ def load_model(
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         source = f" with the weights of {checkpoint}" if checkpoint is not None else ""
         raise ValueError(f"cannot build {name}{source}: {one_line(error)}") from error
+    except OSError as error:
+        raise ValueError(no_weights(name, error)) from error
     return model.eval()
+
+
+def no_weights(name: str, error: OSError) -> str:
+    """What to say where published weights are neither at hand nor to be had."""
+    return (
+        f"the published weights of {name} are not on this machine and could not be fetched; fetch them where there is "
+        f"a network, or give a checkpoint ({one_line(error)})"
+    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ def read_checkpoint(path: Path, *, segmenters: bool = False) -> tuple[dict[str, 
     """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
+    refuse_damage(path)
     try:
         state = load_state_dict(str(path), weights_only=True)
         inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}

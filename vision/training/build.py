@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .. import backbones as backbones  # registers the models
-from .._loading import load_model, read_checkpoint, weights_overlay
+from .._checksum import refuse_damage
+from .._loading import load_model, no_weights, one_line, read_checkpoint, weights_overlay
 from ..data.splits import Splits
 from ..segmentation import build_segmenter
 from .config import Config
@@ -38,7 +39,10 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
         given = {name: value for name, value in arguments.items() if name != "pretrained_cfg_overlay"}
         source = config.model.start_from or config.model.checkpoint
         weights = f" and the weights of {source}" if source else ""
-        raise ConfigError(f"model.name={config.model.name} cannot be made with {given}{weights}: {error}") from error
+        words = f"cannot be made with {given}{weights}: {one_line(error)}"
+        raise ConfigError(f"model.name={config.model.name} {words}") from error
+    except OSError as error:
+        raise ConfigError(f"model.pretrained=true: {no_weights(config.model.name, error)}") from error
     if config.model.start_from is not None and not splits.dense:
         _check_start(model, config, arguments["pretrained_cfg_overlay"]["state_dict"])
     if config.model.head_init_scale != 1:
@@ -115,6 +119,7 @@ def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
     if config.model.checkpoint is not None:
         if not Path(config.model.checkpoint).is_file():
             raise ConfigError(f"model.checkpoint={config.model.checkpoint}: there is no such file")
+        refuse_damage(Path(config.model.checkpoint))
         # timm's road for published weights: it converts their names and leaves out a head of another size.
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.model.checkpoint}}
     defaults = timm.get_pretrained_cfg(config.model.name)
