@@ -246,6 +246,7 @@ def _same(batches: list, expected: list) -> bool:
     )
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_are_streamed_and_an_epoch_goes_on_where_it_stopped(workers: int, shards: Path) -> None:
     splits = _load(root=str(shards), **WDS)
@@ -265,7 +266,9 @@ def test_shards_are_streamed_and_an_epoch_goes_on_where_it_stopped(workers: int,
     first = [next(batches) for _ in range(5)]
     state = stopped.state_dict()
     batches.close()  # type: ignore[attr-defined]
-    assert state == {"epoch": 1, "batches": 5}
+    assert state == {"epoch": 1, "batches": 5, "workers": workers}
+    with pytest.raises(ValueError, match=f"data.workers=3: this epoch of a stream was begun with {workers}"):
+        _stream(_load(root=str(shards), **WDS), "train", workers=3).load_state_dict(state)
     torch.manual_seed(99)  # what a resumed run has drawn before must not matter
     resumed = _stream(_load(root=str(shards), **WDS), "train", workers=workers)
     resumed.load_state_dict(state)

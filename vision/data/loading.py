@@ -69,6 +69,9 @@ class EpochBatches(Sampler[Request]):
     width of training pictures; before the first of these epochs they are those of the data set.
     """
 
+    workers: int | None = None
+    """How many processes load, where the order of pictures depends on that."""
+
     def __init__(
         self,
         length: int,
@@ -244,11 +247,18 @@ class ResumableLoader(DataLoader):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        bad = dict(getattr(self.source, "bad", {}))
-        return {"epoch": self.batches.epoch, "batches": self._handed_out, **({"bad": bad} if bad else {})}
+        state = {"epoch": self.batches.epoch, "batches": self._handed_out}
+        further = {"bad": dict(getattr(self.source, "bad", {})), "workers": self.batches.workers}
+        return state | {name: value for name, value in further.items() if value not in (None, {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         finished = state["batches"] >= len(self.batches)
+        if not finished and state["batches"] and state.get("workers") != self.batches.workers:
+            before, now = state.get("workers"), self.batches.workers
+            raise ValueError(
+                f"data.workers={now}: this epoch of a stream was begun with {before}, on which its order depends; go on "
+                "with as many"
+            )
         self.batches.epoch = state["epoch"] + finished
         self.batches.start = 0 if finished else state["batches"]
         if state.get("bad"):

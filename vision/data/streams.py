@@ -115,7 +115,7 @@ class StreamBatches(EpochBatches):
 
     def __init__(self, length: int, batch_size: int, *, workers: int, **options: Any) -> None:
         super().__init__(length, batch_size, **options)
-        self.workers = max(workers, 1)
+        self.workers = workers
 
     @property
     def first(self) -> int:
@@ -123,7 +123,7 @@ class StreamBatches(EpochBatches):
 
     def __len__(self) -> int:
         share = math.ceil(self.length / self.world_size)
-        return super().__len__() if self.training else self.workers * math.ceil(share / self.batch_size)
+        return super().__len__() if self.training else max(self.workers or 0, 1) * math.ceil(share / self.batch_size)
 
     def _requests(self, epoch: int, start: int) -> Iterator[Any]:
         size = self.size_at(epoch) if self.training else None
