@@ -247,12 +247,18 @@ class ResumableLoader(DataLoader):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"epoch": self.batches.epoch, "batches": self._handed_out}
+        state = {"epoch": self.batches.epoch, "batches": self._handed_out, "of": len(self.batches)}
         further = {"bad": dict(getattr(self.source, "bad", {})), "workers": self.batches.workers}
         return state | {name: value for name, value in further.items() if value not in (None, {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        finished = state["batches"] >= len(self.batches)
+        count = state.get("of", len(self.batches))
+        finished = state["batches"] >= count
+        if not finished and state["batches"] and count != len(self.batches):
+            raise ValueError(
+                f"the checkpoint is from inside an epoch of {count} batches a process, which are {len(self.batches)} now; "
+                "the number of processes and train.batch_size can change after an epoch, not within"
+            )
         if not finished and state["batches"] and state.get("workers") != self.batches.workers:
             before, now = state.get("workers"), self.batches.workers
             raise ValueError(
