@@ -21,7 +21,8 @@ from mixerzoo.vision.segmentation.segmenter import feature_channels
 from mixerzoo.vision.training import report, results
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.checkpoints import load_checkpoint
-from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.config import Config, DistillConfig
+from mixerzoo.vision.training.distillation import make_teacher
 from mixerzoo.vision.training.optimization import clip_gradients, parameter_groups
 from mixerzoo.vision.training.plan import Plan, make_plan
 from mixerzoo.vision.training.run import load_data, run
@@ -153,13 +154,19 @@ def test_sizes_and_mixing_that_cannot_be_are_refused(arguments: list[str], messa
     assert message in str(caught.value)
 
 
-def test_every_size_is_tried_before_training(settings: Load) -> None:
-    """A ViT of one size cannot see another; the message names the setting."""
+def test_every_size_is_tried_before_training(settings: Load, tmp_path: Path) -> None:
+    """A ViT of one size cannot see another, nor can a teacher; the message names the setting."""
     small = ("model.kwargs.img_size=32", "model.kwargs.depth=1")
     config = settings("model=deit_tiny_patch16_224", *small, "augment.sizes={0: 48}")
     with pytest.raises(ConfigError) as caught:
         build_model(config, load_data(config))
     assert "cannot take pictures of 48 x 48" in str(caught.value) and "augment.sizes" in str(caught.value)
+    weights = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1, in_chans=1, num_classes=10).state_dict()
+    torch.save(weights, tmp_path / "teacher.pth")
+    distill = DistillConfig(teacher="deit_tiny_patch16_224", checkpoint=str(tmp_path / "teacher.pth"))
+    distill.kwargs = {"depth": 1, "in_chans": 1, "img_size": 32}
+    with pytest.raises(ConfigError, match="cannot take pictures of 1 x 48 x 48"):
+        make_teacher(distill, load_data(config), config.augment.sizes.values())
 
 
 def test_the_last_epochs_go_without_mixing(settings: Load, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ Unusual:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -121,8 +121,11 @@ class Teacher:
         self._answer = torch.compile(self._both)
 
 
-def make_teacher(distill: DistillConfig, splits: Splits) -> Teacher | None:
-    """The teacher that the settings name, with its weights, tried on an empty picture; None where they name none."""
+def make_teacher(distill: DistillConfig, splits: Splits, sizes: Iterable[int] = ()) -> Teacher | None:
+    """The teacher that the settings name, with its weights, tried on an empty picture; None where they name none.
+
+    `sizes`: more sizes of the pictures that it will see.
+    """
     name = distill.teacher
     if name is None:
         if distill.checkpoint is not None or distill.kwargs:
@@ -141,12 +144,13 @@ def make_teacher(distill: DistillConfig, splits: Splits) -> Teacher | None:
     facts: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     _check_classes(name, model, facts, splits)
     teacher = Teacher(model, splits, normalised_for=(facts["mean"], facts["std"]) if "mean" in facts else None)
-    try:
-        teacher(torch.zeros(1, channels, size, size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"distill.teacher={name} cannot take pictures of {channels} x {size} x {size} ({error})"
-        ) from error
+    for each in (size, *sizes):
+        try:
+            teacher(torch.zeros(1, channels, each, each))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"distill.teacher={name} cannot take pictures of {channels} x {each} x {each} ({error})"
+            ) from error
     return teacher
 
 

@@ -64,7 +64,9 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
         "plan: %d epochs of %d steps, %d pictures a step, highest learning rate %.3g",
         *(plan.epochs, plan.steps_per_epoch, plan.batch, config.optim.lr * plan.lr_factor),
     )
-    task = Task(model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits))
+    task = Task(
+        model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits, config.augment.sizes.values())
+    )
     folder = make_folder(config)
     checkpoint = None if config.resume in (None, "auto") else first_whole(Path(config.resume))
     if is_first():
