@@ -262,8 +262,8 @@ class ResumableLoader(DataLoader):
         if not finished and state["batches"] and state.get("workers") != self.batches.workers:
             before, now = state.get("workers"), self.batches.workers
             raise ValueError(
-                f"data.workers={now}: this epoch of a stream was begun with {before}, on which its order depends; go on "
-                "with as many"
+                f"data.workers={now}: this epoch of a stream was begun with {before}, and its order depends on that; go "
+                "on with as many"
             )
         self.batches.epoch = state["epoch"] + finished
         self.batches.start = 0 if finished else state["batches"]
