@@ -157,6 +157,7 @@ def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
     Folders are searched to the bottom for files that end as pictures do. What this tool wrote itself is left out.
     """
     found: dict[Path, Path] = {}
+    taken: set[Path] = set()
     for argument in arguments:
         path, root = Path(argument), Path(argument).parent
         if path.is_dir():
@@ -173,15 +174,16 @@ def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
                 f"{argument}: there are no pictures; give files, folders or patterns such as 'photos/*.jpg'"
             )
         for file in files:
-            found.setdefault(file, _new_name(file.relative_to(root), found.values()))
+            if file not in found:
+                found[file] = _new_name(file.relative_to(root), taken)
+                taken.add(found[file].with_suffix(""))
     return list(found.items())
 
 
 def _new_name(name: Path, taken: Collection[Path]) -> Path:
-    """`name`, or one like it: folders that are given side by side may hold files of one name, suffix aside."""
-    stems = {other.with_suffix("") for other in taken}
+    """`name`, or one like it: folders that are given side by side may hold files of one name. Suffixes do not count."""
     names = itertools.chain([name], (name.with_name(f"{name.stem}-{n}{name.suffix}") for n in itertools.count(2)))
-    return next(new for new in names if new.with_suffix("") not in stems)
+    return next(new for new in names if new.with_suffix("") not in taken)
 
 
 def predict(

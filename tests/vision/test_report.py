@@ -185,6 +185,16 @@ def test_a_run_that_does_not_end_well_leaves_a_page(
     assert read_journal(folder)[-1]["state"] == words[0].lower() + words[1:]
 
 
+@pytest.mark.parametrize("error", [Interrupted(2, None), KeyboardInterrupt()])
+def test_who_interrupts_twice_does_not_wait_for_a_page(error: BaseException, configs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(type(error)), _started(folder, configs) as journal:
+        journal.begin(folder)
+        raise error
+    assert read_journal(folder)[-1]["state"].startswith("interrupted at once")
+    assert not (folder / "report.html").exists()
+
+
 def test_a_killed_run_is_told_from_a_finished_one(configs: Path, tmp_path: Path, no_curves: None) -> None:
     folder = tmp_path / "run"
     _started(folder, configs).begin(folder)

@@ -77,16 +77,14 @@ class Journal(logging.Handler):
         with contextlib.suppress(OSError):
             self._write()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         logging.getLogger("mixerzoo").removeHandler(self)
         if self.folder is None:
             return
         try:
             self.starts[-1] |= {"state": _state(error), "ended": _now()}
             self._write()
-            if kind is not KeyboardInterrupt:  # a second Ctrl-C means at once
+            if not _at_once(error):
                 from .report import write_report
 
                 write_report(self.folder)
@@ -135,10 +133,16 @@ def _state(error: BaseException | None) -> str:
     if error is None:
         return "finished"
     if isinstance(error, Interrupted):
-        return f"interrupted by {signal.Signals(error.number).name}"
+        name = signal.Signals(error.number).name
+        return f"interrupted at once, by a second {name}" if _at_once(error) else f"interrupted by {name}"
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted at once, by a second Ctrl-C"
+        return "interrupted at once, by Ctrl-C"
     return f"failed: {str(error).strip() or type(error).__name__}"
+
+
+def _at_once(error: BaseException | None) -> bool:
+    """Whether someone has said twice that the process must end: a report would keep them waiting."""
+    return isinstance(error, KeyboardInterrupt) or (isinstance(error, Interrupted) and error.checkpoint is None)
 
 
 def _now() -> str:
