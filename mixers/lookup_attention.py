@@ -16,33 +16,15 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._cross_projections import CrossProjections
 
-class GatherAttention(nn.Module):
+
+class GatherAttention(CrossProjections):
     """Compressed tokens [B, M, C] attend to lookup tokens [B, N, C]."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, compressed: Tensor, lookup: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is gathered [B, M, C], and the queries [B, heads, M, head_dim] and keys [B, heads, N, head_dim]."""
-        query = self.q(compressed).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
-        key, value = self.kv(lookup).unflatten(-1, [2, self.num_heads, self.head_dim]).transpose(1, 3).unbind(2)
+        query, key, value = self._heads(self.q(compressed), self.kv(lookup))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out)), query, key
 

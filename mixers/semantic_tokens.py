@@ -15,10 +15,11 @@ What is unusual:
 
 import torch
 from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels._runtime import is_exporting
+from ._cross_projections import CrossProjections
 
 
 def _max_along(x: Tensor, dim: int, bins: int, longest: int) -> Tensor:
@@ -104,35 +105,15 @@ def spread_windows(x: Tensor, rows: int, columns: int, side: int) -> tuple[Tenso
     return cut_windows(x, side), cut_windows(inside, side)[..., 0]
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(CrossProjections):
     """Every position of one set attends to every position of another.
 
     Sets are maps [B, H, W, C] or sequences [B, N, C], also one of each; out comes the shape of the query.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"dim must be a multiple of num_heads; got dim {dim} and num_heads {num_heads}")
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-
     def _attend(self, query: Tensor, key_value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of projected tokens [B, N, C] to others, keys and values side by side [B, M, 2 C]."""
-        q = query.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
-        k, v = key_value.unflatten(-1, [2, self.num_heads, self.head_dim]).transpose(1, 3).unbind(2)
+        q, k, v = self._heads(query, key_value)
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
     def forward(self, query: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
