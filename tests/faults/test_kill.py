@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fork_processes
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from mixerzoo.vision.training import callbacks, checkpoints
@@ -32,12 +33,17 @@ RANDOM = (
 """Six steps an epoch with everything random that there is."""
 
 
-def kill(place: str, count: int) -> None:
-    """In the run's process: makes it kill itself at the `count`th time that it comes to the place."""
+def kill(place: str, count: int, rank: int | None = None) -> None:
+    """In the run's process: makes it, or the one of two with this rank, kill itself at the `count`th time that it comes
+    to the place."""
     left = count
+    if rank is not None:
+        fork_processes()
 
     def strike() -> None:
         nonlocal left
+        if rank is not None and int(os.environ["RANK"]) != rank:
+            return
         left -= 1
         if left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -46,7 +52,7 @@ def kill(place: str, count: int) -> None:
         original = checkpoints.write_sealed
 
         def half(file: Any, write: Callable[[Any], Any]) -> None:
-            if left == 0:
+            if left == 0 and rank in (0, None):
                 file.write(b"PK" * 5000)
                 file.flush()
             strike()
@@ -77,6 +83,10 @@ def kill(place: str, count: int) -> None:
             return result
 
         setattr(owner, name, struck)
+
+
+def two_processes() -> None:
+    fork_processes()
 
 
 def assert_same(one: Any, two: Any, where: str = "") -> None:
@@ -110,10 +120,10 @@ def whole(warm: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     """The folder of the uninterrupted run with these settings, made once."""
     folders: dict[tuple[str, ...], Path] = {}
 
-    def make(*arguments: str) -> Path:
+    def make(*arguments: str, **how: Any) -> Path:
         if arguments not in folders:
             folders[arguments] = tmp_path_factory.mktemp("whole") / "run"
-            done = warm.train(*arguments, f"out={folders[arguments]}").wait()
+            done = warm.train(*arguments, f"out={folders[arguments]}", **how).wait()
             assert done.code == 0, done.err
         return folders[arguments]
 
@@ -184,3 +194,20 @@ def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(
         _check(kills, (*tiny, *RANDOM, *extra), whole, run_train, tmp_path_factory.mktemp("killed") / "run")
 
     check()
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_end_as_uninterrupted_ones(
+    tiny: tuple[str, ...], whole: Callable[..., Path], run_train: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """In a step, in a save and in an evaluation, one after the other; with two batches to a step."""
+    two = ("train.devices=2", "train.accelerator=cpu", "train.batch_size=8", "train.accumulate=2")
+    arguments = (*tiny, *RANDOM, *two)
+    command = (*arguments, f"out={tmp_path / 'run'}", "resume=auto")
+    for rank, place, count in ((1, "step", 5), (0, "save", 1), (1, "validation", 2)):
+        fault = {"rank": rank, "place": place, "count": count}
+        done = run_train(*command, prepare=kill, prepare_with=fault)
+        assert done.code == 1 and f"process {rank} of 2 was ended by SIGKILL" in done.err, done.err
+    done = run_train(*command, prepare=two_processes)
+    assert done.code == 0, done.err
+    assert_same_runs(whole(*arguments, prepare=two_processes), tmp_path / "run")
