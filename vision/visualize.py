@@ -4,6 +4,7 @@
     python -m mixerzoo.vision.visualize effective_receptive_fields --models van_b0 resnet50 --pretrained
     python -m mixerzoo.vision.visualize tokens evit_deit_small_patch16_224 picture.jpg --model-kwargs keep_rate=0.5
 
+* Mixers: what one position gets from the others, of every mixer; see mixer_fields.py.
 * Neighborhoods: which keys a query attends to. Values are one-hot vectors of their own position, so each output of the
   operator is its row of the attention matrix.
 * Receptive fields: the gradient of the central feature of each stage with respect to the image; effective receptive
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from ..kernels.neighborhood_attention import na1d, na2d
 from ._loading import KeyValue, load_model, one_line
 from .diagrams import hilo_paths
+from .mixer_fields import mixer_fields
 from .receptive_field import ReceptiveField, open_branches, receptive_fields
 from .scan_orders import scan_orders
 from .token_pictures import SIDE, example_figures, token_figure
@@ -330,6 +332,10 @@ def _draw_neighborhoods(_: Setting) -> dict[str, Figure]:
     }
 
 
+def _draw_mixers(_: Setting) -> dict[str, Figure]:
+    return {"mixers": mixer_fields()}
+
+
 def _draw_stages(setting: Setting) -> dict[str, Figure]:
     count, side = setting.images or 8, setting.input_size or 224
     fields, untrained = {}, False
@@ -381,6 +387,7 @@ def _draw_tokens(setting: Setting) -> dict[str, Figure]:
 
 
 SUBJECTS: dict[str, Callable[[Setting], dict[str, Figure]]] = {
+    "mixers": _draw_mixers,
     "neighborhoods": _draw_neighborhoods,
     "receptive_fields": _draw_stages,
     "effective_receptive_fields": _draw_last_stages,
@@ -440,7 +447,7 @@ class _Subjects(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixerzoo.vision.visualize",
-        description="Draw attention neighborhoods, receptive fields, HiLo's paths, the orders of scans, and where "
+        description="Draw every mixer, attention neighborhoods, receptive fields, HiLo's paths, orders of scans, and where "
         "tokens go. After “tokens” may stand a model and pictures: tokens MODEL IMAGE.",
     )
     add = parser.add_argument

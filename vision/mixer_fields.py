@@ -1,0 +1,199 @@
+"""What one position gets from all others through each mixer alone: a panel a class of `mixerzoo.mixers`.
+
+    python -m mixerzoo.vision.visualize mixers --output docs/pictures
+
+A field is the gradient of the output in the middle of a map with respect to the input, its magnitude averaged over
+channels and a few inputs of noise: what the module does at its first step of training, not what it was made for.
+
+Unusual: mixers that take two sets of tokens are shown with respect to the set that they read from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import mixers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIDE, DIM, INPUTS = 24, 16, 16
+TOKENS = 6  # a side, of the maps of fewer tokens
+DECADES = 5  # how far below its largest value a field is drawn
+INK = "#343a40"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A mixer by its name in `mixerzoo.mixers`. `field` gives what the middle gets from a map, [rows, columns]."""
+
+    name: str
+    note: str
+    field: Callable[[], Tensor]
+
+
+def gradient(run: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
+    """Of the middle of `run(x)`, [B, *spatial, C] both, with respect to x of [INPUTS, *shape, DIM]: [*shape]."""
+    x = torch.randn(INPUTS, *shape, DIM).mul_(2).requires_grad_()
+    out = run(x)
+    middle = tuple(length // 2 for length in out.shape[1:-1])
+    sent = torch.randn(INPUTS, out.shape[-1])
+    (got,) = torch.autograd.grad(out[(slice(None), *middle)], x, sent)
+    return got.abs().mean((0, -1))
+
+
+def of_map(mixer: nn.Module) -> Tensor:
+    return gradient(mixer.eval(), SIDE, SIDE)
+
+
+def of_channels_first(mixer: nn.Module) -> Tensor:
+    mixer = mixer.eval()
+    return gradient(lambda x: mixer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), SIDE, SIDE)
+
+
+def of_sequence(mixer: nn.Module) -> Tensor:
+    """Of a map that is read row by row."""
+    mixer = mixer.eval()
+    return gradient(lambda x: mixer(x.flatten(1, 2)).unflatten(1, (SIDE, SIDE)), SIDE, SIDE)
+
+
+def _line() -> Tensor:
+    field = torch.zeros(SIDE, SIDE)
+    field[SIDE // 2] = gradient(mixers.NeighborhoodAttention1d(DIM, 2, 7), SIDE)
+    return field
+
+
+def _slice_of_volume() -> Tensor:
+    return gradient(mixers.NeighborhoodAttention3d(DIM, 2, 5), 8, SIDE, SIDE)[4]
+
+
+def _cross_attention() -> Tensor:
+    mixer, tokens = mixers.CrossAttention(DIM, 2), torch.randn(INPUTS, TOKENS, TOKENS, DIM)
+    return gradient(lambda x: mixer(tokens, x), SIDE, SIDE)
+
+
+def _window_cross_attention() -> Tensor:
+    """As STViT-R's semantic tokens begin: windows of 3 x 3 of them look at windows of 10 x 10 positions."""
+    mixer = mixers.WindowCrossAttention(DIM, 2, window_size=3, key_window_size=10)
+    tokens = torch.randn(INPUTS, SIDE // 2, SIDE // 2, DIM)
+    return gradient(lambda x: mixer(tokens, x), SIDE, SIDE)
+
+
+def _gather() -> Tensor:
+    mixer, compressed = mixers.GatherAttention(DIM, 2), torch.randn(INPUTS, TOKENS**2, DIM)
+    return gradient(lambda x: mixer(compressed, x.flatten(1, 2))[0].unflatten(1, (TOKENS, TOKENS)), SIDE, SIDE)
+
+
+def _transposed() -> Tensor:
+    """Queries and keys are those of the gathering before, per head: what is read are the compressed tokens."""
+    gather, mixer = mixers.GatherAttention(DIM, 2), mixers.TransposedAttention(DIM, 2)
+    lookup = torch.randn(INPUTS, SIDE * SIDE, DIM)
+
+    def run(x: Tensor) -> Tensor:
+        compressed = x.flatten(1, 2)
+        _, query, key = gather(compressed.detach(), lookup)
+        return mixer(compressed, query, key).unflatten(1, (SIDE, SIDE))
+
+    return gradient(run, TOKENS, TOKENS)
+
+
+def subjects() -> list[Subject]:
+    """Every name of `mixerzoo.mixers`, small, with fresh weights."""
+    branches = ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5))
+    return [
+        Subject("NeighborhoodAttention1d", "7 of a line", _line),
+        Subject(
+            "NeighborhoodAttention2d",
+            "7 x 7, dilation 2",
+            lambda: of_map(mixers.NeighborhoodAttention2d(DIM, 2, 7, dilation=2)),
+        ),
+        Subject("NeighborhoodAttention3d", "5 x 5 x 5: the middle slice", _slice_of_volume),
+        Subject(
+            "DepthwiseConv2d",
+            "7 x 7, dilation 3",
+            lambda: of_channels_first(mixers.DepthwiseConv2d(DIM, 7, dilation=3)),
+        ),
+        Subject(
+            "DilatedReparamBlock",
+            "13 x 13 and five dilated branches",
+            lambda: of_channels_first(mixers.DilatedReparamBlock(DIM, 13, branches=branches)),
+        ),
+        Subject(
+            "InceptionDWConv",
+            "a square and two bands",
+            lambda: of_channels_first(mixers.InceptionDWConv(DIM)),
+        ),
+        Subject(
+            "LargeKernelAttention",
+            "5 x 5, then 7 x 7 dilated",
+            lambda: of_channels_first(mixers.LargeKernelAttention(DIM)),
+        ),
+        Subject("HiLo", "a window of 2 x 2, and pooled keys", lambda: of_map(mixers.HiLo(DIM, 4, window_size=2))),
+        Subject(
+            "GatedLinearAttention2d", "row by row, both ways", lambda: of_map(mixers.GatedLinearAttention2d(DIM, 2))
+        ),
+        Subject(
+            "BidirectionalMamba",
+            "row by row, both ways",
+            lambda: of_sequence(mixers.BidirectionalMamba(DIM, state_dim=4)),
+        ),
+        Subject(
+            "SelectiveScan2d",
+            "rows and columns, both ways",
+            lambda: of_map(mixers.SelectiveScan2d(DIM, state_dim=4, dt_rank=2)),
+        ),
+        Subject("SS2D", "a 3 x 3 convolution before the scans", lambda: of_map(mixers.SS2D(DIM, state_dim=4))),
+        Subject(
+            "AtrousSS2D", "four sub-grids, each scanned one way", lambda: of_map(mixers.AtrousSS2D(DIM, state_dim=4))
+        ),
+        Subject(
+            "WaveletSS2D",
+            "a scan beside convolutions of wavelets",
+            lambda: of_map(mixers.WaveletSS2D(DIM, kernel_size=5)),
+        ),
+        Subject("CrossAttention", "tokens look at a whole map", _cross_attention),
+        Subject("WindowCrossAttention", "3 x 3 tokens look at 10 x 10", _window_cross_attention),
+        Subject("pool_to_tokens", "3 x 3 maxima of each 7 x 7 window", lambda: gradient(_pooled, SIDE, SIDE)),
+        Subject("GatherAttention", "a compressed token looks at the map", _gather),
+        Subject("TransposedAttention", "a position gets 6 x 6 tokens back", _transposed),
+        Subject("PredictorLG", "itself, and the mean of all", lambda: of_sequence(mixers.PredictorLG(DIM))),
+    ]
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return mixers.pool_to_tokens(x, 7, 3)
+
+
+def draw_mixers(columns: int = 5) -> Figure:
+    """One panel each, of the logarithm of the field."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    shown = subjects()
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.35 * columns, 2.6 * rows + 0.8), layout="constrained", facecolor="white")
+    title = f"What the middle of a map of {SIDE} x {SIDE} gets through each mixer, with fresh weights"
+    figure.suptitle(title, fontsize=13, color=INK)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes, subject in zip(panels, shown, strict=False):
+        field = subject.field()
+        field = (field / field.max()).clamp_min(10**-DECADES)
+        axes.imshow(field.numpy(), cmap="magma", norm=LogNorm(10**-DECADES, 1), interpolation="nearest")
+        axes.set_title(subject.name, fontsize=9.5, fontweight="bold", color=INK)
+        axes.set_xlabel(subject.note, fontsize=8.5, color=INK)
+        axes.set(xticks=[], yticks=[])
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    shades = "white: as much as any position, each shade darker a tenth of it; black: less than a hundred thousandth"
+    figure.supxlabel(f"{shades}, or nothing", fontsize=9.5, color=INK)
+    return figure
+
+
+def mixer_fields() -> Figure:
+    torch.manual_seed(0)
+    return draw_mixers()
