@@ -447,8 +447,8 @@ class _Subjects(argparse.Action):
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixerzoo.vision.visualize",
-        description="Draw every mixer, attention neighborhoods, receptive fields, HiLo's paths, orders of scans, and where "
-        "tokens go. After “tokens” may stand a model and pictures: tokens MODEL IMAGE.",
+        description="Draw every mixer, attention neighborhoods, receptive fields, HiLo's paths, orders of scans, and "
+        "where tokens go. After “tokens” may stand a model and pictures: tokens MODEL IMAGE.",
     )
     add = parser.add_argument
     add("subjects", nargs="*", action=_Subjects, metavar="SUBJECT", help=f"{', '.join(SUBJECTS)}; default all")
