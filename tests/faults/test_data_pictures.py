@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from mixerzoo.vision.data.loading import EpochBatches, Request, ResumableLoader
 from mixerzoo.vision.data.module import SOURCES
 from mixerzoo.vision.data.pictures import DataError, UnreadableError, read_picture
 from mixerzoo.vision.data.splits import Splits
+from mixerzoo.vision.training import cli
 from mixerzoo.vision.training.config import AugmentConfig, DataConfig
 from PIL import Image
 
@@ -239,3 +241,20 @@ def test_masks_that_took_long_to_check_are_remembered_until_they_change(
     _save("training/2.png", Image.fromarray(np.full((32, 48), 7, np.uint8)))(root)
     with pytest.raises(ValueError, match="label 7"):
         _load_masks(root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("max_bad", "code"), [(3, 0), (2, 1)])
+def test_a_run_counts_them_in_its_results_and_fails_beyond_the_limit(
+    max_bad: int, code: int, tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]
+) -> None:
+    root, out = _folder(tmp_path / "set", broken=3), tmp_path / "out"
+    settings = [setting for setting in tiny if not setting.startswith(("data", "train.batch"))]
+    settings += [f"data={root}", "data.size=32", "data.workers=1", f"data.max_bad={max_bad}", "train.batch_size=4"]
+    assert cli.main([*settings, "train.epochs=1", f"out={out}"], configs=repository / "configs") == code
+    if code:
+        [error] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert "3 training pictures cannot be read, more than data.max_bad=2 allows" in error
+    else:
+        names = [Path(file).name for file in json.loads((out / "results.json").read_text())["unreadable"]]
+        assert names == ["0.png", "1.png", "2.png"]

@@ -90,7 +90,7 @@ def test_restarted_workers_go_on_at_the_same_batch(how: str, tmp_path: Path, cap
     loader = _loader(Fragile(tmp_path, at=expected[4][0][0].item(), how=how), timeout=1.5, restarts=1)
     assert _same(list(loader), expected)
     assert "starting the workers again, at batch" in caplog.text
-    assert loader.state_dict() == {"epoch": 0, "batches": 8} and loader.batches.start == 0
+    assert loader.state_dict() == {"epoch": 0, "batches": 8, "of": 8} and loader.batches.start == 0
     assert _same(list(loader), expected)  # a second pass begins at the beginning
 
 

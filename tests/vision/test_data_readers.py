@@ -266,7 +266,7 @@ def test_shards_are_streamed_and_an_epoch_goes_on_where_it_stopped(workers: int,
     first = [next(batches) for _ in range(5)]
     state = stopped.state_dict()
     batches.close()  # type: ignore[attr-defined]
-    assert state == {"epoch": 1, "batches": 5, "workers": workers}
+    assert state == {"epoch": 1, "batches": 5, "of": 12, "workers": workers}
     with pytest.raises(ValueError, match=f"data.workers=3: this epoch of a stream was begun with {workers}"):
         _stream(_load(root=str(shards), **WDS), "train", workers=3).load_state_dict(state)
     torch.manual_seed(99)  # what a resumed run has drawn before must not matter

@@ -254,21 +254,25 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         count = state.get("of", len(self.batches))
         finished = state["batches"] >= count
-        if not finished and state["batches"] and count != len(self.batches):
-            raise ValueError(
-                f"the checkpoint is from inside an epoch of {count} batches a process, which are {len(self.batches)} now; "
-                "the number of processes and train.batch_size can change after an epoch, not within"
-            )
-        if not finished and state["batches"] and state.get("workers") != self.batches.workers:
-            before, now = state.get("workers"), self.batches.workers
-            raise ValueError(
-                f"data.workers={now}: this epoch of a stream was begun with {before}, and its order depends on that; go "
-                "on with as many"
-            )
+        if not finished and state["batches"]:
+            self._refuse_other(count, state.get("workers"))
         self.batches.epoch = state["epoch"] + finished
         self.batches.start = 0 if finished else state["batches"]
         if state.get("bad"):
             self.source.note(state["bad"])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _refuse_other(self, count: int, workers: int | None) -> None:
+        """An epoch goes on only as it was begun."""
+        if count != len(self.batches):
+            raise ValueError(
+                f"the checkpoint is from inside an epoch of {count} batches a process, which are {len(self.batches)} "
+                "now; the number of processes and train.batch_size can change after an epoch, not within"
+            )
+        if workers != self.batches.workers:
+            raise ValueError(
+                f"data.workers={self.batches.workers}: this epoch of a stream was begun with {workers}, and its order "
+                "depends on that; go on with as many"
+            )
 
 
 def _as_is(batch: Any) -> Any:
