@@ -278,6 +278,7 @@ def test_mistakes_are_the_most_certain_wrong_answers() -> None:
     found.on_test_start(None, None)  # pyright: ignore[reportArgumentType]
     for part in (slice(0, 3), slice(3, 6)):
         found.add(images[part], truth[part], logits[part])
+    found.add(images[:0], truth[:0], logits[:0])
     assert [mistake.image.item() for mistake in found.found] == [2, 3]
     assert found.found[0].score == pytest.approx(torch.sigmoid(torch.tensor(3.0)).item())
 

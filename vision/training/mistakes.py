@@ -50,7 +50,11 @@ class Mistakes(pl.Callback):
     @torch.no_grad()
     def add(self, images: Tensor, truth: Tensor, logits: Tensor) -> None:
         """Pictures [B, C, H, W], labels [B] or [B, H, W], and logits with the classes in axis 1."""
-        confidence, prediction = logits.float().softmax(1).max(1)
+        if not len(images):  # of a process without pictures
+            return
+        # One by one: the probabilities of a batch of scenes would take as much memory as the test itself.
+        likeliest = [answer.float().softmax(0).max(0) for answer in logits]
+        confidence, prediction = (torch.stack(parts) for parts in zip(*likeliest, strict=True))
         certainty = torch.where(prediction != truth, confidence, 0.0)
         if truth.ndim > 1:
             judged = truth != IGNORE_INDEX
