@@ -31,6 +31,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ._loading import KeyValue, Trained, load_model, load_run, one_line
 from .data.classification import PicturesInMemory
@@ -154,15 +155,16 @@ class _Whole:
 def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
     """(file, a name below the folder or pattern it was found by), each once, for files, folders and patterns.
 
-    Folders are searched to the bottom for files that end as pictures do. What this tool wrote itself is left out.
+    Folders are searched to the bottom for what torchvision's ImageFolder takes for pictures. What this tool wrote
+    itself is left out.
     """
     found: dict[Path, Path] = {}
     taken: set[Path] = set()
     for argument in arguments:
         path, root = Path(argument), Path(argument).parent
         if path.is_dir():
-            known, root = Image.registered_extensions(), path
-            files = [file for file in path.rglob("*") if file.suffix.lower() in known]
+            root = path
+            files = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS]
         elif path.exists() or not glob.has_magic(argument):
             files = [path]  # one that is not there is reported with those that cannot be read
         else:

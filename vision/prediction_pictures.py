@@ -85,7 +85,7 @@ def write_mask(path: Path, mask: Tensor, count: int) -> None:
 
     if count > 256:
         raise ValueError(f"masks hold class numbers up to 255, and there are {count} classes; leave --masks out")
-    image = Image.fromarray(mask.numpy().astype(np.uint8), mode="P")
+    image = Image.fromarray(mask.numpy().astype(np.uint8))
     image.putpalette((255 * class_colours(count)).round().astype(np.uint8).tobytes())
     image.save(path)
 
