@@ -141,9 +141,9 @@ def test_halves_lose_nothing_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None
 
 def _splits(classes: int = 10, *, size: int = 16, dense: bool = False, channels: int = 1) -> Splits:
     names = tuple(str(index) for index in range(classes))
-    nothing: Any = None
+    unread: Any = ("pictures",)
     stats = ((0.5,) * channels, (0.25,) * channels)
-    return Splits(nothing, nothing, nothing, names, *stats, size, "nowhere", dense)
+    return Splits(unread, unread, unread, names, *stats, size, "nowhere", dense)
 
 
 def test_a_teacher_sees_pictures_as_it_learned_them() -> None:
