@@ -75,9 +75,8 @@ def test_one_picture_of_each_class_trains(tmp_path: Path, run) -> None:
             "64 training pictures do not fill one batch of 100 on 1 device(s); use train.batch_",
         ),
         (["train.batch_size=15", "augment.mixup=0.8"], "mixup pairs pictures: train.batch_size=15 must be even"),
-        (["train.batch_size=15", "augment.cutmix=1"], "mixup pairs pictures: train.batch_size=15 must be even"),
     ],
-    ids=["batch_larger_than_data_set", "odd_batch_with_mixup", "odd_batch_with_cutmix"],
+    ids=["batch_larger_than_data_set", "odd_batch_with_mixup"],
 )
 def test_a_batch_that_cannot_be_made_is_an_error_of_one_line(settings: list[str], message: str, run) -> None:
     code, errors = run(*settings)

@@ -192,7 +192,9 @@ def _parquet(folder: Path, names: dict[str, str], splits: dict[str, tuple[int, S
     return folder
 
 
-@pytest.mark.parametrize(("picture", "label"), [("image", "label"), ("img", "fine_label")])
+@pytest.mark.parametrize(
+    ("picture", "label"), [("image", "label"), pytest.param("img", "fine_label", marks=pytest.mark.slow)]
+)
 def test_a_data_set_of_hugging_face(picture: str, label: str, tmp_path: Path) -> None:
     splits = {"train": (0, [0, 1] * 5), "validation": (50, [1, 0]), "test": (90, [-1, -1])}
     folder = _parquet(tmp_path / "set", {"picture": picture, "label": label}, splits)
@@ -225,6 +227,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
+_LONG_CASE = pytest.param(3, 2, marks=pytest.mark.slow)
 WDS = {
     "dataset": "wds/",
     "train_split": "train-{0000..0003}.tar|48",
@@ -247,7 +250,7 @@ def _same(batches: list, expected: list) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_shards_are_streamed_and_an_epoch_goes_on_where_it_stopped(workers: int, shards: Path) -> None:
     splits = _load(root=str(shards), **WDS)
     assert (len(splits.train), len(splits.val), splits.classes) == (48, 10, ("0", "1"))
@@ -276,7 +279,7 @@ def test_shards_are_streamed_and_an_epoch_goes_on_where_it_stopped(workers: int,
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (2, 1), _LONG_CASE])
 def test_an_evaluated_stream_holds_each_picture_once(workers: int, world_size: int, shards: Path) -> None:
     splits = _load(root=str(shards), **WDS)
     seen = []
