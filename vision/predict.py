@@ -71,7 +71,14 @@ class Predictor:
 
     def _answer(self, images: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
-        return self.model(images.to(device)).float()
+        try:
+            return self.model(images.to(device)).float()
+        except (AssertionError, RuntimeError, ValueError) as error:
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise ValueError(
+                f"the model fails with {len(images)} of {size} ({one_line(error)}); try another --input-size, or a "
+                "smaller --batch-size if memory is short"
+            ) from error
 
 
 def of_run(trained: Trained, size: int | None = None) -> Predictor:
@@ -136,7 +143,10 @@ class _Framed:
 
 @dataclass(frozen=True)
 class _Whole:
-    """The whole picture with a shorter side of `size`, or squeezed to a square for models that take nothing else."""
+    """The whole picture with a shorter side of `size`, or squeezed to a square for models that take nothing else.
+
+    More than eight times as long as wide is squeezed, too: a line of pixels must not become a picture of gigabytes.
+    """
 
     size: int
     mean: tuple[float, ...]
@@ -144,8 +154,8 @@ class _Whole:
     square: bool
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        factor = self.size / min(picture.size)
-        width, height = (self.size if self.square else max(1, round(side * factor)) for side in picture.size)
+        factor, longest = self.size / min(picture.size), self.size if self.square else 8 * self.size
+        width, height = (min(round(side * factor), longest) for side in picture.size)
         grey = len(self.mean) == 1
         small = picture.convert("L" if grey else "RGB").resize((width, height), Image.Resampling.BILINEAR)
         values = torch.from_numpy(np.array(small)).float().div(255).reshape(height, width, -1).permute(2, 0, 1)
@@ -356,7 +366,7 @@ def _run_cli(arguments: argparse.Namespace) -> int:
         sys.stdout.write(text)
     else:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text)
+        arguments.output.write_text(text, encoding="utf-8")
     if sheet is not None and thumbnails:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(sheet, thumbnails, predictions, predictor.classes)

@@ -132,17 +132,17 @@ def test_overlays_have_the_size_of_the_picture_and_a_legend(
     (pictures / "below").mkdir(parents=True)
     photo.resize((500, 300)).save(pictures / "wide.jpg")
     photo.resize((900, 130)).save(pictures / "below" / "panorama.jpg")
-    photo.resize((7, 11)).save(pictures / "tiny.png")
+    photo.resize((7, 1100)).save(pictures / "line.png")
     assert main([str(folder), str(pictures)]) == 0
     assert (pictures / "wide.jpg.overlay.png").exists()  # which is no picture for the next one
     out, masks = tmp_path / "out", tmp_path / "masks"
     assert main([str(folder), str(pictures), "--folder", str(out), "--masks", str(masks)]) == 0
-    names = ("wide.jpg", "below/panorama.jpg", "tiny.png")
+    names = ("wide.jpg", "below/panorama.jpg", "line.png")
     assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == {
         f"{name}.overlay.png" for name in names
     }
     found = {path.relative_to(masks).as_posix(): Image.open(path).size for path in masks.rglob("*.png")}
-    assert found == {"wide.png": (500, 300), "below/panorama.png": (900, 130), "tiny.png": (7, 11)}
+    assert found == {"wide.png": (500, 300), "below/panorama.png": (900, 130), "line.png": (7, 1100)}
     wide, panorama = (Image.open(tmp_path / f"out/{name}.overlay.png") for name in names[:2])
     assert wide.size[0] > 1000 and wide.size[1] >= 300  # side by side
     assert 900 < panorama.size[0] < 1800 and panorama.size[1] > 2 * 130  # one above the other
@@ -244,6 +244,7 @@ def test_an_exported_folder_is_a_model(
         (["RUN", "EMPTY/*.jpg"], "there are no pictures"),
         (["RUN", "x.jpg", "--folder", "out"], "--folder and --masks are for segmenters"),
         (["RUN", "x.jpg", "--pretrained"], "brings its weights"),
+        (["RUN", "PHOTO", "--input-size", "2"], "try another --input-size"),
         (["RUN", "x.jpg", "--top-k", "0"], "--top-k 0: at least 1 is needed"),
         (["RUN", "x.jpg", "--device", "cuda:99"], "--device cuda:99"),
         (["test_convnext", "x.jpg", "--model-kwargs", "num_classes=0"], "there is nothing to predict"),
@@ -254,13 +255,15 @@ def test_what_cannot_be_done_is_said_in_one_line(
     arguments: list[str], message: str, write_run: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pth")
     places = {
         "RUN": str(write_run(["a", "b"])),
         "EMPTY": str(tmp_path / "empty"),
         "FOREIGN": str(tmp_path / "foreign.pth"),
+        "PHOTO": str(tmp_path / "photo.png"),
     }
-    words = [re.sub("RUN|EMPTY|FOREIGN", lambda match: places[match[0]], word) for word in arguments]
+    words = [re.sub("|".join(places), lambda match: places[match[0]], word) for word in arguments]
     assert main(words) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1 and "Traceback" not in err
