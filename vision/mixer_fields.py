@@ -17,7 +17,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import mixers
+from ..mixers import (
+    SS2D,
+    AtrousSS2D,
+    BidirectionalMamba,
+    CrossAttention,
+    DepthwiseConv2d,
+    DilatedReparamBlock,
+    GatedLinearAttention2d,
+    GatherAttention,
+    HiLo,
+    InceptionDWConv,
+    LargeKernelAttention,
+    NeighborhoodAttention1d,
+    NeighborhoodAttention2d,
+    NeighborhoodAttention3d,
+    PredictorLG,
+    SelectiveScan2d,
+    TransposedAttention,
+    WaveletSS2D,
+    WindowCrossAttention,
+    pool_to_tokens,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,34 +85,34 @@ def of_sequence(mixer: nn.Module) -> Tensor:
 
 def _line() -> Tensor:
     field = torch.zeros(SIDE, SIDE)
-    field[SIDE // 2] = gradient(mixers.NeighborhoodAttention1d(DIM, 2, 7), SIDE)
+    field[SIDE // 2] = gradient(NeighborhoodAttention1d(DIM, 2, 7), SIDE)
     return field
 
 
 def _slice_of_volume() -> Tensor:
-    return gradient(mixers.NeighborhoodAttention3d(DIM, 2, 5), 8, SIDE, SIDE)[4]
+    return gradient(NeighborhoodAttention3d(DIM, 2, 5), 8, SIDE, SIDE)[4]
 
 
 def _cross_attention() -> Tensor:
-    mixer, tokens = mixers.CrossAttention(DIM, 2), torch.randn(INPUTS, TOKENS, TOKENS, DIM)
+    mixer, tokens = CrossAttention(DIM, 2), torch.randn(INPUTS, TOKENS, TOKENS, DIM)
     return gradient(lambda x: mixer(tokens, x), SIDE, SIDE)
 
 
 def _window_cross_attention() -> Tensor:
     """As STViT-R's semantic tokens begin: windows of 3 x 3 of them look at windows of 10 x 10 positions."""
-    mixer = mixers.WindowCrossAttention(DIM, 2, window_size=3, key_window_size=10)
+    mixer = WindowCrossAttention(DIM, 2, window_size=3, key_window_size=10)
     tokens = torch.randn(INPUTS, SIDE // 2, SIDE // 2, DIM)
     return gradient(lambda x: mixer(tokens, x), SIDE, SIDE)
 
 
 def _gather() -> Tensor:
-    mixer, compressed = mixers.GatherAttention(DIM, 2), torch.randn(INPUTS, TOKENS**2, DIM)
+    mixer, compressed = GatherAttention(DIM, 2), torch.randn(INPUTS, TOKENS**2, DIM)
     return gradient(lambda x: mixer(compressed, x.flatten(1, 2))[0].unflatten(1, (TOKENS, TOKENS)), SIDE, SIDE)
 
 
 def _transposed() -> Tensor:
     """Queries and keys are those of the gathering before, per head: what is read are the compressed tokens."""
-    gather, mixer = mixers.GatherAttention(DIM, 2), mixers.TransposedAttention(DIM, 2)
+    gather, mixer = GatherAttention(DIM, 2), TransposedAttention(DIM, 2)
     lookup = torch.randn(INPUTS, SIDE * SIDE, DIM)
 
     def run(x: Tensor) -> Tensor:
@@ -110,63 +131,59 @@ def subjects() -> list[Subject]:
         Subject(
             "NeighborhoodAttention2d",
             "7 x 7, dilation 2",
-            lambda: of_map(mixers.NeighborhoodAttention2d(DIM, 2, 7, dilation=2)),
+            lambda: of_map(NeighborhoodAttention2d(DIM, 2, 7, dilation=2)),
         ),
         Subject("NeighborhoodAttention3d", "5 x 5 x 5: the middle slice", _slice_of_volume),
         Subject(
             "DepthwiseConv2d",
             "7 x 7, dilation 3",
-            lambda: of_channels_first(mixers.DepthwiseConv2d(DIM, 7, dilation=3)),
+            lambda: of_channels_first(DepthwiseConv2d(DIM, 7, dilation=3)),
         ),
         Subject(
             "DilatedReparamBlock",
             "13 x 13 and five dilated branches",
-            lambda: of_channels_first(mixers.DilatedReparamBlock(DIM, 13, branches=branches)),
+            lambda: of_channels_first(DilatedReparamBlock(DIM, 13, branches=branches)),
         ),
         Subject(
             "InceptionDWConv",
             "a square and two bands",
-            lambda: of_channels_first(mixers.InceptionDWConv(DIM)),
+            lambda: of_channels_first(InceptionDWConv(DIM)),
         ),
         Subject(
             "LargeKernelAttention",
             "5 x 5, then 7 x 7 dilated",
-            lambda: of_channels_first(mixers.LargeKernelAttention(DIM)),
+            lambda: of_channels_first(LargeKernelAttention(DIM)),
         ),
-        Subject("HiLo", "a window of 2 x 2, and pooled keys", lambda: of_map(mixers.HiLo(DIM, 4, window_size=2))),
-        Subject(
-            "GatedLinearAttention2d", "row by row, both ways", lambda: of_map(mixers.GatedLinearAttention2d(DIM, 2))
-        ),
+        Subject("HiLo", "a window of 2 x 2, and pooled keys", lambda: of_map(HiLo(DIM, 4, window_size=2))),
+        Subject("GatedLinearAttention2d", "row by row, both ways", lambda: of_map(GatedLinearAttention2d(DIM, 2))),
         Subject(
             "BidirectionalMamba",
             "row by row, both ways",
-            lambda: of_sequence(mixers.BidirectionalMamba(DIM, state_dim=4)),
+            lambda: of_sequence(BidirectionalMamba(DIM, state_dim=4)),
         ),
         Subject(
             "SelectiveScan2d",
             "rows and columns, both ways",
-            lambda: of_map(mixers.SelectiveScan2d(DIM, state_dim=4, dt_rank=2)),
+            lambda: of_map(SelectiveScan2d(DIM, state_dim=4, dt_rank=2)),
         ),
-        Subject("SS2D", "a 3 x 3 convolution before the scans", lambda: of_map(mixers.SS2D(DIM, state_dim=4))),
-        Subject(
-            "AtrousSS2D", "four sub-grids, each scanned one way", lambda: of_map(mixers.AtrousSS2D(DIM, state_dim=4))
-        ),
+        Subject("SS2D", "a 3 x 3 convolution before the scans", lambda: of_map(SS2D(DIM, state_dim=4))),
+        Subject("AtrousSS2D", "four sub-grids, each scanned one way", lambda: of_map(AtrousSS2D(DIM, state_dim=4))),
         Subject(
             "WaveletSS2D",
             "a scan beside convolutions of wavelets",
-            lambda: of_map(mixers.WaveletSS2D(DIM, kernel_size=5)),
+            lambda: of_map(WaveletSS2D(DIM, kernel_size=5)),
         ),
         Subject("CrossAttention", "tokens look at a whole map", _cross_attention),
         Subject("WindowCrossAttention", "3 x 3 tokens look at 10 x 10", _window_cross_attention),
         Subject("pool_to_tokens", "3 x 3 maxima of each 7 x 7 window", lambda: gradient(_pooled, SIDE, SIDE)),
         Subject("GatherAttention", "a compressed token looks at the map", _gather),
         Subject("TransposedAttention", "a position gets 6 x 6 tokens back", _transposed),
-        Subject("PredictorLG", "itself, and the mean of all", lambda: of_sequence(mixers.PredictorLG(DIM))),
+        Subject("PredictorLG", "itself, and the mean of all", lambda: of_sequence(PredictorLG(DIM))),
     ]
 
 
 def _pooled(x: Tensor) -> Tensor:
-    return mixers.pool_to_tokens(x, 7, 3)
+    return pool_to_tokens(x, 7, 3)
 
 
 def draw_mixers(columns: int = 5) -> Figure:
