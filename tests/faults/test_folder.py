@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, SaveError, load_checkpoint
+from mixerzoo.vision.training.callbacks import Curves, EpochTable, read_table
+from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, SaveError, load_best, load_checkpoint
 from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.failures import TrainingError
 from mixerzoo.vision.training.folder import make_folder
 from mixerzoo.vision.training.settings import ConfigError
 from warm import Finished
@@ -135,6 +137,33 @@ def test_full_disk_keeps_the_old_checkpoint(
     assert "training goes on without it" in caplog.text
     assert load_checkpoint(path)["step"] == 1
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_ends_no_run_at_a_table_or_a_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is not written now is written later, or stands in metrics.csv."""
+    table = EpochTable(tmp_path / "metrics.csv")
+    table.log_metrics({"val/loss": 0.5, "epoch": 0})
+    with monkeypatch.context() as full:
+        _Full(full, 0)
+        table.log_metrics({"val/loss": 0.25, "epoch": 1})
+        assert len(read_table(tmp_path / "metrics.csv")) == 1
+    table.log_metrics({"val/loss": 0.125, "epoch": 2})
+    assert [row["val/loss"] for row in read_table(tmp_path / "metrics.csv")] == [0.5, 0.25, 0.125]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    curves = Curves(tmp_path, name="", version="tensorboard")
+    monkeypatch.setattr(curves.experiment, "add_scalar", fail)
+    curves.log_metrics({"val/loss": 0.5}, 0)
+    assert "metrics.csv could not be written" in caplog.text and "TensorBoard's file could not" in caplog.text
+
+
+def test_a_run_that_never_could_save_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"training is done, but .*best\.ckpt is missing: there is nothing to test"):
+        load_best(tmp_path / "best.ckpt")
 
 
 def limit_files(size: int, after: int) -> None:

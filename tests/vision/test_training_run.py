@@ -146,12 +146,10 @@ RANDOM = ("train.epochs=3", "augment.mixup=0.3", "augment.erasing=0.3", "model.k
 @pytest.mark.parametrize(
     ("epoch", "batch", "extra"),
     [
-        (0, 0, ()),
-        (0, 2, ()),
         (0, 4, ()),  # the last step of an epoch: its validation is still to come
         (1, 1, ()),
-        (2, 4, ()),
-        (1, 1, ("train.accumulate=2",)),
+        *(pytest.param(*place, (), marks=pytest.mark.slow) for place in ((0, 0), (0, 2), (2, 4))),
+        pytest.param(1, 1, ("train.accumulate=2",), marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from .checkpoints import write_atomically
+from .checkpoints import write_text
 from .signals import Interrupted, SignalWatch
+
+_log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
@@ -122,6 +125,17 @@ class Progress(TQDMProgressBar):
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
+class Curves(TensorBoardLogger):
+    """Lightning's, but that a full disk does not end the run here: metrics.csv has the same numbers."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)
+        except (OSError, ValueError) as error:  # Lightning makes the second of whatever went wrong
+            _log.warning("warning: %s: TensorBoard's file could not be written (%s)", self.log_dir, str(error).strip())
+
+
 class EpochTable(Logger):
     """metrics.csv: one row an epoch, whole numbers and floats that read back exactly.
 
@@ -159,7 +173,10 @@ class EpochTable(Logger):
         writer = csv.DictWriter(text, names, lineterminator=os.linesep)
         writer.writeheader()
         writer.writerows(self.rows[known] for known in sorted(self.rows))
-        write_atomically(self.path, lambda file: file.write(text.getvalue().encode()))
+        try:
+            write_text(self.path, text.getvalue())
+        except OSError as error:  # on a full disk the run's own setting decides (train.save_errors), at the checkpoint
+            _log.warning("warning: %s could not be written (%s); the next epoch writes all rows", self.path, error)
 
 
 def read_table(path: Path) -> list[dict[str, float]]:

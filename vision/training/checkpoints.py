@@ -100,6 +100,14 @@ def load_checkpoint(path: Path, map_location: Any | None = "cpu") -> dict[str, A
         raise ValueError(f"{path} is no safe checkpoint ({reason})") from error
 
 
+def load_best(path: Path) -> dict[str, Any]:
+    """What is tested after training; without it everything was trained, and nothing can be said of it."""
+    try:
+        return load_checkpoint(path)
+    except ValueError as error:
+        raise TrainingError(f"training is done, but {error}: there is nothing to test") from error
+
+
 def refuse_another(
     checkpoint: Mapping[str, Any], own: Mapping[str, Any], facts: Mapping[str, Any], *, force: bool = False
 ) -> None:

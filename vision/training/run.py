@@ -11,14 +11,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import TensorBoardLogger
 
 from ..data.loading import mix_seed, seed_everything
 from ..data.module import SOURCES, ZooData
 from ..data.splits import Splits
 from .build import build_model
-from .callbacks import EpochTable, LastCheckpoint, Progress
-from .checkpoints import AtomicCheckpointIO, load_checkpoint
+from .callbacks import Curves, EpochTable, LastCheckpoint, Progress
+from .checkpoints import AtomicCheckpointIO, load_best
 from .config import Config
 from .distillation import make_teacher
 from .distributed import load_weights, make_environment, make_strategy, whole
@@ -91,7 +90,7 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
             if task.average is not None:
                 task.average.module.compile()
         trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
-        best = load_checkpoint(folder / "checkpoints" / BEST)
+        best = load_best(folder / "checkpoints" / BEST)
         load_weights(task, best["state_dict"])
         mistakes = Mistakes(6 if splits.dense else 32)
         trainer.callbacks.append(mistakes)  # pyright: ignore[reportAttributeAccessIssue]
@@ -152,7 +151,7 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task, 
         log_every_n_steps=min(10, task.plan.steps_per_epoch),
         default_root_dir=folder,
         logger=[
-            TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False),
+            Curves(folder, name="", version="tensorboard", default_hp_metric=False),
             EpochTable(folder / "metrics.csv", resume=resumed),
         ],
         callbacks=[best, last, *([Progress(refresh_rate=10)] if train.progress else [])],
