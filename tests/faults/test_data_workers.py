@@ -127,3 +127,12 @@ def test_an_error_of_a_data_set_is_no_dead_worker(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug") as caught:
         list(_loader(Wrong(tmp_path), restarts=3))
     assert not isinstance(caught.value, WorkerError)
+
+
+def test_a_worker_that_leaves_quietly_is_an_error(tmp_path: Path) -> None:
+    class Leaving(Fragile):
+        def __getitems__(self, request: Request, /) -> tuple[torch.Tensor, torch.Tensor]:
+            os._exit(0)
+
+    with pytest.raises(WorkerError, match="exited unexpectedly"):
+        list(_loader(Leaving(tmp_path), timeout=1))

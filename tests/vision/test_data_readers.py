@@ -310,6 +310,9 @@ def test_a_stream_with_too_few_shards_or_pictures_is_named(shards: Path) -> None
         list(_stream(few, "val"))
     with pytest.raises(ValueError, match=r"how many pictures these are is not known .a split may state its length"):
         _load(root=str(shards), **{**WDS, "val_split": "val-{0000..0001}.tar"})
+    with pytest.raises(DataError, match=r"the stream holds label 1, but there are 1 classes .data\.classes"):
+        few.train.classes = 1
+        few.train.__getitems__(Request([0, 1, 2, 3, 4, 5], 0))
     with pytest.raises(ValueError, match=r"data\.classes"):
         _load(root=str(shards), **{**WDS, "classes": None})
 

@@ -10,8 +10,8 @@ that training is as exact as on other data, at a price:
 * In training the stream goes on from its beginning until the epoch is full, so some pictures come twice and some later,
   depending on how even the shards are. An evaluation sees each picture once. Every process reads all of the stream for
   that and keeps its share.
-* timm's readers leave out what they cannot decode, with a line in the log. There is no counting, no limit; but an
-  evaluation of fewer pictures than the split states is an error.
+* timm's reader of shards leaves out what it cannot decode, with a line in the log. There is no counting, no limit; but
+  an evaluation of fewer pictures than the split states is an error.
 """
 
 from __future__ import annotations
@@ -55,8 +55,11 @@ class Turn(NamedTuple):
 class Stream:
     """The batches of an iterable timm data set. Each worker answers its own turns, in order."""
 
-    def __init__(self, dataset: Any, length: int, transforms: PictureTransforms, *, training: bool) -> None:
-        self.dataset, self.length, self.transforms, self.training = dataset, length, transforms, training
+    def __init__(
+        self, dataset: Any, length: int, transforms: PictureTransforms, *, classes: int, training: bool
+    ) -> None:
+        self.dataset, self.length, self.transforms = dataset, length, transforms
+        self.classes, self.training = classes, training
         self._items: Iterator[tuple[Any, Any]] = iter(())
 
     def __len__(self) -> int:
@@ -81,6 +84,8 @@ class Stream:
         transform, images = self.transforms(turn.size), []
         for place, (picture, target) in enumerate(items):
             seed_everything(mix_seed(turn.seed, place))
+            if not 0 <= int(target) < self.classes:
+                raise DataError(f"the stream holds label {target}, but there are {self.classes} classes (data.classes)")
             images.append(transform(to_rgb(picture), int(target)))
         pictures, targets = default_collate(images)
         return (pictures, targets), {}
@@ -139,17 +144,20 @@ def load_stream(config: DataSettings, augmentation: Augmentation, seed: int) -> 
     train, val = _open(config, config.train_split, seed, training=True), _open(config, val_name, seed, training=False)
     classes = _classes(config, train)
     length = min(_length(train, config.train_split), config.limit or 2**62)
-    judged = Stream(val, _length(val, val_name), PictureTransforms(config, None), training=False)
-    test = judged
+
+    def judged(dataset: Any, split: str) -> Stream:
+        transforms = PictureTransforms(config, None)
+        return Stream(dataset, _length(dataset, split), transforms, classes=len(classes), training=False)
+
+    test = validation = judged(val, val_name)
     if config.test_split is not None:
-        opened = _open(config, config.test_split, seed, training=False)
-        test = Stream(opened, _length(opened, config.test_split), PictureTransforms(config, None), training=False)
+        test = judged(_open(config, config.test_split, seed, training=False), config.test_split)
     else:
         _log.warning("%s: no data.test_split, so the final numbers are of the validation pictures", config.dataset)
     _log.warning("%s is a stream: a run resumed inside an epoch reads up to its place again", config.dataset)
     return Splits(
-        train=Stream(train, length, PictureTransforms(config, augmentation), training=True),
-        val=judged,
+        train=Stream(train, length, PictureTransforms(config, augmentation), classes=len(classes), training=True),
+        val=validation,
         test=test,
         classes=classes,
         mean=IMAGENET_DEFAULT_MEAN,

@@ -104,13 +104,15 @@ class Crew:
             except WorkerError as death:
                 return WorkerError(str(death))
             if time.monotonic() >= deadline:
-                return None
+                break
             time.sleep(0.01)
+        gone = str(error).startswith("DataLoader worker")  # with exit code 0, in the middle of its work
+        return WorkerError(str(error).splitlines()[0]) if gone else None
 
     def _check(self) -> None:
         for process in self.processes:
             code = process.exitcode
-            if code is None or code == 0:  # 0: it has come to the end of a stream
+            if code is None or code == 0:  # PyTorch ends them with 0 once the last batch is there
                 continue
             name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             cause = f" ({_CAUSES[name]})" if name in _CAUSES else ""
