@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from forked import fork_processes
 from mixerzoo.vision.data.loading import EpochBatches
 from mixerzoo.vision.data.module import ZooData
 from mixerzoo.vision.training import report, results
@@ -20,6 +21,7 @@ from mixerzoo.vision.training.finite import NonFiniteLossError
 from mixerzoo.vision.training.run import run
 from mixerzoo.vision.training.settings import load
 from mixerzoo.vision.training.tasks import Task
+from warm import Finished
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -172,3 +174,40 @@ def test_pictures_of_a_batch_are_those_that_were_read(repository: Path) -> None:
         splits.train.__class__.__getitems__ = restore
     trainer: Any = SimpleNamespace(train_dataloader=loader, current_epoch=3)
     assert [_pictures(trainer, index) for index in range(4)] == asked
+
+
+def spoil_one(rank: int, batch: int) -> None:
+    """In the run's process: of two, the one of this rank has a loss that is NaN in its batch of this number."""
+    fork_processes()
+    original = Task.training_step
+    count = -1
+
+    def training_step(task: Task, *arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        loss = original(task, *arguments)
+        return loss * float("nan") if (task.global_rank, count) == (rank, batch) else loss
+
+    Task.training_step = training_step
+
+
+@pytest.mark.slow
+def test_two_processes_decide_together(
+    tiny: tuple[str, ...], run_train: Callable[..., Finished], tmp_path: Path
+) -> None:
+    two = (*tiny, "train.devices=2", "train.accelerator=cpu", "train.batch_size=8", "train.epochs=2")
+    two = (*two, "train.save_every=1")
+    fault: dict[str, Any] = {"prepare": spoil_one, "prepare_with": {"rank": 1, "batch": 2}}
+    stopped = run_train(*two, f"out={tmp_path / 'a'}", **fault)
+    assert stopped.code == 1 and "(the loss of another process, or a gradient)" in stopped.err, stopped.err
+    last = load_checkpoint(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 2 and _finite(last)
+    own, other = (json.loads((tmp_path / "a" / f"nonfinite{rank}.json").read_text()) for rank in ("", "-1"))
+    assert (own[0]["batches"][0]["loss"], other[0]["batches"][0]["loss"]) != ("nan", "nan")
+    assert other[0]["batches"][0]["loss"] == "nan"
+    assert not set(own[0]["batches"][0]["pictures"]) & set(other[0]["batches"][0]["pictures"])
+
+    went_on = run_train(*two, "train.skip_nonfinite=1", f"out={tmp_path / 'b'}", **fault)
+    assert went_on.code == 0, went_on.err
+    assert _finite(load_checkpoint(tmp_path / "b" / "checkpoints" / "last.ckpt"))
+    assert [row["train/skipped"] for row in read_table(tmp_path / "b" / "metrics.csv")] == [1, 0]
