@@ -305,6 +305,8 @@ def test_a_stream_with_too_few_shards_or_pictures_is_named(shards: Path) -> None
     splits = _load(root=str(shards), **WDS)
     with pytest.raises(DataError, match=r"4 shards cannot be shared among 6 .* at most 2 data\.workers"):
         list(_stream(splits, "train", workers=3, world_size=2))
+    with pytest.raises(ValueError, match=r"augment\.repeats=3: a picture of a stream comes when it comes"):
+        _stream(splits, "train", repeats=3)
     few = _load(root=str(shards), **{**WDS, "val_split": "val-{0000..0001}.tar|11"})
     with pytest.raises(DataError, match="10 of 11 pictures could be read"):
         list(_stream(few, "val"))

@@ -121,6 +121,8 @@ class StreamBatches(EpochBatches):
     def __init__(self, length: int, batch_size: int, *, workers: int, **options: Any) -> None:
         super().__init__(length, batch_size, **options)
         self.workers = workers
+        if self.training and self.repeats != 1:
+            raise ValueError(f"augment.repeats={self.repeats}: a picture of a stream comes when it comes; set it to 1")
 
     @property
     def first(self) -> int:
