@@ -277,3 +277,30 @@ def test_fsdp_learns_what_ddp_learns_and_its_checkpoint_is_one_of_whole_weights(
     for done in torchrun("resume=run", "out=run", "train.epochs=2", prepare=plain):
         assert done.code == 0, done.err
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 8
+
+    alone = ("train.devices=1", "train.strategy=auto", "train.accumulate=2", "resume_force=true", "train.epochs=3")
+    done = run_train("resume=run", *alone, cwd=tmp_path, prepare=plain)
+    assert done.code == 0, done.err
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 12
+
+
+def test_a_sweep_trains_all_goes_on_after_ctrl_c_and_passes_over_a_failure(
+    warm: WarmServer, run_train: Callable[..., Finished], tmp_path: Path
+) -> None:
+    settings = (*TINY, "train.batch_size=16", *STILL, "optim.lr=1e-3,2e-3", "data.limit=32,64", "out=sweep")
+    how = {"prepare": disturb, "prepare_with": {"rank": 0, "step": 2, "how": "wait"}}
+    run = warm.train(*settings, cwd=tmp_path, **how)
+    run.wait_for((tmp_path / "waiting").exists, timeout=60)  # the first two have only two steps
+    run.kill(signal.SIGINT)
+    (tmp_path / "go").touch()
+    done = run.wait()
+    assert done.code == 130 and "stopped by SIGINT; go on with resume=sweep" in done.err, done.err
+    finished = {path.parent.name for path in tmp_path.glob("sweep/*/results.json")}
+    assert finished == {"limit=32_lr=1e-3", "limit=32_lr=2e-3"}
+
+    failing = {"prepare": disturb, "prepare_with": {"rank": 0, "step": 0, "how": "raise"}}
+    done = run_train("resume=sweep", cwd=tmp_path, **failing)  # the third goes on at its step 3, the fourth begins
+    assert done.code == 1 and done.err.count("error: KeyError") == 1
+    assert "[2/4]" not in done.out and "[3/4] limit=64_lr=1e-3" in done.out
+    table = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert [row.rsplit(",", 1)[1] for row in table] == ["state", "done", "done", "done", "failed (1)"]

@@ -186,9 +186,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
-def _verdict(
-    failed: int, codes: Sequence[int | None], logs: Sequence[IO[bytes]], say: Callable[[str], None]
-) -> int:
+def _verdict(failed: int, codes: Sequence[int | None], logs: Sequence[IO[bytes]], say: Callable[[str], None]) -> int:
     """The exit code of a run in which process `failed` was the first to end with something else than 0.
 
     `codes`: those of the processes that ended by themselves.
