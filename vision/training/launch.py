@@ -91,7 +91,7 @@ def check_processes(train: TrainConfig, out: str | None) -> None:
 def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> int:
     """Runs `command` in `count` processes until all have ended; returns the exit code of the whole."""
     with tempfile.TemporaryDirectory(prefix="mixerzoo-") as folder:
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[subprocess.Popen[Any]] = []
         logs: list[IO[bytes]] = []
         with Forwarding(processes):
             try:
@@ -118,7 +118,7 @@ def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> in
 class Forwarding:
     """While it is entered, signals to this process go to `processes` instead, and the first is remembered."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, processes: Sequence[subprocess.Popen[Any]]) -> None:
         self.processes = processes
         self.received: int | None = None
         self._before: dict[int, Any] = {}
@@ -171,7 +171,7 @@ def _environments(count: int) -> list[dict[str, str]]:
     return [{**os.environ, **shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+def _wait(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
     """Until all have ended: the first that did so with anything but 0, if any. The others are not waited for long."""
     failed: int | None = None
     deadline = float("inf")

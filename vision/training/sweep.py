@@ -190,7 +190,7 @@ def _place(folder: Path) -> list[str]:
 
 def _train(command: Sequence[str]) -> tuple[int, int | None]:
     """The exit code of one run, and the signal that stopped it on the way."""
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[Any]] = []
     with Forwarding(processes) as signals:
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
         processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
