@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 def run(config: Config) -> dict[str, Any]:
     """Trains and tests as `config` says; returns what results.json holds. Raises `Interrupted` on SIGINT or SIGTERM."""
-    with Journal() as journal:
+    with Journal() as journal, memory_advice(config):
         return _run(config, journal)
 
 
@@ -72,23 +72,11 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
         journal.begin(folder, resumed=checkpoint is not None)
         describe_run(folder, config, task, splits, summary)
 
-    data = ZooData(
-        splits,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        workers=config.data.workers,
-        repeats=config.augment.repeats,
-        sizes=config.augment.sizes,
-        timeout=config.data.timeout,
-        restarts=config.data.worker_restarts,
-    )
-    with SignalWatch() as watch, memory_advice(config):
+    data = _make_data(config, splits)
+    with SignalWatch() as watch:
         trainer = _make_trainer(config, folder, watch, task, resumed=checkpoint is not None)
         if config.train.compile:
-            model.compile()
-            task.objective.compile()
-            if task.average is not None:
-                task.average.module.compile()
+            task.compile_network()
         trainer.fit(task, data, ckpt_path=checkpoint, weights_only=True)
         best = load_best(folder / "checkpoints" / BEST)
         load_weights(task, best["state_dict"])
@@ -118,6 +106,19 @@ def load_data(config: Config) -> Splits:
             f"data.source={config.data.source}: choose one of {known}{nearest(config.data.source, list(SOURCES))}"
         )
     return SOURCES[config.data.source](config.data, config.augment, config.seed)
+
+
+def _make_data(config: Config, splits: Splits) -> ZooData:
+    return ZooData(
+        splits,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        repeats=config.augment.repeats,
+        sizes=config.augment.sizes,
+        timeout=config.data.timeout,
+        restarts=config.data.worker_restarts,
+    )
 
 
 def _parts(splits: Splits) -> tuple[Any, Any, Any]:

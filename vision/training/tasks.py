@@ -82,6 +82,13 @@ class Task(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def compile_network(self) -> None:
+        """In place, so that nothing changes its name in a checkpoint."""
+        self.model.compile()
+        self.objective.compile()
+        if self.average is not None:
+            self.average.module.compile()
+
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.model, self.device_mesh)
