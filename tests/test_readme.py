@@ -114,7 +114,17 @@ def test_table_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) ->
 def test_links_and_pictures_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text()):
-            assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+            if not target.startswith("https://"):
+                file, _, anchor = target.partition("#")
+                linked = ((ROOT / page).parent / file) if file else ROOT / page
+                assert linked.exists(), f"{page}: {target}"
+                assert not anchor or anchor in _anchors(linked.read_text()), f"{page}: {target}"
+
+
+def _anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
