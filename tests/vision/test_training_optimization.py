@@ -333,7 +333,8 @@ def test_what_makes_training_faster_goes_with_averages_and_mixing(
 
 @pytest.mark.exhaustive
 def test_compiled_training_goes_with_averages_and_mixing(settings: Load, tmp_path: Path, no_pictures: None) -> None:
-    result = run(settings(*MIXED, "train.compile=true", f"out={tmp_path / 'run'}"))
+    small = ("model=test_vit", "model.kwargs.depth=1", "model.kwargs.img_size=32", "train.epochs=1")
+    result = run(settings(*MIXED, *small, "train.compile=true", f"out={tmp_path / 'run'}"))
     assert 0 <= result["test"]["accuracy"] <= 1
 
 
