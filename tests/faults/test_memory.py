@@ -43,6 +43,15 @@ def test_each_kind_of_error_becomes_advice(fail: Any, where: str) -> None:
         assert advice in message
 
 
+@pytest.mark.parametrize(("batch_size", "smaller"), [(64, 32), (15, 5), (7, 1)])
+def test_the_batch_that_is_advised_divides_the_step(batch_size: int, smaller: int) -> None:
+    config = Config()
+    config.train.batch_size = batch_size
+    advice = f"train.batch_size={smaller} train.total_batch={batch_size} "
+    with pytest.raises(OutOfMemory, match=advice), memory_advice(config):
+        _cuda()
+
+
 def test_advice_gives_what_can_still_be_given_and_other_errors_pass() -> None:
     config = Config()
     config.train.batch_size, config.train.precision = 1, "bf16-mixed"

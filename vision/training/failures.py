@@ -44,10 +44,11 @@ def _advice(config: Config) -> str:
     advice = []
     if train.batch_size > 1:
         # The steps stay the same: as many pictures in each, in more and smaller batches.
-        advice.append(f"train.batch_size={train.batch_size // 2} train.total_batch={total} train.accumulate=1")
+        smaller = next(size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0)
+        advice.append(f"train.batch_size={smaller} train.total_batch={total} train.accumulate=1")
     if train.precision == "32-true":
         advice.append("train.precision=bf16-mixed")
     advice.append(f"a data.size below {config.data.size}")
     if config.data.workers:
         advice.append(f"fewer data.workers than {config.data.workers}")
-    return f"Try {', or '.join(advice)}; last.ckpt is whole, but batches of another size need a new run"
+    return f"Try {', or '.join(advice)}, in a new run; what was saved of this one stays whole"
