@@ -19,6 +19,8 @@ import functools
 import json
 import logging
 import os
+import shlex
+import sys
 import tempfile
 import time
 import warnings
@@ -227,6 +229,8 @@ def main() -> int:
     machine = describe_machine(arguments.threads, f"timm {timm.__version__}", describe_native())
     link = os.path.relpath(arguments.picture, arguments.markdown.parent)
     text = ["# Accuracy and throughput against the keep rate", ""]
+    command = shlex.join(["python", "benchmarks/bench_keep_rate.py", *sys.argv[1:]])
+    text += [f"Made by `{command}`. ToMe is not trained, the others are fine-tuned from the dense model.", ""]
     text += [f"![Test accuracy over keep rate and over throughput, a line a method]({link})", ""]
     text += [f"{machine}; {(time.monotonic() - start) / 60:.1f} minutes{kept}. {splits.origin},"]
     text += [f"{len(splits.test)} test pictures; throughput in float32 at batch {batch}, no gradient. The methods are"]

@@ -27,7 +27,9 @@ def _python() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fail", "where"), [(_real_cpu_error, "machine"), (_cuda, "device"), (_python, "machine")], ids=str
+    ("fail", "where"),
+    [(_real_cpu_error, "machine"), (_cuda, "device"), (_python, "machine")],
+    ids=["cpu", "cuda", "python"],
 )
 def test_each_kind_of_error_becomes_advice(fail: Any, where: str) -> None:
     config = Config()
