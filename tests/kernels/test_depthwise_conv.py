@@ -245,7 +245,9 @@ def make_attention(batch: int, channels: int, size: tuple[int, int]) -> list[Ten
     return [torch.randn(batch, channels, *size, dtype=torch.float64), *weights]
 
 
-@pytest.mark.parametrize("shape", [(2, 32, (9, 10)), (1, 5, (7, 11)), (1, 1, (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param((2, 32, (9, 10)), marks=pytest.mark.slow), (1, 5, (7, 11)), (1, 1, (1, 1))], ids=str
+)
 @in_each_format
 def test_attention_equals_the_chain(
     shape: tuple[int, int, tuple[int, int]], memory_format: str, implementation: str, poisoned_memory: None

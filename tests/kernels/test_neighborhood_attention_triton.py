@@ -98,7 +98,13 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / max(float(want.norm()), 0.25 * math.sqrt(want.numel())))
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = {"causal-strided-dilated", "volume", "volume-mixed", "window-wider-than-a-tile"}
+"""Cases that take the interpreter more than four seconds."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES]
+)
 def test_float32_matches_the_definition(name: str) -> None:
     case = CASES[name]
     inputs = case.inputs()
@@ -114,7 +120,7 @@ def test_float32_matches_the_definition_as_shipped() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["map", "causal"])
+@pytest.mark.parametrize("name", [pytest.param("map", marks=pytest.mark.slow), "causal"])
 def test_half_precision_is_as_good_as_the_definition_in_that_dtype(name: str, dtype: torch.dtype) -> None:
     """No more than twice the error of dense attention computed in the same dtype."""
     case = CASES[name]

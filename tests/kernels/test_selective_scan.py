@@ -375,7 +375,7 @@ def test_compiled_graphs_hold_the_operator_and_give_equal_gradients() -> None:
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("paths", [CROSS, ATROUS], ids=["cross", "atrous"])
+@pytest.mark.parametrize("paths", [CROSS, pytest.param(ATROUS, marks=pytest.mark.slow)], ids=["cross", "atrous"])
 def test_exported_graphs_hold_standard_operators_and_any_size(paths: tuple[ScanPath, ...]) -> None:
     module = Scan(paths).eval()
     sizes = {1: torch.export.Dim("height", min=3, max=512), 2: torch.export.Dim("width", min=3, max=512)}

@@ -44,6 +44,7 @@ def test_features_at_untraced_shapes(format: Any, tmp_path: Path) -> None:
     assert len(lines) == 4 and lines[0].startswith("2 x 3 x 96 x 128 (traced)")
 
 
+@pytest.mark.slow
 def test_onnx_file_describes_itself(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = timm.create_model("test_convnext2")

@@ -110,6 +110,7 @@ def multiply_adds(model: nn.Module) -> float:
     return counter.get_total_flops() / 2
 
 
+@pytest.mark.slow
 def test_cost_of_the_base_model() -> None:
     """6.7, 8.5, 11.2 and 17.0 G for 9, 25, 49 and 100 tokens, by the formula of whole blocks.
 

@@ -18,7 +18,7 @@ from mixerzoo.vision.training.cli import main
 from mixerzoo.vision.training.finite import NonFiniteLossError
 from mixerzoo.vision.training.run import run
 from mixerzoo.vision.training.settings import load
-from mixerzoo.vision.training.signals import Interrupted, SignalWatch
+from mixerzoo.vision.training.signals import Interrupted
 from mixerzoo.vision.training.summary import summarize
 from mixerzoo.vision.training.tasks import Task
 
@@ -148,8 +148,8 @@ RANDOM = ("train.epochs=3", "augment.mixup=0.3", "augment.erasing=0.3", "model.k
     [
         (0, 4, ()),  # the last step of an epoch: its validation is still to come
         (1, 1, ()),
-        *(pytest.param(*place, (), marks=pytest.mark.slow) for place in ((0, 0), (0, 2), (2, 4))),
-        pytest.param(1, 1, ("train.accumulate=2",), marks=pytest.mark.slow),
+        *(pytest.param(*place, (), marks=pytest.mark.exhaustive) for place in ((0, 0), (0, 2), (2, 4))),
+        pytest.param(1, 1, ("train.accumulate=2",), marks=pytest.mark.exhaustive),  # tests/faults kills such runs
     ],
 )
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
@@ -186,43 +186,11 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     assert results[0]["test"] == results[1]["test"]
 
 
-def test_a_run_killed_without_warning_goes_on_from_the_last_save(
-    configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Killed(BaseException):
-        pass
-
-    def die(task: Task, *_: Any) -> None:
-        if task.global_step == 8:
-            raise Killed
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    arguments = (*RANDOM, "train.save_every=3")
-    _run(configs, *arguments, f"out={whole}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Task, "on_before_zero_grad", die)
-        with pytest.raises(Killed):
-            _run(configs, *arguments, f"out={parts}")
-    assert load_checkpoint(parts / "checkpoints" / "last.ckpt")["global_step"] == 6
-    run(load([f"resume={parts}"], configs))
-    assert (parts / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-
-
 def test_sigterm_has_its_own_exit_code(
     configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _Stop(monkeypatch, epoch=0, batch=1, number=signal.SIGTERM)
     assert main([*DIGITS, f"out={tmp_path / 'run'}"], configs=configs) == 143
-
-
-def test_a_second_ctrl_c_stops_at_once_and_handlers_are_given_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with SignalWatch() as watch:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert watch.received == signal.SIGINT
-        with pytest.raises(Interrupted, match="stopped at once by a second SIGINT"):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
