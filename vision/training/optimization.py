@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import group_parameters
@@ -141,8 +141,8 @@ class _Layers:
                 f"optim.layer_decay: {type(model).__name__} has no group_matcher (timm's); set it to null"
             )
         try:
-            fine: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)  # pyright: ignore
-            stages: dict[str, int] = group_parameters(model, matcher(coarse=True), reverse=True)  # pyright: ignore
+            fine = cast("dict[str, int]", group_parameters(model, matcher(coarse=False), reverse=True))
+            stages = cast("dict[str, int]", group_parameters(model, matcher(coarse=True), reverse=True))
         except ValueError as error:
             raise ConfigError(f"optim.layer_decay: {error}; set it to null") from error
         first = {stage: min(fine[name] for name in fine if stages[name] == stage) for stage in set(stages.values())}
