@@ -213,7 +213,14 @@ def _small(words: list[str], folder: Path) -> list[str]:
         case ["python", "-m", "mixerzoo.vision.export", *arguments]:
             trained = "--checkpoint" in arguments or arguments[0].startswith("runs/")
             tiny = [] if trained else [f"{key}={value}" for key, value in TINY.items()]
-            return [sys.executable, *words[1:], *(["--input-size", "64", "--model-kwargs", *tiny] if tiny else [])]
+            # Free sizes take a minute each; tests/vision/test_export.py has them.
+            fixed = [] if "safetensors" in arguments else ["--static"]
+            return [
+                sys.executable,
+                *words[1:],
+                *fixed,
+                *(["--input-size", "64", "--model-kwargs", *tiny] if tiny else []),
+            ]
         case ["python", "-m", "mixerzoo.vision.visualize", *_]:
             offline = [word for word in words[1:] if word != "--pretrained"]
             return [sys.executable, *offline, "--images", "1", "--input-size", "64"]

@@ -27,7 +27,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(repository: Path, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # tests/faults/test_signals.py has signals of all kinds, with smaller runs
 def test_ctrl_c_then_resume_last(repository: Path, tmp_path: Path) -> None:
     """Two runs in one folder: one is interrupted in its first epochs and resumed, both end with the same table."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

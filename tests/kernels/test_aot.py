@@ -25,7 +25,16 @@ SUMS |= {"_gla_carry_kernel", "_merge_kernel", "_keep_kernel", "_evidence_kernel
 CHOICES = {"_partner_kernel", "_slot_kernel", "_members_kernel", "_rank_kernel"}
 """Which compare, and multiply only in full float32."""
 
-SAMPLE = ["dilated", "map-32-float", "conv-7-dilated-half", "lka-half", "scan-half", "scan-16-half", "gla-half"]
+SAMPLE = [
+    "dilated",
+    "map-32-float",
+    "conv-7-dilated-half",
+    "lka-half",
+    "scan-half",
+    "scan-16-half",
+    "gla-half",
+    "gla-causal-half",
+]
 SAMPLE += ["gla-wide-float", "evidence-64-row-half", "evidence-64-sums-half", "tokens-half", "tokens-float"]
 """Cases that launch every kernel, with the configurations that use the most registers among them."""
 
