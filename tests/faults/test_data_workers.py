@@ -104,11 +104,11 @@ def test_workers_outlive_signals_to_the_group(tmp_path: Path) -> None:
     """Ctrl-C and Slurm signal every process; the main one finishes its step, for which it may need more data."""
     expected = list(_loader(Fragile(tmp_path), workers=0))
     batches = iter(_loader(Fragile(tmp_path), timeout=5))
-    first = next(batches)
+    first = [next(batches), next(batches)]  # one of each worker, so that both are past their start
     for child in multiprocessing.active_children():
         os.kill(child.pid or 0, signal.SIGINT)
         os.kill(child.pid or 0, signal.SIGTERM)
-    assert _same([first, *batches], expected)
+    assert _same([*first, *batches], expected)
 
 
 def test_an_abandoned_epoch_ends_its_workers(tmp_path: Path) -> None:
