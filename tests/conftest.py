@@ -63,6 +63,15 @@ def _same_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of train.py in this process draw nothing and write no report: for tests of their numbers."""
+    results = importlib.import_module("mixerzoo.vision.training.results")
+    report = importlib.import_module("mixerzoo.vision.training.report")
+    for module, name in ((results, "_draw_batch"), (results, "_draw_results"), (report, "write_report")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that needs the network fails on the spot, naming the host. Sockets of this machine (DDP, workers) work."""

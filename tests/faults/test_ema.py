@@ -13,7 +13,6 @@ import timm
 import torch
 from mixerzoo.vision._loading import load_model
 from mixerzoo.vision.data.loading import Request
-from mixerzoo.vision.training import report, results
 from mixerzoo.vision.training.callbacks import read_table
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.config import Config, EmaConfig, TrainConfig
@@ -26,16 +25,12 @@ from mixerzoo.vision.training.tasks import Task
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 DIGITS = ("data=digits", "model=test_convnext", "data.limit=64", "train.batch_size=16", "train.progress=false")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(results, "_draw_results", lambda *_: None)
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 class Expected:

@@ -13,7 +13,6 @@ import torch
 from forked import fork_processes
 from mixerzoo.vision.data.loading import EpochBatches
 from mixerzoo.vision.data.module import ZooData
-from mixerzoo.vision.training import report, results
 from mixerzoo.vision.training.callbacks import read_table
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.cli import main
@@ -23,17 +22,13 @@ from mixerzoo.vision.training.settings import load
 from mixerzoo.vision.training.tasks import Task
 from warm import Finished
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("no_pictures"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 DIGITS = ("data=digits", "model=test_convnext", "data.limit=64", "train.batch_size=16", "train.progress=false")
 """Four steps an epoch."""
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(results, "_draw_results", lambda *_: None)
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.data.splits import Splits
-from mixerzoo.vision.training import distillation, report, results
+from mixerzoo.vision.training import distillation
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.callbacks import KeepRateWarmup, read_table
@@ -89,13 +89,6 @@ def _normal(name: str, *shape: int) -> Tensor:
 @pytest.fixture
 def configs(repository: Path) -> Path:
     return repository / "configs"
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(results, "_draw_results", lambda *_: None)
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

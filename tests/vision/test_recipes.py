@@ -19,8 +19,6 @@ import timm
 import torch
 from mixerzoo.vision.segmentation import FPNHead, Segmenter
 from mixerzoo.vision.segmentation.segmenter import feature_channels
-from mixerzoo.vision.training import report
-from mixerzoo.vision.training import results as results_module
 from mixerzoo.vision.training import settings as settings_module
 from mixerzoo.vision.training.config import Config
 from mixerzoo.vision.training.distillation import Objective, make_teacher
@@ -424,13 +422,6 @@ def _sampled(recipes: Sequence[str]) -> list[Any]:
 DRY = ["model.pretrained=false", "train.limit_batches=2", "train.progress=false", "data.workers=0", "data.size=64"]
 DRY += ["train.batch_size=2", "train.total_batch=4", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0"]
 """A fresh model, four pictures in one optimiser step. Everything else is as shipped."""
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results_module, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(results_module, "_draw_results", lambda *_: None)
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 def _picture(path: Path, pixels: np.ndarray) -> None:

@@ -18,7 +18,6 @@ from mixerzoo.vision.data.module import ZooData
 from mixerzoo.vision.data.splits import Splits
 from mixerzoo.vision.segmentation import FPNHead, Segmenter
 from mixerzoo.vision.segmentation.segmenter import feature_channels
-from mixerzoo.vision.training import report, results
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.config import Config, DistillConfig
@@ -43,13 +42,6 @@ Load = Callable[..., Config]
 @pytest.fixture
 def settings(repository: Path) -> Load:
     return lambda *arguments: load([*DIGITS, "schedule.warmup_epochs=0", *arguments], repository / "configs")
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(results, "_draw_results", lambda *_: None)
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 class _Record(pl.Callback):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from mixerzoo.vision.training import report, results
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.callbacks import EpochTable, read_table
 from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, load_checkpoint, write_atomically
@@ -31,14 +30,6 @@ DIGITS = ("data=digits", "model=test_convnext", "data.limit=160", "train.batch_s
 @pytest.fixture
 def configs(repository: Path) -> Path:
     return repository / "configs"
-
-
-@pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests about numbers need no drawings."""
-    monkeypatch.setattr(results, "_draw_batch", lambda *_: None)
-    monkeypatch.setattr(results, "_draw_results", lambda *_: None)
-    monkeypatch.setattr(report, "write_report", lambda *_: None)
 
 
 def _run(configs: Path, *arguments: str) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from . import sweep
 from .config import Config, Key, keys
+from .folder import folder_by_time
 from .launch import check_processes, end_with_parent, is_first, launch, python, rank, started_by
 from .settings import ConfigError, choices, load, nearest, to_yaml
 
@@ -90,8 +90,7 @@ def _start(config: Config, given: Sequence[str], configs: Path, *, debug: bool) 
     """Trains: here, or in processes of its own if there are to be several."""
     check_processes(config.train, config.out)
     if config.out is None:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}-{config.data.name}"
-        config.out = str(Path("runs") / name.replace("/", "_"))
+        config.out = str(folder_by_time(config))
     if config.train.processes > 1 and started_by() is None:
         # What is settled here is the same for all of them.
         settled = [f"out={config.out}", *([f"resume={config.resume}"] if config.resume else [])]

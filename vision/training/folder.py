@@ -47,6 +47,11 @@ def _name(config: Config) -> Path:
         return Path(config.out)
     if not is_first() and _FOLDER_VARIABLE in os.environ:
         return Path(os.environ[_FOLDER_VARIABLE])
+    return folder_by_time(config)
+
+
+def folder_by_time(config: Config) -> Path:
+    """Where a run goes that was given no folder."""
     name = f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.name}-{config.data.name}"
     return Path("runs") / name.replace("/", "_")
 
