@@ -112,6 +112,51 @@ class AugmentConfig:
 
 
 @dataclass
+class LossConfig:
+    """What a segmenter learns from its masks. Classifiers read `augment.label_smoothing` alone."""
+
+    name: Literal["ce", "ohem"] = option(
+        "ce", "cross entropy of every pixel, or of the hardest (online hard example mining; segmentation)"
+    )
+    ohem_threshold: float = option(
+        0.9, "ohem: pixels count whose true class has a probability below this, …", low=0, high=1
+    )
+    ohem_kept: int = option(131_072, "… and no fewer than so many of a batch on a device", low=1)
+    auxiliary_weight: float = option(0.4, "weight of the auxiliary head's loss, where there is one", low=0)
+    boundary_weight: float | None = option(
+        None, "weight of the cross entropy of boundaries; null is 20 where a head draws them (BEVANet)", low=0
+    )
+    boundary_labels_weight: float | None = option(
+        None,
+        "weight of the labels' loss once more, on pixels that are taken for a boundary; null is 1 where a head draws "
+        "them (BEVANet)",
+        low=0,
+    )
+    class_weights: list[float] = option(  # noqa: RUF009
+        [], "weights of the classes in the cross entropy of pixels, one for each; [] weighs all the same", low=0
+    )
+
+
+@dataclass
+class EvaluateConfig:
+    """How the pixels of a picture are judged. Validation and test have mode and divisor; scales and flip are of the
+    final test alone."""
+
+    mode: Literal["whole", "slide"] = option(
+        "whole", "a picture in one piece, or in windows that overlap, whose answers are averaged (segmentation)"
+    )
+    window: list[int] | None = option(None, "slide: height and width of a window; null: data.size, squared", low=1)
+    stride: list[int] | None = option(
+        None, "slide: rows and columns from one window to the next; null: two thirds of the window", low=1
+    )
+    scales: list[float] = option(  # noqa: RUF009
+        [1.0], "factors of the picture's size whose answers are averaged, in the final test", low=0.1, high=10
+    )
+    flip: bool = option(False, "average with the answers to the mirror image, in the final test")
+    divisor: int = option(1, "stretch a picture to sides that are multiples of this", low=1)
+
+
+@dataclass
 class DistillConfig:
     """A frozen teacher, and what is learned from it beside the labels."""
 
@@ -253,6 +298,8 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -21,6 +21,7 @@ FREE = frozenset(
         *("out", "overwrite", "resume", "resume_force", "data.root", "data.download", "data.workers", "data.max_bad"),
         *("data.timeout", "data.worker_restarts", "train.epochs", "train.steps", "train.threads", "train.progress"),
         *("train.save_every", "train.save_errors", "train.skip_nonfinite", "train.accelerator", "train.compile"),
+        *("evaluate.scales", "evaluate.flip"),
     }
 )
 """Settings that a resumed run may change: they choose how long and on what it runs, not what a step computes."""
