@@ -45,14 +45,18 @@ def test_training_shards_are_disjoint_and_equally_long() -> None:
 
 @pytest.mark.parametrize("length", [1, 7, 16, 17, 100])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_sees_each_picture_once_in_as_many_batches_on_each_rank(length: int, world_size: int) -> None:
+@pytest.mark.parametrize("size", [1, 4])
+def test_evaluation_sees_each_picture_once_in_as_many_batches_on_each_rank(
+    length: int, world_size: int, size: int
+) -> None:
     shards = [
-        EpochBatches(length, 4, seed=0, training=False, rank=rank, world_size=world_size) for rank in range(world_size)
+        EpochBatches(length, size, seed=0, training=False, rank=rank, world_size=world_size)
+        for rank in range(world_size)
     ]
     seen = [index for shard in shards for request in shard for index in request.indices]
     assert sorted(seen) == list(range(length))
     assert {len(list(shard)) for shard in shards} == {len(shards[0])}
-    assert all(len(request.indices) <= 4 for shard in shards for request in shard)
+    assert all(len(request.indices) <= size for shard in shards for request in shard)
 
 
 def test_too_few_pictures_for_a_batch_names_the_remedy() -> None:

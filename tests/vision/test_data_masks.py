@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mixerzoo.vision.data.loading import Request
-from mixerzoo.vision.data.module import SOURCES
+from mixerzoo.vision.data.module import SOURCES, ZooData
 from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits
 from mixerzoo.vision.training.config import AugmentConfig, DataConfig
 from PIL import Image
@@ -67,23 +68,45 @@ def test_pictures_and_masks_are_moved_alike(save: Save) -> None:
     assert len(seen) > 2 and {padded for padded, _ in seen} == {True, False}
 
 
-def test_the_middle_of_a_picture_is_judged(save: Save) -> None:
-    save("one", _mask(), split="training")
-    splits = _load(save("two", _mask(40, 80), split="validation"))
-    images, masks = splits.val.__getitems__(Request([0], 0))
-    expected = torch.from_numpy(_mask(32, 32))
-    assert torch.equal(masks[0], expected)
-    assert (_red(splits, images)[0] - 40 * expected).abs().median() < 1
+class _Rank:
+    """What a data module asks of its trainer."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.global_rank, self.world_size = rank, world_size
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_pictures_are_judged_whole_one_by_one_and_each_once(save: Save, world_size: int) -> None:
+    masks = {str(index): _mask(20 + index, 50 - 3 * index) for index in range(5)}
+    save("one", _mask())
+    for name, mask in masks.items():
+        root = save(name, mask, split="validation")
+    splits = _load(root)
+    assert splits.whole
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    lengths = set()
+    for rank in range(world_size):
+        data = ZooData(splits, batch_size=4)
+        data.trainer = _Rank(rank, world_size)  # type: ignore[assignment]
+        batches = list(data.test_dataloader())
+        lengths.add(len(batches))
+        assert all(len(images) == len(masks) <= 1 and images.shape[1] == 3 for images, masks in batches)
+        seen += [(images[0], mask[0]) for images, mask in batches if len(images)]
+    assert len(lengths) == 1 and sorted(mask.shape[0] for _, mask in seen) == [20, 21, 22, 23, 24]
+    for image, mask in seen:
+        assert torch.equal(mask, torch.from_numpy(masks[str(mask.shape[0] - 20)]))
+        torch.testing.assert_close(_red(splits, image[None])[0], 40.0 * mask, rtol=0, atol=1e-3)
 
 
 def test_label_zero_may_mean_nothing(save: Save) -> None:
     save("one", _mask(), split="train", masks="masks")
     mask = _mask()
     mask[0, 0] = IGNORE_INDEX
-    splits = _load(save("two", mask, split="val", masks="masks"), ignore_zero=True, classes=3, size=40)
+    splits = _load(save("two", mask, split="val", masks="masks"), ignore_zero=True, classes=3)
     _, masks = splits.val.__getitems__(Request([0], 0))
     assert masks.unique().tolist() == [0, 1, 2, IGNORE_INDEX]
-    assert (masks[0, :20, :10] == IGNORE_INDEX).all() and (masks[0, 25:, 25:] == 2).all()
+    assert (masks[0, :20, :10] == IGNORE_INDEX).all() and (masks[0, 25:, 35:] == 2).all()
 
 
 def test_pictures_are_held_out_where_no_folder_is(save: Save) -> None:

@@ -115,8 +115,8 @@ class EpochBatches(Sampler[Request]):
     def __len__(self) -> int:
         if self.training:
             return self.length // (self.batch_size * self.world_size)
-        # No more than the smallest share has pictures: a batch is empty only where there are fewer than processes.
-        return min(-(-self.length // (self.batch_size * self.world_size)), max(self.length // self.world_size, 1))
+        # The largest share's: of pictures that come one by one, a rank with fewer ends with an empty batch.
+        return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Request]:
         return self._requests(self.epoch, self.start)
@@ -152,7 +152,7 @@ class _Answering:
         return len(self.dataset)
 
     def __getitems__(self, request: Request, /) -> Answer:
-        if not request.indices:  # fewer pictures than processes: an empty batch of the right shape
+        if not request.indices:  # fewer pictures than the other processes have: an empty batch of the right shape
             answer = self.__getitems__(request._replace(indices=[0]))
             return answer if answer.error else answer._replace(batch=tuple(part[:0] for part in answer.batch))
         answer = getattr(self.dataset, "answer", None)

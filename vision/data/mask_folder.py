@@ -7,9 +7,8 @@ A mask is a PNG with a class number for each pixel, 255 where none is meant. Whe
 `data.ignore_zero`: the classes then count from 1. `ROOT/classes.txt`, one name a line, names the classes; without it
 `data.classes` says how many there are.
 
-Unusual: pictures are judged in the middle, scaled to a shorter side of `data.size` and cropped to a square, so that
-batches are whole. Published numbers are of whole pictures. All masks are read before training begins: one wrong label
-would otherwise end it at a random step.
+Unusual: validation and test pictures keep their own size, one to a batch, as published numbers are of whole pictures.
+All masks are read before training begins: one wrong label would otherwise end it at a random step.
 """
 
 from __future__ import annotations
@@ -164,24 +163,27 @@ def load_mask_folder(config: DataSettings, augmentation: Augmentation, seed: int
         size=config.size,
         origin=f"pictures and masks in {root}",
         dense=True,
+        whole=True,
     )
 
 
 @dataclass(frozen=True)
 class MaskTransforms:
-    """Transforms of a picture and its mask, for any size; without augmentation those of evaluation."""
+    """Transforms of a picture and its mask, for any size; without augmentation those of evaluation, which keep it."""
 
     size: int
     augmentation: Augmentation | None
 
     def __call__(self, size: int | None) -> MaskTransform:
         size = size or self.size
-        return MaskTransform(_evaluation(size) if self.augmentation is None else _training(size, self.augmentation))
+        if self.augmentation is None:
+            return MaskTransform(v2.Compose(_normalised()))
+        return MaskTransform(_training(size, self.augmentation))
 
 
 @dataclass(frozen=True)
 class MaskTransform:
-    """Moves picture and mask alike, to tensors [3, size, size] and int64 [size, size]."""
+    """Moves picture and mask alike, to tensors [3, height, width] and int64 [height, width]."""
 
     of_both: v2.Transform
 
@@ -203,10 +205,6 @@ def _training(size: int, augmentation: Augmentation) -> v2.Transform:
             *_normalised(),
         ]
     )
-
-
-def _evaluation(size: int) -> v2.Transform:
-    return v2.Compose([v2.Resize(size), v2.CenterCrop(size), *_normalised()])
 
 
 def _normalised() -> list[v2.Transform]:

@@ -70,7 +70,7 @@ class ZooData(pl.LightningDataModule):
         if isinstance(dataset, Stream):
             batches = StreamBatches(len(dataset), self.batch_size, workers=self.workers, **options)
         else:
-            batches = EpochBatches(len(dataset), self.batch_size, **options)
+            batches = EpochBatches(len(dataset), self.batch_size if training or not self.splits.whole else 1, **options)
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return ResumableLoader(
             dataset,

@@ -46,7 +46,10 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """Batches are (pictures float [B, C, size, size], labels int64 [B], or [B, size, size] where `dense`)."""
+    """Batches are (pictures float [B, C, size, size], labels int64 [B], or [B, size, size] where `dense`).
+
+    `whole`: validation and test pictures keep their own height and width, and come one to a batch.
+    """
 
     train: Batches
     val: Batches
@@ -57,6 +60,7 @@ class Splits:
     size: int
     origin: str
     dense: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
