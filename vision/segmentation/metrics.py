@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
-    """Of counts [truth, prediction]: accuracy, its mean over classes, mean IoU; by class `iou`, `recall`, `precision`
-    (nan where there is nothing to divide by)."""
+    """Of counts [truth, prediction]: accuracy, its mean over classes, mean IoU, and IoU weighed with how often a class
+    is the truth; by class `iou`, `recall`, `precision` (nan where there is nothing to divide by)."""
     counts = confusion.double()
     hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     iou = hits / (truth + predicted - hits)  # 0 / 0 is nan: the class does not occur
@@ -21,6 +21,7 @@ def scores(confusion: Tensor) -> dict[str, Tensor]:
         "accuracy": hits.sum() / counts.sum(),
         "mean_accuracy": torch.nanmean(recall),
         "mean_iou": torch.nanmean(iou),
+        "frequency_weighted_iou": torch.nansum(truth * iou) / counts.sum(),
         "iou": iou,
         "recall": recall,
         "precision": hits / predicted,
