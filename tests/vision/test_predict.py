@@ -105,7 +105,7 @@ def test_masks_are_those_of_the_evaluation(
     config = load([*arguments, "data=ade20k", "data.ignore_zero=false"], repository / "configs")
     splits = load_mask_folder(config.data, config.augment, 0)
     classes = ["sky", "tree", "wall", "floor", "road"]
-    head = {"channels": 16, "dropout": 0.0}
+    head = {"name": "semantic_fpn", "channels": 16, "dropout": 0.0}
     folder = write_run(classes, head=head, mean=list(splits.mean), std=list(splits.std))
     images, _ = splits.val.__getitems__(Request([0], 0))
     [want] = load_run(folder).model(images).argmax(1)
@@ -127,7 +127,9 @@ def test_masks_are_those_of_the_evaluation(
 def test_overlays_have_the_size_of_the_picture_and_a_legend(
     write_run: Write, tmp_path: Path, photo: Image.Image
 ) -> None:
-    folder = write_run([f"<{k}>" for k in range(40)], head={"channels": 16, "dropout": 0.0}, size=48)
+    folder = write_run(
+        [f"<{k}>" for k in range(40)], head={"name": "segformer", "channels": 16, "dropout": 0.0}, size=48
+    )
     pictures = tmp_path / "pictures"
     (pictures / "below").mkdir(parents=True)
     photo.resize((500, 300)).save(pictures / "wide.jpg")

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mixerzoo.vision.segmentation import FPNHead, Segmenter
-from mixerzoo.vision.segmentation.segmenter import feature_channels
+from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training import settings as settings_module
 from mixerzoo.vision.training.config import Config
 from mixerzoo.vision.training.distillation import Objective, make_teacher
@@ -87,8 +86,7 @@ def _network(name: str, dense: bool) -> torch.nn.Module:
     if (name, dense) not in _networks:
         with torch.device("meta"):
             if dense:
-                backbone = timm.create_model(name, features_only=True)
-                _networks[name, dense] = Segmenter(backbone, FPNHead(feature_channels(backbone), 150))
+                _networks[name, dense] = build_segmenter(name, 150, head={"name": "semantic_fpn"})
             else:
                 _networks[name, dense] = timm.create_model(name)
     return _networks[name, dense]

@@ -1,53 +1,76 @@
-"""Head and segmenter."""
+"""Segmenter: sizes, what it says in training, layers and weight decay under it, and what it refuses."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import mixerzoo.vision  # noqa: F401  # registers the models
 import pytest
-import timm
 import torch
-from mixerzoo.vision.segmentation import FPNHead, Segmenter
+from mixerzoo.vision.segmentation import Segmenter, SegmenterOutput, build_segmenter
 from mixerzoo.vision.segmentation.segmenter import feature_channels
 
-
-def _segmenter(name: str = "test_convnext") -> Segmenter:
-    backbone = timm.create_model(name, features_only=True)
-    return Segmenter(backbone, FPNHead(feature_channels(backbone), 5, channels=16, dropout=0.1))
+NAT = {"stem_stride": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "kernel_size": 3}
+HEADS = ("upernet", "semantic_fpn", "segformer")
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 48), (37, 61)])
-def test_logits_have_the_size_of_the_picture(size: tuple[int, int]) -> None:
-    logits = _segmenter()(torch.randn(2, 3, *size))
-    assert logits.shape == (2, 5, *size)
+def _segmenter(name: str = "test_convnext", head: str = "semantic_fpn", **options: Any) -> Segmenter:
+    head_options = {"name": head, "channels": 8, **options}
+    return build_segmenter(name, 5, head=head_options, **(NAT if name == "nat_mini" else {}))
 
 
-def test_every_parameter_of_backbone_and_head_learns() -> None:
-    model = _segmenter()
-    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
-    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert not without
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.head.classify.parameters())
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("size", [(64, 64), (37, 61), (96, 40)])
+def test_logits_have_the_size_of_the_picture(head: str, size: tuple[int, int]) -> None:
+    model = _segmenter("nat_mini", head)
+    trained = model(torch.randn(2, 3, *size))
+    answers = [trained] if isinstance(trained, torch.Tensor) else [trained.logits, *trained.auxiliary]
+    assert len(answers) == (2 if head == "upernet" else 1)
+    answers.append(model.eval()(torch.randn(1, 3, *size)))
+    assert all(answer.shape[1:] == (5, *size) for answer in answers)
 
 
-def test_coarse_maps_reach_every_pixel_of_the_finest() -> None:
-    """The pyramid carries context down: the coarsest map alone changes the whole output."""
-    head = FPNHead([4, 8], 3, channels=8).eval()
-    fine, coarse = torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 4, 4)
-    change = (head([fine, coarse + 1]) - head([fine, coarse])).abs().amax(1)
-    assert (change > 0).all()
+@pytest.mark.parametrize("head", HEADS)
+def test_every_parameter_of_backbone_and_heads_learns(head: str) -> None:
+    model = _segmenter(head=head, auxiliary=True)
+    output = model(torch.randn(2, 3, 64, 64))
+    assert isinstance(output, SegmenterOutput) and output.boundary is None
+    (output.logits.square().mean() + output.auxiliary[0].square().mean()).backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
-def test_wrong_numbers_of_maps_and_plain_models_are_refused() -> None:
-    with pytest.raises(ValueError, match="built for 2 feature maps; got 1"):
-        FPNHead([4, 8], 3)([torch.zeros(1, 4, 8, 8)])
+def test_the_auxiliary_head_only_learns() -> None:
+    """It changes nothing of the answer, and can be left out."""
+    model = _segmenter(head="upernet").eval()
+    images = torch.randn(1, 3, 64, 64)
+    whole = model(images)
+    model.auxiliary_head = None
+    assert torch.equal(model(images), whole)
+    assert _segmenter(head="upernet", auxiliary=False).auxiliary_head is None
+    assert isinstance(_segmenter(head="upernet", auxiliary=False)(torch.randn(2, 3, 64, 64)), torch.Tensor)
+
+
+def test_what_is_no_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no head is called 'uppernet'; did you mean upernet\?"):
+        _segmenter(head="uppernet")
+    with pytest.raises(ValueError, match=r"a head has name, channels, .*'width': 8"):
+        _segmenter(width=8)
+    with pytest.raises(ValueError, match="a head has name, channels, "):
+        build_segmenter("test_convnext", 5, head={"channels": 8})
+
+
+def test_one_picture_is_too_few_to_train_upernet() -> None:
+    with pytest.raises(ValueError, match="at least 2 pictures in training; got a batch of 1"):
+        _segmenter(head="upernet")(torch.randn(1, 3, 64, 64))
+
+
+def test_plain_models_are_refused() -> None:
     with pytest.raises(ValueError, match="features_only=True"):
         feature_channels(torch.nn.Conv2d(1, 1, 1))
 
 
 def test_what_the_backbone_spares_from_weight_decay_keeps_its_name() -> None:
-    kwargs = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "kernel_size": 3}
-    backbone = timm.create_model("nat_mini", features_only=True, **kwargs)
-    model = Segmenter(backbone, FPNHead(feature_channels(backbone), 2, channels=8))
+    model = _segmenter("nat_mini", "upernet")
     spared = model.no_weight_decay()
     assert spared and spared <= {name for name, _ in model.named_parameters()}
     assert all("rpb" in name for name in spared)

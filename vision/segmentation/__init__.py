@@ -1,7 +1,6 @@
 """Dense prediction: decode heads on timm feature pyramids. Needs torch and timm alone."""
 
-from .fpn import FPNHead
 from .metrics import scores
-from .segmenter import Segmenter, build_segmenter
+from .segmenter import Segmenter, SegmenterOutput, build_segmenter
 
-__all__ = ["FPNHead", "Segmenter", "build_segmenter", "scores"]
+__all__ = ["Segmenter", "SegmenterOutput", "build_segmenter", "scores"]

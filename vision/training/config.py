@@ -39,8 +39,18 @@ class ModelConfig:
 
 @dataclass
 class HeadConfig:
-    channels: int = option(64, "width of the segmentation head", low=1)
-    dropout: float = option(0.0, "dropout before the head's classifier", low=0, high=1)
+    """What a segmenter has on top of its backbone. Classifiers have their own head."""
+
+    name: str = option("semantic_fpn", "upernet, semantic_fpn or segformer")
+    channels: int | None = option(None, "width of the head; null is the published one", low=1)
+    neck_channels: int | None = option(
+        None, "width of the pyramid under semantic_fpn; null is twice the head's, as published", low=1
+    )
+    dropout: float = option(0.1, "dropout before the head's classifier", low=0, high=1)
+    auxiliary: bool | None = option(
+        None, "a further head learns on the last map but one; null: with upernet, as published"
+    )
+    kwargs: dict[str, Any] = option({}, "further arguments of the head")  # noqa: RUF009
 
 
 @dataclass
@@ -145,8 +155,10 @@ class EvaluateConfig:
     mode: Literal["whole", "slide"] = option(
         "whole", "a picture in one piece, or in windows that overlap, whose answers are averaged (segmentation)"
     )
-    window: list[int] | None = option(None, "slide: height and width of a window; null: data.size, squared", low=1)
-    stride: list[int] | None = option(
+    window: list[int] | None = option(  # noqa: RUF009
+        None, "slide: height and width of a window; null: data.size, squared", low=1
+    )
+    stride: list[int] | None = option(  # noqa: RUF009
         None, "slide: rows and columns from one window to the next; null: two thirds of the window", low=1
     )
     scales: list[float] = option(  # noqa: RUF009
