@@ -5,7 +5,7 @@ itself is timm's ModelEmaV3. Its warm-up is K. Crowson's: 1 - (1 + updates) ** (
 
 Unusual:
 
-* Weights are never exchanged. Validation asks the averaged copy (`Task.evaluated`), so that no error or signal can
+* Weights are never exchanged. Validation asks the averaged copy (`Task.judge`), so that no error or signal can
   leave the one in the place of the other; Lightning's own callback, which swaps, then saves them in each other's slots.
 * In a checkpoint `state_dict` holds the average, which is what was validated and what every tool reads. The weights
   that training goes on with are beside it, under `raw_weights`.

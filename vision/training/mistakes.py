@@ -1,7 +1,8 @@
 """What a model got wrong and was most sure of: of all pictures of a test those that say most about data and model.
 
 Unusual: they are collected while the test runs, a handful at a time, so that no second pass is needed and a test of any
-length takes no more memory. Of several processes each sees its own share, and the first one shows what it saw.
+length takes no more memory; of pictures with masks no more is kept than will be drawn. Of several processes each sees
+its own share, and the first one shows what it saw.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from torch import Tensor
 
 from ..data.splits import IGNORE_INDEX
 
+SHOWN_SIDE = 640
+"""The longer side, in pixels, of a picture with a mask in the run folder."""
+
 
 class Mistake(NamedTuple):
     """`score` is the certainty of the wrong answer; of pixels the share that is wrong, weighed with the certainty."""
 
     score: float
-    image: Tensor  # [C, H, W], as the model saw it
+    image: Tensor  # [C, H, W], as the data set gave it
     truth: Tensor  # a label, or labels [H, W]
     prediction: Tensor  # the same
     confidence: Tensor  # of the prediction, the same shape
@@ -63,6 +67,23 @@ class Mistakes(pl.Callback):
         least = self.found[-1].score if len(self.found) == self.most else 0.0
         for score, index in zip(scores.tolist(), order.tolist(), strict=True):
             if score > least:
-                kept = (tensor[index].detach().cpu().clone() for tensor in (images, truth, prediction, confidence))
+                kept = (
+                    shrink(tensor[index].detach()).cpu().clone() for tensor in (images, truth, prediction, confidence)
+                )
                 self.found.append(Mistake(score, *kept))
         self.found = sorted(self.found, key=lambda mistake: -mistake.score)[: self.most]
+
+
+def shrink(values: Tensor, longest: int = SHOWN_SIDE) -> Tensor:
+    """[..., H, W] with neither side above `longest`, by leaving out pixels: labels stay what they are, and a picture
+    and its masks stay on top of each other. A lone label stays too."""
+    height, width = values.shape[-2:] if values.ndim > 1 else (1, 1)
+    if max(height, width) <= longest:
+        return values
+    rows, columns = (
+        torch.linspace(0, side - 1, max(round(side * longest / max(height, width)), 1), device=values.device)
+        .round()
+        .long()
+        for side in (height, width)
+    )
+    return values[..., rows[:, None], columns]

@@ -5,7 +5,8 @@ Drawn on `Figure` objects, without pyplot: no global state, no window system.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -23,11 +25,12 @@ _INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
 _COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
 _STAGES = {"train": "training", "val": "validation"}
 _MOST_NUMBERED_CLASSES = 20
-_MOST_NAMED_CLASSES = 100
-_LONGEST_LEGEND = 30
+_MOST_NAMED_CLASSES = 150
+_CELLS = {_MOST_NUMBERED_CLASSES: 0.46, 30: 0.3, 100: 0.11, math.inf: 0.08}  # inches a class, by how many there are
 _MOST_LISTED = 30
 _MOST_CELLS = 250
 _LONGEST_NAME = 24
+_TALLEST, _FLATTEST = 1.3, 0.45  # height of a row of pictures as a part of its width; others leave room at their sides
 
 
 def draw_curves(
@@ -99,8 +102,8 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     counts = confusion.double().cpu().numpy()
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     count = len(classes)
-    cell = 0.46 if count <= _MOST_NUMBERED_CLASSES else 0.3 if count <= 30 else 0.11
-    side = 2.6 + cell * (count if count <= _MOST_NAMED_CLASSES else 60)
+    cell = next(size for most, size in _CELLS.items() if count <= most)
+    side = 2.6 + cell * (count if count <= _MOST_NAMED_CLASSES else 80)
     listed = _MOST_LISTED if count > _MOST_NUMBERED_CLASSES else 0
     figure = Figure(figsize=(side + 0.8 + (6.0 if listed else 0), side), layout="constrained")
     widths = (side, 5.2) if listed else None
@@ -193,56 +196,78 @@ def draw_predictions(
 
 def draw_masks(
     path: Path,
-    images: Tensor,
-    columns: dict[str, Tensor],
+    images: Sequence[Tensor],
+    columns: Mapping[str, Sequence[Tensor]],
     classes: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    errors: Tensor | None = None,
+    errors: Sequence[Tensor] | None = None,
 ) -> None:
-    """A row for each picture: the picture, then each of `columns` (masks [N, H, W]) laid over it, and a legend.
+    """A row for each picture [C, H, W], of any size: the picture, then each of `columns` (a mask [H, W] for each)
+    laid over it, and a legend.
 
-    `errors` [N, H, W], from 0 where a pixel is right to 1 where it is wrong without doubt, make a last column.
+    `errors` [H, W], from 0 where a pixel is right to 1 where it is wrong without doubt, make a last column.
     """
-    palette = class_colours(len(classes))
-    count = len(images)
+    palette = class_colours(len(classes), ground=has_ground(classes))
     names = ["picture", *columns, *(["where it is wrong"] if errors is not None else [])]
-    figure = Figure(figsize=(1.9 * len(names) + 1.5, 1.9 * count + 0.3), layout="constrained")
-    grid = figure.subplots(count, len(names), squeeze=False)
-    for row in range(count):
-        picture = _pixels(images[row], mean, std)
-        shown = [picture, *(overlay(picture, mask[row].cpu().numpy(), palette) for mask in columns.values())]
+    shapes = [min(max(image.shape[-2] / image.shape[-1], _FLATTEST), _TALLEST) for image in images]
+    height = max(1.9 * sum(shapes) + 0.12 * len(shapes) + 0.3, 1.8)
+    figure = Figure(figsize=(1.9 * len(names) + 1.7, height), layout="constrained")
+    grid = figure.subplots(len(images), len(names), squeeze=False, height_ratios=shapes)
+    for row, image in enumerate(images):
+        picture = _pixels(image, mean, std)
+        shown = [picture, *(overlay(picture, masks[row].cpu().numpy(), palette) for masks in columns.values())]
         shown += [_redden(picture, errors[row].cpu().numpy())] if errors is not None else []
         for axes, panel in zip(grid[row], shown, strict=True):
             axes.imshow(panel, interpolation="nearest")
             axes.axis("off")
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=10)
-    shown = range(1, len(classes))
-    if len(classes) > _LONGEST_LEGEND:  # then only those that are in these pictures
-        present = torch.cat([mask.flatten() for mask in columns.values()]).unique().tolist()
-        shown = [index for index in present if index != IGNORE_INDEX][:_LONGEST_LEGEND]
-    handles = [Patch(color=palette[index], label=short_name(classes[index])) for index in shown]
-    handles.append(Patch(facecolor="white", edgecolor="black", linewidth=0.5, label="ignored"))
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    handles = _legend(columns, classes, palette, most=int(height / 0.19))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
-def class_colours(count: int) -> np.ndarray:
-    """[count, 3] in 0..1: class 0, the ground, is black, the others as different as a palette of 20 allows."""
-    # The strong colours of tab20 first, then their pale ones.
-    order = [*range(0, 20, 2), *range(1, 20, 2)]
-    colours = np.array([colormaps["tab20"](order[index % 20])[:3] for index in range(max(count - 1, 0))])
-    return np.concatenate([np.zeros((1, 3)), colours.reshape(-1, 3)])
+def _legend(
+    columns: Mapping[str, Sequence[Tensor]], classes: Sequence[str], palette: np.ndarray, *, most: int
+) -> list[Patch]:
+    """All classes, or where there are more than `most`, those that fill most of these masks."""
+    fitting = max(most - 1, 4)  # the last place is for what is ignored
+    shown = list(range(len(classes)))
+    if len(classes) > fitting:
+        counts = torch.stack([mask.flatten().bincount(minlength=256) for masks in columns.values() for mask in masks])
+        counts = counts.sum(0)[: len(classes)]
+        shown = sorted(index for index in counts.argsort(descending=True)[:fitting].tolist() if counts[index])
+    handles = [Patch(color=palette[index], label=short_name(classes[index])) for index in shown]
+    return [*handles, Patch(facecolor="white", edgecolor="black", linewidth=0.5, hatch="///", label="ignored")]
+
+
+def has_ground(classes: Sequence[str]) -> bool:
+    """Whether the first class is what lies behind all others."""
+    return classes[0].lower() in ("ground", "background")
+
+
+def class_colours(count: int, *, ground: bool = True) -> np.ndarray:
+    """[count, 3] in 0..1: as different as so many can be. With `ground` class 0 is black."""
+    # The strong colours of tab20 first, then their pale ones; further ones walk around the circle of hues by the golden
+    # section, darker at each round, so that neighbours in number are no neighbours in colour.
+    colours = [colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), *range(1, 20, 2))]
+    for index in range(count - 20):
+        colours.append(hsv_to_rgb((index * 0.381966 % 1, 0.55 + 0.15 * (index % 4), 0.95 - 0.13 * (index % 5))))
+    black = [(0.0, 0.0, 0.0)] if ground else []
+    return np.array([*black, *colours][:count], dtype=float).reshape(-1, 3)
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """`picture` [H, W, 3] under the colours of `mask` [H, W]: the ground dimmed, ignored pixels white."""
-    colours = np.concatenate([palette, np.ones((1, 3))])[np.where(mask == IGNORE_INDEX, len(palette), mask)]
+    """`picture` [H, W, 3] under the colours of `mask` [H, W]: the ground dimmed, ignored pixels white with stripes."""
+    ignored = mask == IGNORE_INDEX
+    colours = palette[np.where(ignored, 0, mask)]
     grey = picture.mean(-1, keepdims=True).repeat(3, -1)
-    blended = (1 - strength) * grey + strength * colours
-    return np.where((mask == IGNORE_INDEX)[..., None], 1.0, blended)
+    rows, columns = np.indices(mask.shape)
+    width = max(min(mask.shape) // 48, 1)
+    stripes = np.where((rows + columns) // width % 4 == 0, 0.75, 1.0)[..., None]
+    return np.where(ignored[..., None], stripes, (1 - strength) * grey + strength * colours)
 
 
 def _redden(picture: np.ndarray, amount: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from ..segmentation import scores
 from . import pictures
 from .checkpoints import write_text
 from .config import Config
-from .mistakes import Mistake
+from .mistakes import Mistake, shrink
 from .settings import to_yaml
 from .summary import Summary
 from .tasks import Task
@@ -77,6 +77,7 @@ def _draw_batch(path: Path, task: Task, splits: Splits, config: Config) -> None:
     request = next(iter(batches))
     images, targets = splits.train.__getitems__(request._replace(indices=request.indices[: count - count % 2]))
     if splits.dense:
+        images, targets = (tensor.unbind() for tensor in (images, targets))
         return pictures.draw_masks(path, images, {"truth": targets}, splits.classes, splits.mean, splits.std)
     names = [splits.classes[int(target)] for target in targets]
     if task.mix is not None and len(images) % 2 == 0:
@@ -114,29 +115,37 @@ def _draw_results(
 def _draw_predictions(path: Path, task: Task, splits: Splits) -> None:
     count = min(6 if splits.dense else 32, len(splits.test))
     spread = torch.linspace(0, len(splits.test) - 1, count).long().tolist()
-    images, truth = splits.test.__getitems__(Request(spread, 0))
-    logits = task.model.eval().cpu()(images)
+    task.model.eval().cpu()
+    shown = (splits.classes, splits.mean, splits.std)
     if splits.dense:
-        masks = {"truth": truth, "prediction": logits.argmax(1)}
-        pictures.draw_masks(path, images, masks, splits.classes, splits.mean, splits.std)
-    else:
-        title = "test pictures: predicted class and confidence"
-        confidence, predicted = logits.softmax(1).max(1)
-        shown = (truth, predicted, confidence, splits.classes, splits.mean, splits.std)
-        pictures.draw_predictions(path, images, *shown, title=title)
+        answered = [_predict_mask(task, splits, index) for index in spread]
+        images, truth, predicted = (list(parts) for parts in zip(*answered, strict=True))
+        return pictures.draw_masks(path, images, {"truth": truth, "prediction": predicted}, *shown)
+    images, truth = splits.test.__getitems__(Request(spread, 0))
+    confidence, predicted = task.judge(images, final=True).softmax(1).max(1)
+    title = "test pictures: predicted class and confidence"
+    pictures.draw_predictions(path, images, truth, predicted, confidence, *shown, title=title)
+
+
+def _predict_mask(task: Task, splits: Splits, index: int) -> tuple[torch.Tensor, ...]:
+    """A test picture, its mask and the model's, no larger than they are drawn."""
+    images, truth = splits.test.__getitems__(Request([index], 0))
+    found = (images, truth, task.judge(images, final=True).argmax(1))
+    return tuple(shrink(tensor[0]) for tensor in found)
 
 
 def _draw_mistakes(path: Path, mistakes: Sequence[Mistake], splits: Splits) -> None:
     if not mistakes:
         return
-    images, truth, predicted, confidence = (
-        torch.stack(parts) for parts in zip(*(mistake[1:] for mistake in mistakes), strict=True)
-    )
+    parts = [[mistake[number] for mistake in mistakes] for number in range(1, len(Mistake._fields))]
+    shown = (splits.classes, splits.mean, splits.std)
     if splits.dense:
-        wrong = (predicted != truth) & (truth != IGNORE_INDEX)
-        masks = {"truth": truth, "prediction": predicted}
-        shown = (splits.classes, splits.mean, splits.std)
-        pictures.draw_masks(path, images, masks, *shown, errors=torch.where(wrong, confidence, 0.0))
-    else:
-        shown = (truth, predicted, confidence, splits.classes, splits.mean, splits.std)
-        pictures.draw_predictions(path, images, *shown, title="the most confident mistakes of the test")
+        images, truth, predicted, confidence = parts
+        errors = [
+            torch.where((guess != label) & (label != IGNORE_INDEX), certainty, 0.0)
+            for label, guess, certainty in zip(truth, predicted, confidence, strict=True)
+        ]
+        return pictures.draw_masks(path, images, {"truth": truth, "prediction": predicted}, *shown, errors=errors)
+    images, truth, predicted, confidence = map(torch.stack, parts)
+    title = "the most confident mistakes of the test"
+    pictures.draw_predictions(path, images, truth, predicted, confidence, *shown, title=title)

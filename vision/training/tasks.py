@@ -8,7 +8,8 @@ Unusual:
   mixup are then the same in a resumed run, without random states in the checkpoint.
 * No hyper-parameters are saved, so that a checkpoint holds tensors, numbers and text and loads with
   `weights_only=True`.
-* The objective, with its teacher, is no module: nothing of it is trained, saved or moved by Lightning."""
+* The objective, with its teacher, is no module: nothing of it is trained, saved or moved by Lightning.
+* Pixels are judged through `infer`, at the size of the picture that comes from the data set."""
 
 from __future__ import annotations
 
@@ -21,15 +22,19 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from timm.data.mixup import Mixup
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ..data.loading import mix_seed, seed_everything
+from ..data.pictures import DataError
 from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
+from ..segmentation.inference import infer
 from .callbacks import KeepRateWarmup
 from .checkpoints import refuse_another
 from .config import Config
+from .dense import check_one_picture, loss_parts, make_inference, make_loss, short_side
 from .distillation import Objective, Teacher, keep_rates
 from .distributed import of_all_processes, of_this_process, shard
 from .ema import make_average
@@ -41,7 +46,7 @@ from .settings import ConfigError
 
 class Task(pl.LightningModule):
     """Trains `model` on batches (pictures, integer labels of pictures or pixels) with cross entropy, and on what the
-    settings ask for besides (distillation.py)."""
+    settings ask for besides (dense.py, distillation.py)."""
 
     def __init__(
         self, model: nn.Module, config: Config, splits: Splits, *, plan: Plan, teacher: Teacher | None = None
@@ -56,16 +61,16 @@ class Task(pl.LightningModule):
         if mixes and config.train.batch_size % 2:
             raise ValueError(f"mixup pairs pictures: train.batch_size={config.train.batch_size} must be even")
         self.mix = _mixup(config, len(splits.classes)) if mixes else None
-        smoothing = augment.label_smoothing
-        self.hard_loss = nn.CrossEntropyLoss(
-            ignore_index=IGNORE_INDEX if splits.dense else -100, label_smoothing=smoothing
-        )
+        self.dense_loss = make_loss(model, config, splits)
+        self.inferences = make_inference(config, splits)
+        check_one_picture(model, config, splits)
         self.objective = Objective(model, config, splits, teacher)
         self.keep_rate_warmup = make_keep_rate_warmup(model, config, plan)
         self.guard = StepGuard(skip=config.train.skip_nonfinite)
         self.average = make_average(model, config, plan, self.guard)
         self.train_loss = MeanMetric()
-        parts = ("labels", *self.objective.weights) if self.objective.weights else ()
+        parts = (*self.objective.weights, *(loss_parts(model) if splits.dense else ()))
+        parts = ("labels", *parts) if parts else ()
         self.train_parts = nn.ModuleDict({name: MeanMetric() for name in parts})
         self._resumed_means: Tensor | None = None
         self.val_loss = MeanMetric()
@@ -74,13 +79,21 @@ class Task(pl.LightningModule):
         """Counts [truth, prediction] of the latest evaluation, over all processes."""
         self.confusion = MulticlassConfusionMatrix(len(splits.classes), ignore_index=ignored, validate_args=False)
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is judged: in training the average, if there is one. A test has its own weights in place."""
-        return self.model if self.average is None or self.trainer.testing else self.average.module
-
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
+
+    def judge(self, images: Tensor, *, final: bool) -> Tensor:
+        """Logits [B, K], or [B, K, H, W] at the pictures' own size, of a model in evaluation mode.
+
+        `final`: as in the test, which has the weights to test in place, and all scales and flips. Before that the
+        average is judged, if there is one.
+        """
+        network = self.model if final or self.average is None else self.average.module
+        if self.inferences is None:
+            return network(images)
+        inference = self.inferences[final]
+        answer = infer(network, images, inference)
+        return answer if len(inference.views) == 1 else answer.clamp_(min=torch.finfo(answer.dtype).tiny).log_()
 
     def compile_network(self) -> None:
         """In place, so that nothing changes its name in a checkpoint."""
@@ -116,10 +129,8 @@ class Task(pl.LightningModule):
             # Without mixing the targets stay the smoothed probabilities that the loss takes.
             self.mix.mixup_enabled = self.current_epoch < self.plan.epochs - self.config.augment.mix_off_epochs
             images, targets = self.mix(images, targets)
-        logits, parts = self.objective(images)
-        label_loss = SoftTargetCrossEntropy() if self.mix is not None else self.hard_loss
-        parts["labels"] = label_loss(logits, targets)
-        loss = self.config.distill.labels_weight * parts["labels"]
+        output, parts = self.objective(images)
+        loss = self.config.distill.labels_weight * self._label_loss(output, targets, parts)
         for name, weight in self.objective.weights.items():
             loss = loss + weight * parts[name]
         counts = loss.detach().isfinite()  # the guard decides what becomes of a step whose loss is not
@@ -127,6 +138,27 @@ class Task(pl.LightningModule):
             metric.update(value.detach().where(counts, 0.0), counts.to(value.dtype))
         self.log("loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=False)
         return loss
+
+    def _label_loss(self, output: Any, targets: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """Of the model's answer; `parts` gains what it is made of."""
+        if self.dense_loss is not None:
+            found = self.dense_loss(output, targets)
+            total = found.pop("total")
+            parts |= found
+            return total
+        if self.mix is not None:
+            parts["labels"] = SoftTargetCrossEntropy()(output, targets)
+        else:
+            parts["labels"] = self._cross_entropy(output, targets)
+        return parts["labels"]
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over pictures or labelled pixels, 0 where there are none."""
+        smoothing = self.config.augment.label_smoothing
+        if self.dense_loss is None:
+            return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
+        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
 
     def on_train_epoch_end(self) -> None:
         rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
@@ -141,10 +173,10 @@ class Task(pl.LightningModule):
             logger.log_metrics(values, step=self.global_step)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._evaluate(batch, final=False)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch)
+        return self._evaluate(batch, final=True)
 
     def on_validation_epoch_start(self) -> None:
         self._reset_evaluation()
@@ -158,14 +190,15 @@ class Task(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _evaluate(self, batch: tuple[Tensor, Tensor], *, final: bool) -> Tensor:
         images, targets = self._laid_out(batch)
         if not len(images):
-            # Fewer pictures than processes, and none for this one. The others wait for it in the forward pass: FSDP
-            # gathers weights there, DDP the buffers.
-            return self.evaluated(images.new_zeros(1, *images.shape[1:]))[:0]
-        logits = self.evaluated(images)
-        self.val_loss.update(self.hard_loss(logits, targets), len(images))
+            # Fewer pictures than the other processes have. They wait for this one in the forward pass: FSDP gathers
+            # weights there, DDP the buffers.
+            return self.judge(images.new_zeros(1, *images.shape[1:]), final=final)[:0]
+        logits = self.judge(images, final=final)
+        counted = (targets != IGNORE_INDEX).sum() if self.dense_loss is not None else len(images)
+        self.val_loss.update(self._cross_entropy(logits, targets), counted)
         self.confusion.update(logits.argmax(1), targets)
         return logits
 
@@ -175,10 +208,14 @@ class Task(pl.LightningModule):
 
     def _report(self, stage: str) -> None:
         self.result = self.confusion.compute().cpu()
+        if not self.result.any():
+            raise DataError(f"{self.splits.origin}: no pixel of the masks of `{stage}` has a class; all are ignored")
         result = scores(self.result)
         self.log(f"{stage}/loss", self.val_loss.compute())
         self.log(f"{stage}/{self.metric}", result[self.metric].float(), prog_bar=True)
-        self.log(f"{stage}/mean_accuracy", result["mean_accuracy"].float())
+        others = ("mean_accuracy", *(("accuracy", "frequency_weighted_iou") if self.splits.dense else ()))
+        for name in others:
+            self.log(f"{stage}/{name}", result[name].float())
 
     def _laid_out(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         images, targets = batch
@@ -214,6 +251,8 @@ class Task(pl.LightningModule):
             "model": self.config.model.name,
             "model_kwargs": self.config.model.kwargs,
             "head": dataclasses.asdict(self.config.head) if splits.dense else None,
+            "evaluate": dataclasses.asdict(self.config.evaluate) if splits.dense else None,
+            "short_side": short_side(self.config, splits) if splits.dense else None,
             "classes": list(splits.classes),
             "in_chans": splits.channels,
             "size": splits.size,
@@ -225,7 +264,8 @@ class Task(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_another(checkpoint, self.state_dict(), self._facts(), force=self.config.resume_force)
+        facts = {name: value for name, value in self._facts().items() if name != "evaluate"}  # settings.py judges that
+        refuse_another(checkpoint, self.state_dict(), facts, force=self.config.resume_force)
         self._resumed_means = checkpoint["train_means"]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

@@ -1,0 +1,163 @@
+"""What is particular to training a segmenter: its loss, how its pictures are judged, and settings that contradict it.
+
+Unusual: the loss of validation is the plain cross entropy of every labelled pixel at the picture's own size, whatever
+training lowers: it does not depend on how pictures are put into batches or spread over processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..data.splits import Splits
+from ..segmentation.inference import Inference
+from ..segmentation.losses import SegmentationLoss
+from .config import Config, LossConfig
+from .settings import ConfigError
+
+
+def loss_parts(model: nn.Module) -> tuple[str, ...]:
+    """The names of what `SegmentationLoss` adds to "labels", from the heads that answer in training."""
+    auxiliary = ("auxiliary",) if getattr(model, "auxiliary_head", None) is not None else ()
+    return (*auxiliary, *(("boundary", "boundary_labels") if getattr(model, "draws_boundaries", False) else ()))
+
+
+def make_loss(model: nn.Module, config: Config, splits: Splits) -> SegmentationLoss | None:
+    """What `loss` asks for; None for classifiers, which have no such settings."""
+    loss, own = config.loss, LossConfig()
+    if not splits.dense:
+        if changed := [name for name, value in vars(loss).items() if value != getattr(own, name)]:
+            raise ConfigError(
+                f"loss.{changed[0]}={getattr(loss, changed[0])} is of segmentation; {splits.origin} has a label for a "
+                "picture, not for its pixels"
+            )
+        return None
+    parts = loss_parts(model)
+    boundary = (loss.boundary_weight, loss.boundary_labels_weight)
+    if any(boundary) and "boundary" not in parts:
+        name = "boundary_weight" if boundary[0] else "boundary_labels_weight"
+        raise ConfigError(
+            f"loss.{name}={getattr(loss, name):g}, but no head of this model draws boundaries (head.name=bevanet does);"
+            " set it to null"
+        )
+    if loss.auxiliary_weight not in (0, own.auxiliary_weight) and "auxiliary" not in parts:
+        raise ConfigError(
+            f"loss.auxiliary_weight={loss.auxiliary_weight:g}, but there is no auxiliary head; give head.auxiliary="
+            f"true, or leave it at {own.auxiliary_weight:g}"
+        )
+    if loss.class_weights and len(loss.class_weights) != len(splits.classes):
+        raise ConfigError(
+            f"loss.class_weights has {len(loss.class_weights)} numbers, but there are {len(splits.classes)} classes; "
+            "give one for each, or []"
+        )
+    if loss.class_weights and not any(loss.class_weights):
+        raise ConfigError("loss.class_weights are all 0: there is nothing to learn; [] weighs all classes the same")
+    own_weight = SegmentationLoss()
+    return SegmentationLoss(
+        loss.name,
+        ohem_threshold=loss.ohem_threshold,
+        ohem_kept=loss.ohem_kept,
+        auxiliary_weight=loss.auxiliary_weight,
+        boundary_weight=own_weight.boundary_weight if boundary[0] is None else boundary[0],
+        boundary_labels_weight=own_weight.boundary_labels_weight if boundary[1] is None else boundary[1],
+        class_weights=loss.class_weights,
+        label_smoothing=config.augment.label_smoothing,
+    )
+
+
+def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference] | None:
+    """How pictures are judged in validation and in the final test; None for classifiers, which see one crop."""
+    evaluate = config.evaluate
+    if not splits.dense:
+        own = type(evaluate)()
+        if changed := [name for name, value in vars(evaluate).items() if value != getattr(own, name)]:
+            raise ConfigError(
+                f"evaluate.{changed[0]}={getattr(evaluate, changed[0])} is of segmentation; classifiers judge one crop"
+            )
+        return None
+    if evaluate.mode == "whole" and (evaluate.window is not None or evaluate.stride is not None):
+        name = "window" if evaluate.window is not None else "stride"
+        raise ConfigError(
+            f"evaluate.{name}={getattr(evaluate, name)} is of windows that slide; give evaluate.mode=slide, or null"
+        )
+    if evaluate.mode == "slide" and config.train.strategy == "fsdp":
+        raise ConfigError(
+            "evaluate.mode=slide asks the model as often as a picture has windows, but under train.strategy=fsdp all "
+            "processes must ask together; take ddp, or evaluate.mode=whole"
+        )
+    fixed = _is_fixed(config)
+    if fixed:
+        _check_fixed(config, splits)
+    window = evaluate.window or [splits.size, splits.size]
+    try:
+        validation = Inference(
+            mode=evaluate.mode,
+            window=window if evaluate.mode == "slide" else None,
+            stride=evaluate.stride,
+            short_side=short_side(config, splits),
+            divisor=evaluate.divisor,
+            fixed=fixed,
+        )
+        return validation, dataclasses.replace(validation, scales=tuple(evaluate.scales), flip=evaluate.flip)
+    except ValueError as error:
+        raise ConfigError(f"evaluate: {error}") from error
+
+
+def short_side(config: Config, splits: Splits) -> int:
+    """Of a picture that is judged, at scale 1; 0 is its own."""
+    return splits.size if getattr(config.data, "short_side", None) is None else config.data.short_side
+
+
+def _is_fixed(config: Config) -> bool:
+    """Whether the model takes pictures of one size alone."""
+    cfg = timm.get_pretrained_cfg(config.model.name)
+    return cfg is not None and bool(cfg.fixed_input_size) and not config.model.kwargs.get("dynamic_img_size")
+
+
+def _check_fixed(config: Config, splits: Splits) -> None:
+    evaluate, name = config.evaluate, config.model.name
+    size = splits.size
+    if evaluate.mode == "slide":
+        if evaluate.window not in (None, [size, size]):
+            raise ConfigError(
+                f"evaluate.window={evaluate.window}: {name} takes pictures of {size} x {size} alone; leave it at null"
+            )
+    elif getattr(config.data, "short_side", None) not in (None, size):
+        raise ConfigError(
+            f"data.short_side={config.data.short_side}: {name} takes pictures of {size} x {size} alone; set it to null,"
+            " or evaluate.mode=slide"
+        )
+    elif list(evaluate.scales) != [1.0]:
+        raise ConfigError(
+            f"evaluate.scales={evaluate.scales}: {name} takes pictures of {size} x {size} alone; set evaluate.mode="
+            "slide, or evaluate.scales=[1.0]"
+        )
+    elif size % evaluate.divisor:
+        raise ConfigError(f"evaluate.divisor={evaluate.divisor}: {name} takes pictures of {size} x {size} alone")
+
+
+@torch.no_grad()
+def check_one_picture(model: nn.Module, config: Config, splits: Splits) -> None:
+    """Batch statistics of a map of one pixel need two pictures (UPerNet's pooling to 1 x 1): said before training."""
+    if not splits.dense or config.train.batch_size > 1:
+        return
+    network: Any = model
+    before = [buffer.clone() for buffer in network.buffers()]
+    was_training = network.training
+    try:
+        network.train()(torch.zeros(1, splits.channels, splits.size, splits.size))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            "train.batch_size=1: the batch norm behind a pooling to one pixel has nothing to average over; take at "
+            "least 2 pictures (train.accumulate does not help), or another head"
+        ) from error
+    finally:
+        network.train(was_training)
+        for buffer, value in zip(network.buffers(), before, strict=True):
+            buffer.copy_(value)
