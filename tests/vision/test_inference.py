@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mixerzoo.vision.segmentation.inference import Inference, infer, windows
+from mixerzoo.vision.segmentation.inference import Inference, infer, label_map, of_settings, windows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,6 +116,26 @@ def test_windows_overlap_by_a_third_unless_told() -> None:
     infer(model, _picture(512, 512 + 341), Inference("slide", [512, 512]))
     assert seen == [(1, 3, 512, 512)] * 2
     assert [(part.start, part.stop) for part in windows(854, 512, 341)] == [(0, 512), (341, 853), (342, 854)]
+
+
+@pytest.mark.parametrize("most", [1, 3000, 10**9])
+@pytest.mark.parametrize("settings", [Inference(short_side=20), Inference(scales=[0.5, 1.0, 2.0], flip=True)])
+def test_labels_need_not_all_classes_at_once(
+    most: int, settings: Inference, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixerzoo.vision.segmentation.inference._MOST_AT_ONCE", most)
+    images = _picture(31, 45)
+    assert torch.equal(label_map(model, images, settings), infer(model, images, settings).argmax(1))
+
+
+def test_settings_of_a_run_and_of_its_final_test() -> None:
+    evaluate = {"mode": "slide", "scales": [0.5, 1.0], "flip": True, "stride": [10, 16], "window": [32, 64]}
+    want = Inference("slide", [32, 64], [10, 16], scales=(0.5, 1.0), flip=True, short_side=48, divisor=1)
+    assert of_settings(evaluate, size=40, short_side=48) == want
+    assert of_settings(evaluate, size=40, final=False).views == [(1.0, False)]
+    assert of_settings({"mode": "slide"}, size=40).window == (40, 40)
+    assert of_settings({}, size=40) == Inference(short_side=40)  # a checkpoint of before
+    assert of_settings({"divisor": 32}, size=40, short_side=0).size(33, 47) == (33, 47)
 
 
 def test_what_has_no_gradient_keeps_none(model: nn.Module) -> None:

@@ -15,10 +15,11 @@ Unusual:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 LONGEST = 4
 """How many times as long as `short_side` the longer side may become, as in the published 2048 x 512."""
+_MOST_AT_ONCE = 2**25  # logits at the size of a picture
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,24 @@ class Inference:
         return height, width
 
 
+def of_settings(
+    evaluate: Mapping[str, Any], *, size: int, short_side: int | None = None, fixed: bool = False, final: bool = True
+) -> Inference:
+    """Of the settings `evaluate.…` of a run and its `data.size` and `data.short_side`; what is not there is as by
+    default. Scales and mirror images are of the `final` test alone."""
+    slide = evaluate.get("mode") == "slide"
+    return Inference(
+        mode="slide" if slide else "whole",
+        window=(evaluate.get("window") or (size, size)) if slide else None,
+        stride=evaluate.get("stride") if slide else None,
+        scales=tuple(evaluate.get("scales") or (1.0,)) if final else (1.0,),
+        flip=bool(evaluate.get("flip")) and final,
+        short_side=size if short_side is None else short_side,
+        divisor=evaluate.get("divisor") or 1,
+        fixed=fixed,
+    )
+
+
 def _check_window(window: Sequence[int] | None, stride: Sequence[int] | None) -> None:
     if window is None or len(window) != 2 or min(window) < 1:
         raise ValueError(f"mode slide needs a window of two positive sides (height, width), got {window}")
@@ -111,6 +131,35 @@ def infer(model: Callable[[Tensor], Tensor], images: Tensor, inference: Inferenc
         total = chances if total is None else total.add_(chances)
     assert total is not None  # there is a scale, which was checked
     return total.div_(len(views))
+
+
+@torch.no_grad()
+def label_map(model: Callable[[Tensor], Tensor], images: Tensor, inference: Inference) -> Tensor:
+    """The most likely class of each pixel, int64 [B, H, W]: `infer(…).argmax(1)` up to rounding, a few classes at a
+    time, since all of them for each pixel of a photograph are gigabytes."""
+    size = images.shape[-2], images.shape[-1]
+    views = [view_logits(model, images, inference, *view) for view in inference.views]
+    count = views[0].shape[1]
+    step = max(1, _MOST_AT_ONCE // max(len(images) * size[0] * size[1], 1))
+    parts = [slice(first, first + step) for first in range(0, count, step)]
+    totals: list[Tensor] = []  # of each view, the logarithm of what its softmax divides by
+    if len(views) > 1:
+        for view in views:
+            sums = [_resize(view[:, part], size).logsumexp(1, keepdim=True) for part in parts]
+            totals.append(functools.reduce(torch.logaddexp, sums))
+    likeliest: tuple[Tensor, Tensor] | None = None
+    for part in parts:
+        answers = [_resize(view[:, part], size) for view in views]
+        if totals:
+            answers = [answer.sub(total).exp() for answer, total in zip(answers, totals, strict=True)]
+        value, label = functools.reduce(torch.add, answers).max(1)
+        label = label + part.start
+        if likeliest is not None:
+            more = value > likeliest[0]
+            value, label = torch.where(more, value, likeliest[0]), torch.where(more, label, likeliest[1])
+        likeliest = value, label
+    assert likeliest is not None  # there is a class
+    return likeliest[1]
 
 
 def view_logits(
