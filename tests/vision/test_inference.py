@@ -128,11 +128,10 @@ def test_labels_need_not_all_classes_at_once(
     assert torch.equal(label_map(model, images, settings), infer(model, images, settings).argmax(1))
 
 
-def test_settings_of_a_run_and_of_its_final_test() -> None:
+def test_settings_of_a_run() -> None:
     evaluate = {"mode": "slide", "scales": [0.5, 1.0], "flip": True, "stride": [10, 16], "window": [32, 64]}
     want = Inference("slide", [32, 64], [10, 16], scales=(0.5, 1.0), flip=True, short_side=48, divisor=1)
     assert of_settings(evaluate, size=40, short_side=48) == want
-    assert of_settings(evaluate, size=40, final=False).views == [(1.0, False)]
     assert of_settings({"mode": "slide"}, size=40).window == (40, 40)
     assert of_settings({}, size=40) == Inference(short_side=40)  # a checkpoint of before
     assert of_settings({"divisor": 32}, size=40, short_side=0).size(33, 47) == (33, 47)
@@ -157,6 +156,7 @@ def test_what_has_no_gradient_keeps_none(model: nn.Module) -> None:
         ({"short_side": -1}, "at least 0"),
         ({"divisor": 0}, "at least 1"),
         ({"fixed": True}, "needs short_side"),
+        ({"stride": [4, 4]}, "are of mode slide"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings: dict, message: str) -> None:

@@ -59,6 +59,8 @@ class Inference:
             )
         if self.mode == "slide":
             _check_window(self.window, self.stride)
+        elif self.window is not None or self.stride is not None:
+            raise ValueError("window and stride are of mode slide; the mode is whole")
         elif self.fixed and not self.short_side:
             raise ValueError("a model of one size needs short_side, or mode slide with its size as the window")
 
@@ -86,19 +88,19 @@ class Inference:
 
 
 def of_settings(
-    evaluate: Mapping[str, Any], *, size: int, short_side: int | None = None, fixed: bool = False, final: bool = True
+    evaluate: Mapping[str, Any], *, size: int, short_side: int | None = None, fixed: bool = False
 ) -> Inference:
-    """Of the settings `evaluate.…` of a run and its `data.size` and `data.short_side`; what is not there is as by
-    default. Scales and mirror images are of the `final` test alone."""
-    slide = evaluate.get("mode") == "slide"
+    """Of the settings `evaluate.…` of a run and its `data.size` and `data.short_side`; what is missing is as by
+    default."""
+    window = evaluate.get("window") or (size, size)
     return Inference(
-        mode="slide" if slide else "whole",
-        window=(evaluate.get("window") or (size, size)) if slide else None,
-        stride=evaluate.get("stride") if slide else None,
-        scales=tuple(evaluate.get("scales") or (1.0,)) if final else (1.0,),
-        flip=bool(evaluate.get("flip")) and final,
+        mode=evaluate.get("mode", "whole"),
+        window=window if evaluate.get("mode") == "slide" else None,
+        stride=evaluate.get("stride"),
+        scales=tuple(evaluate.get("scales", (1.0,))),
+        flip=evaluate.get("flip", False),
         short_side=size if short_side is None else short_side,
-        divisor=evaluate.get("divisor") or 1,
+        divisor=evaluate.get("divisor", 1),
         fixed=fixed,
     )
 

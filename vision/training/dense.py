@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..data.splits import Splits
-from ..segmentation.inference import Inference
+from ..segmentation.inference import Inference, of_settings
 from ..segmentation.losses import SegmentationLoss
 from .config import Config, LossConfig
 from .settings import ConfigError
@@ -92,17 +92,9 @@ def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference
     fixed = _is_fixed(config)
     if fixed:
         _check_fixed(config, splits)
-    window = evaluate.window or [splits.size, splits.size]
     try:
-        validation = Inference(
-            mode=evaluate.mode,
-            window=window if evaluate.mode == "slide" else None,
-            stride=evaluate.stride,
-            short_side=short_side(config, splits),
-            divisor=evaluate.divisor,
-            fixed=fixed,
-        )
-        return validation, dataclasses.replace(validation, scales=tuple(evaluate.scales), flip=evaluate.flip)
+        final = of_settings(vars(evaluate), size=splits.size, short_side=short_side(config, splits), fixed=fixed)
+        return dataclasses.replace(final, scales=(1.0,), flip=False), final
     except ValueError as error:
         raise ConfigError(f"evaluate: {error}") from error
 
