@@ -17,9 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from ..data.splits import IGNORE_INDEX
+from ..label_sets import published_colours
 
 _INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
 _COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
@@ -27,6 +29,9 @@ _STAGES = {"train": "training", "val": "validation"}
 _MOST_NUMBERED_CLASSES = 20
 _MOST_NAMED_CLASSES = 150
 _CELLS = {_MOST_NUMBERED_CLASSES: 0.46, 30: 0.3, 100: 0.11, math.inf: 0.08}  # inches a class, by how many there are
+_MOST_COLOURS = 20  # of more classes the names stand in the pictures too
+_NAMED_SHARE = 0.03  # of a picture's pixels, for a class to be named in it
+_LONGEST_LEGEND = 40
 _MOST_LISTED = 30
 _MOST_CELLS = 250
 _LONGEST_NAME = 24
@@ -209,7 +214,7 @@ def draw_masks(
 
     `errors` [H, W], from 0 where a pixel is right to 1 where it is wrong without doubt, make a last column.
     """
-    palette = class_colours(len(classes), ground=has_ground(classes))
+    palette = palette_of(classes)
     names = ["picture", *columns, *(["where it is wrong"] if errors is not None else [])]
     shapes = [min(max(image.shape[-2] / image.shape[-1], _FLATTEST), _TALLEST) for image in images]
     height = max(1.9 * sum(shapes) + 0.12 * len(shapes) + 0.3, 1.8)
@@ -222,11 +227,24 @@ def draw_masks(
         for axes, panel in zip(grid[row], shown, strict=True):
             axes.imshow(panel, interpolation="nearest")
             axes.axis("off")
+        if len(classes) > _MOST_COLOURS:
+            for axes, masks in zip(grid[row][1:], columns.values(), strict=False):
+                _name_regions(axes, masks[row].cpu().numpy(), classes)
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=10)
-    handles = _legend(columns, classes, palette, most=int(height / 0.19))
+    handles = _legend(columns, classes, palette, most=min(int((height - 0.2) / 0.2), _LONGEST_LEGEND))
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def _name_regions(axes: Axes, mask: np.ndarray, classes: Sequence[str]) -> None:
+    """Writes the names of the larger classes where they are: of many colours some look alike."""
+    labels, counts = np.unique(mask[mask != IGNORE_INDEX], return_counts=True)
+    for label in labels[counts >= _NAMED_SHARE * mask.size]:
+        places = np.argwhere(mask == label)
+        row, column = places[np.abs(places - np.median(places, axis=0)).sum(1).argmin()]
+        text = axes.text(column, row, short_name(classes[label], 14), ha="center", va="center", fontsize=6, color="white")
+        text.set(path_effects=[withStroke(linewidth=1.5, foreground="black")], clip_on=True)
 
 
 def _legend(
@@ -243,15 +261,18 @@ def _legend(
     return [*handles, Patch(facecolor="white", edgecolor="black", linewidth=0.5, hatch="///", label="ignored")]
 
 
-def has_ground(classes: Sequence[str]) -> bool:
-    """Whether the first class is what lies behind all others."""
-    return classes[0].lower() in ("ground", "background")
+def palette_of(classes: Sequence[str]) -> np.ndarray:
+    """[classes, 3] in 0..1: a well-known data set's own colours, or else `class_colours`."""
+    known = published_colours(classes)
+    if known is not None:
+        return np.array(known) / 255
+    return class_colours(len(classes), ground=classes[0].lower() in ("ground", "background"))
 
 
 def class_colours(count: int, *, ground: bool = True) -> np.ndarray:
-    """[count, 3] in 0..1: as different as so many can be. With `ground` class 0 is black."""
-    # The strong colours of tab20 first, then their pale ones; further ones walk around the circle of hues by the golden
-    # section, darker at each round, so that neighbours in number are no neighbours in colour.
+    """[count, 3] in 0..1, as different as so many can be. `ground`: class 0 lies behind all others and is black."""
+    # The strong colours of tab20 first, then their pale ones. Further ones walk around the circle of hues by the golden
+    # section, so that neighbours in number are no neighbours in colour.
     colours = [colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), *range(1, 20, 2))]
     for index in range(count - 20):
         colours.append(hsv_to_rgb((index * 0.381966 % 1, 0.55 + 0.15 * (index % 4), 0.95 - 0.13 * (index % 5))))
@@ -266,7 +287,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength
     grey = picture.mean(-1, keepdims=True).repeat(3, -1)
     rows, columns = np.indices(mask.shape)
     width = max(min(mask.shape) // 48, 1)
-    stripes = np.where((rows + columns) // width % 4 == 0, 0.75, 1.0)[..., None]
+    stripes = np.where((rows + columns) // width % 4 == 0, 0.8, 1.0)[..., None]
     return np.where(ignored[..., None], stripes, (1 - strength) * grey + strength * colours)
 
 
