@@ -8,7 +8,7 @@ every weight must be found, where timm would drop a head of another size without
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from timm.utils.misc import ParseKwargs
 from torch import Tensor, nn
 
 from ._checksum import refuse_damage
-from .segmentation import Segmenter, build_segmenter
+from .segmentation import build_segmenter
 
 
 def load_model(
@@ -38,8 +38,7 @@ def load_model(
     A checkpoint of `train.py` also knows the model's arguments and how its images were prepared.
     """
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"no model is called {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise ValueError(no_model(name))
     if checkpoint is not None and pretrained:
         raise ValueError("weights come from pretrained or from a checkpoint; give one of them")
     overlay: dict[str, Any] | None = None
@@ -64,6 +63,12 @@ def load_model(
     return model.eval()
 
 
+def no_model(name: str) -> str:
+    """What to say where timm knows no model of this name."""
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"no model is called {name!r}" + (f"; did you mean {', '.join(near)}?" if near else "")
+
+
 def no_weights(name: str, error: OSError) -> str:
     """What to say where published weights are neither at hand nor to be had."""
     return (
@@ -83,7 +88,7 @@ class Trained:
     @property
     def dense(self) -> bool:
         """Whether it answers for each pixel."""
-        return isinstance(self.model, Segmenter)
+        return self.facts["head"] is not None
 
 
 def load_run(path: str | Path, *, image_size: tuple[int, int] | None = None) -> Trained:
@@ -117,8 +122,7 @@ def _load_segmenter(
     file: Path, state: dict[str, Tensor], facts: dict[str, Any], image_size: tuple[int, int] | None
 ) -> nn.Module:
     arguments = dict(facts["model_kwargs"])
-    cfg = timm.get_pretrained_cfg(facts["model"])
-    if cfg is not None and cfg.fixed_input_size:
+    if takes_one_size(facts["model"], arguments):
         arguments.setdefault("img_size", image_size or facts["size"])
     try:
         model = build_segmenter(
@@ -128,6 +132,34 @@ def _load_segmenter(
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"cannot build the segmenter of {file}: {one_line(error)}") from error
     return model.eval()
+
+
+def load_segmenter(
+    name: str,
+    num_classes: int,
+    *,
+    head: Mapping[str, Any],
+    checkpoint: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    **model_kwargs: Any,
+) -> nn.Module:
+    """A segmenter by the names of its backbone and its head, in eval mode, with weights in a file as published."""
+    if not timm.is_model(name.split(".")[0]):
+        raise ValueError(no_model(name))
+    if image_size is not None and takes_one_size(name, model_kwargs):
+        model_kwargs.setdefault("img_size", image_size)
+    source = {} if checkpoint is None else {"checkpoint": checkpoint}
+    try:
+        return build_segmenter(name, num_classes, head=head, **source, **model_kwargs).eval()
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        weights = f" with the weights of {checkpoint}" if checkpoint is not None else ""
+        raise ValueError(f"cannot build {name} under {head.get('name')}{weights}: {one_line(error)}") from error
+
+
+def takes_one_size(name: str, model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a timm model is built for pictures of one size, and takes no other."""
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and bool(cfg.fixed_input_size) and not model_kwargs.get("dynamic_img_size")
 
 
 def read_checkpoint(path: Path, *, segmenters: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
