@@ -232,7 +232,7 @@ def test_masks_that_took_long_to_check_are_remembered_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("mixerzoo.vision.data.mask_folder._LONG", 0.0)
+    monkeypatch.setattr("mixerzoo.vision.data.mask_files._LONG", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = _masks(tmp_path / "data", lambda root: None)
     for _ in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mixerzoo.vision.data import fashion_mnist
+from mixerzoo.vision.data import fashion_mnist, fetching
 from mixerzoo.vision.data.classification import PicturesInMemory, split_indices
 from mixerzoo.vision.data.loading import Request
 from mixerzoo.vision.data.module import SOURCES
@@ -102,20 +102,18 @@ def test_the_debian_package_is_unpacked_without_root(
 ) -> None:
     """apt-get and dpkg are stood in for by what they leave behind."""
 
-    def run(command: list[str], folder: str) -> None:
+    def run(command: list[str], folder: Path) -> None:
         if command[0] == "apt-get":
-            (Path(folder) / "package.deb").touch()
+            (folder / "package.deb").touch()
         else:
             assert command[:2] == ["dpkg", "-x"] and command[2].endswith("package.deb")
-            shutil.copytree(
-                four_files, Path(folder) / fashion_mnist.DEBIAN_FOLDER, ignore=shutil.ignore_patterns("cache")
-            )
+            shutil.copytree(four_files, folder / fashion_mnist.DEBIAN_FOLDER, ignore=shutil.ignore_patterns("cache"))
 
-    monkeypatch.setattr(fashion_mnist, "_run", run)
-    monkeypatch.setattr(fashion_mnist.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(fetching, "_run", run)
+    monkeypatch.setattr(fetching.shutil, "which", lambda name: f"/usr/bin/{name}")
     first = fashion_mnist.load()
     assert first is not None and str(nowhere / "fashion-mnist") in first.origin
-    monkeypatch.setattr(fashion_mnist, "_run", None)  # a second call finds the files and fetches nothing
+    monkeypatch.setattr(fetching, "_run", None)  # a second call finds the files and fetches nothing
     assert fashion_mnist.load() is not None
     assert [path.name for path in nowhere.iterdir()] == ["fashion-mnist"]
 
@@ -123,7 +121,7 @@ def test_the_debian_package_is_unpacked_without_root(
 def test_digits_step_in_with_a_warning(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fashion_mnist, "_unpack_debian_package", lambda cache: None)
+    monkeypatch.setattr(fashion_mnist, "fetch_debian_package", lambda *_, **__: None)
     splits = SOURCES["fashion_mnist"](DataConfig(), AugmentConfig(), 0)
     assert splits.origin == "digits from scikit-learn" and splits.classes == tuple("0123456789")
     assert "using digits" in caplog.text

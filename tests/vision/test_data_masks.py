@@ -131,7 +131,7 @@ def test_names_of_classes_come_from_a_file(save: Save) -> None:
     ("settings", "message"),
     [
         ({"classes": None}, r"data.classes is not set, and there is no .*classes.txt"),
-        ({"root": None}, r"data.root=None: there is no folder"),
+        ({"root": None}, r"data.root=None: there is no such folder"),
         ({"classes": 300}, "2 to 255 classes; got 300"),
     ],
 )

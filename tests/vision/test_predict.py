@@ -18,7 +18,8 @@ from mixerzoo.vision import predict as predict_module
 from mixerzoo.vision._loading import load_model, load_run
 from mixerzoo.vision.data.classification import PictureTransforms, load_digits
 from mixerzoo.vision.data.loading import Request
-from mixerzoo.vision.data.mask_folder import load_mask_folder, read_mask
+from mixerzoo.vision.data.mask_files import read_mask
+from mixerzoo.vision.data.mask_layouts import LAYOUTS, load_masks
 from mixerzoo.vision.predict import find_pictures, main, of_run
 from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training.settings import load
@@ -103,7 +104,7 @@ def test_masks_are_those_of_the_evaluation(
             picture.save(tmp_path / "data" / kind / "train" / f"{name}.png")
     arguments = ["recipe=segmentation", f"data.root={tmp_path / 'data'}", "data.size=64", "data.classes=5"]
     config = load([*arguments, "data=ade20k", "data.ignore_zero=false"], repository / "configs")
-    splits = load_mask_folder(config.data, config.augment, 0)
+    splits = load_masks(LAYOUTS["mask_folder"], config.data, config.augment, 0)
     classes = ["sky", "tree", "wall", "floor", "road"]
     head = {"name": "semantic_fpn", "channels": 16, "dropout": 0.0}
     folder = write_run(classes, head=head, mean=list(splits.mean), std=list(splits.std))
@@ -114,7 +115,7 @@ def test_masks_are_those_of_the_evaluation(
     command = [str(folder), str(tmp_path / "square.png"), "--masks", str(tmp_path / "out")]
     assert main([*command, "--format", "json", "--top-k", "5"]) == 0
     mask = np.array(Image.open(tmp_path / "out" / "square.png"))
-    assert np.array_equal(read_mask(tmp_path / "out" / "square.png", 5, ignore_zero=False), mask)
+    assert np.array_equal(read_mask(tmp_path / "out" / "square.png", splits.val.dataset.labels), mask)
     assert np.array_equal(mask, want.numpy())
     [row] = _rows(capsys.readouterr().out)
     shares = {entry["class"]: entry["share"] for entry in row["classes"]}

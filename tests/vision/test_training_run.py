@@ -225,7 +225,7 @@ def test_a_folder_with_results_is_not_overwritten(configs: Path, tmp_path: Path,
         (["data.size=3"], "try a larger data.size, or a stem that shrinks less"),
         (
             ["data.source=digitz"],
-            "digits, image_folder, timm, fashion_scenes, mask_folder; did you mean digits?",
+            "timm, fashion_scenes, mask_folder, cityscapes, voc, camvid; did you mean digits?",
         ),
         (["data.source=image_folder"], "data.root=None: there is no such folder"),
         (["train.batch_size=1000"], "use train.batch_size=160 or less"),
@@ -348,7 +348,7 @@ def test_multiply_adds_count_gated_linear_attention() -> None:
     assert summarize(Net(), (1, 1, 1)).macs == (1 + 2) * 12 * 2 * 3 * 5 * 3
 
 
-@pytest.mark.parametrize(("count", "named"), [(5, "1 2 3 4 ignored"), (150, "0 3 149 ignored")])
+@pytest.mark.parametrize(("count", "named"), [(5, "0 1 2 3 4 ignored"), (150, "0 3 149 ignored")])
 def test_a_legend_of_many_classes_names_those_that_are_seen(
     count: int, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,7 +359,7 @@ def test_a_legend_of_many_classes_names_those_that_are_seen(
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *_, **__: seen.extend(t.get_text() for t in figure.legends[0].get_texts())
     )
-    masks = torch.tensor([0, 3, 255, min(149, count - 1)]).view(1, 2, 2)
+    masks = torch.tensor([0, 3, 255, min(149, count - 1)]).view(2, 2)
     classes = [str(index) for index in range(count)]
-    pictures.draw_masks(tmp_path / "x.png", torch.zeros(1, 3, 2, 2), {"truth": masks}, classes, (0.5,) * 3, (0.5,) * 3)
+    pictures.draw_masks(tmp_path / "x.png", [torch.zeros(3, 2, 2)], {"truth": [masks]}, classes, (0.5,) * 3, (0.5,) * 3)
     assert " ".join(seen) == named

@@ -3,7 +3,7 @@
     python -m mixerzoo.vision.data check path/to/pictures
     python -m mixerzoo.vision.data check data=ade20k data.root=path/to/ADEChallengeData2016
 
-A path is a folder of pictures by class, a folder of pictures and masks, or a .tar; settings are those of train.py. One
+A path is a folder of pictures by class, one of pictures and masks, or a .tar; settings are those of train.py. One
 line for each problem: unreadable pictures, empty class folders, classes that training does not know, masks that are
 missing, coloured, of another size or with unknown labels, and the same file in two splits. The exit code is 0 without
 problems, 1 with some, 2 where there is nothing to check.
@@ -124,15 +124,16 @@ def _settings(what: Sequence[str], configs: Path | None) -> Any:
 
 def parts_of(config: Any) -> list[Part]:
     """The splits of a data set, by its settings."""
+    from .mask_layouts import LAYOUTS
     from .module import SOURCES
 
     root = Path(config.root or "")
-    if config.source in ("image_folder", "mask_folder") and (config.root is None or not root.is_dir()):
-        raise ValueError(f"data.root={config.root}: there is no such folder")
+    if config.source in LAYOUTS:
+        return _masks(config)
     if config.source == "image_folder":
+        if config.root is None or not root.is_dir():
+            raise ValueError(f"data.root={config.root}: there is no such folder")
         return _folders(root)
-    if config.source == "mask_folder":
-        return _masks(root, config)
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source}: choose one of {', '.join(SOURCES)}")
     return _read_by_timm(config)
@@ -173,33 +174,31 @@ def _unreadable(file: Path) -> list[Problem]:
     return []
 
 
-def _masks(root: Path, config: Any) -> list[Part]:
-    from .mask_folder import FOLDERS, class_names, expected_pairs, problem_of
+def _masks(config: Any) -> list[Part]:
+    from .mask_files import Pair, problem_of
+    from .mask_layouts import LAYOUTS
 
-    if config.classes is None and not (root / "classes.txt").is_file():
-        raise ValueError(f"how many classes there are is not known; add {root / 'classes.txt'}, or data.classes=…")
-    classes, parts = len(class_names(root, config.classes)), []
+    files = LAYOUTS[config.source](config)
 
-    def examine(picture: Path, mask: Path) -> list[Problem]:
+    def examine(pair: Pair) -> list[Problem]:
+        picture, mask = pair
         problems = _unreadable(picture)
         if not mask.is_file():
             return [*problems, Problem(str(picture), f"has no mask; it was expected at {mask}")]
-        wrong = problem_of(picture, mask, classes, ignore_zero=config.ignore_zero)
+        wrong = problem_of(pair, files.labels)
         if wrong is None or (isinstance(wrong, UnreadableError) and wrong.file == str(picture)):
             return problems
         what = f"cannot be read: {wrong.reason}" if isinstance(wrong, UnreadableError) else str(wrong)
         return [*problems, Problem(str(mask), what.removeprefix(f"{mask} "))]
 
-    for split, names in FOLDERS.items():
-        if pairs := expected_pairs(root, names):
-            part = Part(split, len(pairs), lambda index, pairs=pairs: examine(*pairs[index]))
-            part.files = [picture for picture, _ in pairs]
-            masks = {mask for _, mask in pairs}
-            lonely = sorted(set(Path(os.path.commonpath([mask.parent for mask in masks])).rglob("*.png")) - masks)
-            part.found = [Problem(str(mask), "this mask has no picture") for mask in lonely]
-            parts.append(part)
-    if not parts:
-        raise ValueError(f"{root / 'images'} needs a folder training (or train) with pictures")
+    parts = []
+    for split, pairs in files.splits.items():
+        part = Part(split, len(pairs), lambda index, pairs=pairs: examine(pairs[index]))
+        part.files = [picture for picture, _ in pairs]
+        if split in files.mask_folders:
+            lonely = set(files.mask_folders[split].rglob("*.png")) - {mask for _, mask in pairs}
+            part.found = [Problem(str(mask), "this mask has no picture") for mask in sorted(lonely)]
+        parts.append(part)
     return parts
 
 

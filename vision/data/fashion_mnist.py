@@ -5,22 +5,19 @@ H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST: a novel image dataset for benchma
 magic number 0x0000TTDD (TT the type, DD the number of axes), the axes as big-endian 32-bit integers, then the
 values.
 
-Unusual: Debian and its descendants ship the data as a package, `dataset-fashion-mnist`. `apt-get download` and `dpkg
--x` unpack it into a cache folder without root, which works wherever a package mirror does and the web does not.
+Unusual: Debian and its descendants ship the data as a package, `dataset-fashion-mnist`, see fetching.py.
 """
 
 from __future__ import annotations
 
 import gzip
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from .fetching import cache_folder, fetch_debian_package, usual_places
 
 _log = logging.getLogger(__name__)
 
@@ -75,17 +72,13 @@ def load(root: str | None = None, *, download: bool = True) -> Arrays | None:
             return _read(found)
     if not download:
         return None
-    found = _unpack_debian_package(cache_folder()) or _download_with_torchvision(cache_folder())
+    package = fetch_debian_package(DEBIAN_PACKAGE, DEBIAN_FOLDER, "fashion-mnist", size="31 MB")
+    found = _find(package) if package is not None else _download_with_torchvision(cache_folder())
     return None if found is None else _read(found)
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixerzoo"
-
-
 def _places() -> list[Path]:
-    given = os.environ.get("MIXERZOO_DATA")
-    return [*([Path(given)] if given else []), Path("/") / DEBIAN_FOLDER, cache_folder()]
+    return usual_places(Path("/") / DEBIAN_FOLDER)
 
 
 def _find(place: Path) -> list[Path] | None:
@@ -106,31 +99,6 @@ def _read(files: list[Path]) -> Arrays:
             raise ValueError(f"{path} has shape {images.shape}, its labels {labels.shape}: they do not belong together")
     labels = train_labels.astype(np.int64), test_labels.astype(np.int64)
     return Arrays(train_images, labels[0], test_images, labels[1], f"Fashion-MNIST from {files[0].parent}")
-
-
-def _unpack_debian_package(cache: Path) -> list[Path] | None:
-    """The package's files in the cache, without root; None where there is no apt, no dpkg or no mirror."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        return None
-    _log.info("fetching the Debian package %s (31 MB) into %s", DEBIAN_PACKAGE, cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        try:
-            _run(["apt-get", "download", "-q", DEBIAN_PACKAGE], folder)
-            [package] = Path(folder).glob("*.deb")
-            _run(["dpkg", "-x", str(package), folder], folder)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            _log.info("the package could not be fetched: %s", getattr(error, "stderr", "") or error)
-            return None
-        # Renamed in one step: a second process never sees half a data set.
-        target = cache / "fashion-mnist"
-        if not target.exists():
-            os.replace(Path(folder) / DEBIAN_FOLDER, target)
-    return _find(cache)
-
-
-def _run(command: list[str], folder: str) -> None:
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=300)
 
 
 def _download_with_torchvision(cache: Path) -> list[Path] | None:

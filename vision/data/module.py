@@ -6,13 +6,14 @@ A new data set is a function that returns `Splits` and one line in `SOURCES`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 
 from .classification import load_digits, load_fashion_mnist, load_image_folder
 from .loading import Batches, EpochBatches, ResumableLoader
-from .mask_folder import load_mask_folder
+from .mask_layouts import LAYOUTS, load_masks
 from .readers import load_timm
 from .scenes import load_fashion_scenes
 from .splits import Augmentation, DataSettings, Splits
@@ -24,7 +25,7 @@ SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
     "image_folder": load_image_folder,
     "timm": load_timm,
     "fashion_scenes": load_fashion_scenes,
-    "mask_folder": load_mask_folder,
+    **{name: partial(load_masks, layout) for name, layout in LAYOUTS.items()},
 }
 
 

@@ -29,7 +29,7 @@ from timm.data.dataset_factory import create_dataset
 from timm.data.readers.reader_factory import create_reader
 
 from .classification import evaluated, load_image_folder, split_indices, trained
-from .fashion_mnist import cache_folder
+from .fetching import cache_folder
 from .items import Items
 from .pictures import DataError, UnreadableError, read_picture, to_rgb
 from .splits import Augmentation, DataSettings, Splits

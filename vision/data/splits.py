@@ -19,6 +19,10 @@ class Augmentation(Protocol):
     scale: list[float]
     resize: list[float]
     random_interpolation: bool
+    crop: list[int] | None
+    cat_max_ratio: float
+    photometric: bool
+    sizes: dict[int, int]
     color_jitter: float
     auto_augment: str | None
     erasing: float
@@ -30,6 +34,7 @@ class DataSettings(Protocol):
     root: str | None
     download: bool
     size: int
+    short_side: int | None
     crop: float | None
     interpolation: Literal["bilinear", "bicubic"]
     held_out: float
@@ -41,6 +46,7 @@ class DataSettings(Protocol):
     train_split: str
     val_split: str | None
     test_split: str | None
+    sbd: str | None
     max_bad: int
 
 

@@ -57,21 +57,36 @@ class HeadConfig:
 class DataConfig:
     name: str = option("fashion_mnist", "a file in configs/data, or a folder of pictures; `data=NAME` for short")
     source: str = option(
-        "fashion_mnist", "the reader: fashion_mnist, digits, image_folder, timm, fashion_scenes or mask_folder"
+        "fashion_mnist",
+        "the reader: fashion_mnist, digits, image_folder, timm; of masks fashion_scenes, mask_folder, cityscapes, voc, "
+        "camvid, colin27 or mni_tissue",
     )
     dataset: str | None = option(
         None,
         "a data set by timm's name: hfds/NAME (Hugging Face), hfids/NAME (the same, streamed), wds/ (WebDataset), "
         "tfds/NAME, torch/NAME (torchvision); null: data.root, a folder or a .tar (timm)",
     )
-    train_split: str = option("train", "the name of the training pictures in the data set (timm)")
-    val_split: str | None = option(
-        None, "those of validation; null: validation, val or test if there is one, or else held out (timm)"
+    train_split: str = option(
+        "train", "the name of the training pictures in the data set (timm, cityscapes, voc, camvid)"
     )
-    test_split: str | None = option(None, "those of the test; null: test if there is one, or else validation's (timm)")
+    val_split: str | None = option(
+        None, "those of validation; null: validation, val or test if there is one, or else held out (the same)"
+    )
+    test_split: str | None = option(
+        None, "those of the test; null: test if there is one, or else validation's (timm, camvid)"
+    )
+    sbd: str | None = option(
+        None, "SBD's folder, which has cls/ with the masks of train_split=trainaug; null: SegmentationClassAug (voc)"
+    )
     root: str | None = option(None, "where the files lie; null looks in the usual places")
     download: bool = option(True, "fetch files that are found nowhere (Debian package or torchvision)")
     size: int = option(32, "height and width of the pictures the model sees", low=1)
+    short_side: int | None = option(
+        None,
+        "shorter side of pictures with masks, before a training picture's random resize and whenever one is judged; "
+        "null: size; 0: the picture's own (masks in files)",
+        low=0,
+    )
     crop: float | None = option(
         None,
         "share of the shorter side that is judged; 1 squeezes the whole picture; null: 0.9, or all if small (folder)",
@@ -100,8 +115,19 @@ class AugmentConfig:
         [0.35, 1.0], "share of the picture that a random crop keeps (image_folder)", low=0, high=1
     )
     resize: list[float] = option(  # noqa: RUF009
-        [0.5, 2.0], "shorter side before the crop, as factors of the size (mask_folder)", low=0.1, high=10
+        [0.5, 2.0], "sizes before the crop, as factors of data.short_side (masks in files)", low=0.1, high=10
     )
+    crop: list[int] | None = option(  # noqa: RUF009
+        None, "height and width of training crops that are no squares of data.size (masks in files)", low=1
+    )
+    cat_max_ratio: float = option(
+        1.0,
+        "draw a crop again, ten times at most, where one class fills so much of it; published is 0.75, 1 is off (masks "
+        "in files)",
+        low=0.01,
+        high=1,
+    )
+    photometric: bool = option(False, "change brightness, contrast, saturation and hue by chance (masks in files)")
     random_interpolation: bool = option(
         False,
         "resize training pictures of one label bilinearly or bicubically by chance, not by data.interpolation",

@@ -1,0 +1,177 @@
+"""Pictures beside masks in files: what a mask may hold, and the items (picture, mask) made of both.
+
+However a data set lays out its folders (mask_layouts.py), masks are read, checked and refused here, in one way: a
+`Labels` says which values or colours a mask file may hold and which class each is. Anything else is an error with the
+file and what it holds, and all masks are read before training begins: one wrong label would otherwise end it at a
+random step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from .fetching import cache_folder
+from .pictures import CHECK_COMMAND, DataError, UnreadableError, picture_size, read_picture, reason_of
+
+_log = logging.getLogger(__name__)
+
+Pair = tuple[Path, Path]
+"""A picture and its mask."""
+_LONG = 2.0  # seconds that checking the masks may take each time
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What mask files hold: of each value, and of each colour where masks are painted, the class or `IGNORE_INDEX`.
+
+    `meaning` ends the sentence "the file holds label 7, but …" and says what to check.
+    """
+
+    classes: tuple[str, ...]
+    of_value: Mapping[int, int]
+    meaning: str
+    of_colour: Mapping[tuple[int, int, int], int] = field(default_factory=dict)
+
+    @cached_property
+    def _of_byte(self) -> np.ndarray:
+        table = np.full(256, _UNKNOWN, np.int16)
+        for value, label in self.of_value.items():
+            table[value] = label
+        return table
+
+    def of_values(self, values: np.ndarray) -> np.ndarray:
+        """int16 [H, W]: the labels of integers [H, W], -1 where there is none."""
+        inside = (values >= 0) & (values < 256)
+        return np.where(inside, self._of_byte[np.where(inside, values, 0)], _UNKNOWN)
+
+    def of_colours(self, colours: np.ndarray) -> np.ndarray:
+        """The same of RGB [H, W, 3]."""
+        packed = pack_colours(colours)
+        order = sorted(self.of_colour)
+        known = pack_colours(np.array(order))
+        place = np.searchsorted(known, packed).clip(max=len(known) - 1)
+        labels = np.array([self.of_colour[colour] for colour in order], np.int16)
+        return np.where(known[place] == packed, labels[place], _UNKNOWN)
+
+
+def pack_colours(colours: np.ndarray) -> np.ndarray:
+    """One number for each colour [..., 3], in the order of colours."""
+    return (colours.astype(np.int64) * (1 << 16, 1 << 8, 1)).sum(-1)
+
+
+class PicturesWithMasks:
+    """(picture, mask) as tv_tensors of one size, for pairs of files."""
+
+    def __init__(self, pairs: Sequence[Pair], labels: Labels) -> None:
+        self.pairs, self.labels = pairs, labels
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
+        picture_file, mask_file = self.pairs[index]
+        picture = tv_tensors.Image(read_picture(picture_file))
+        mask = read_mask(mask_file, self.labels)
+        _check_sizes(mask_file, mask.shape, tuple(picture.shape[-2:]))
+        return picture, tv_tensors.Mask(torch.from_numpy(mask))
+
+
+def read_mask(path: Path, labels: Labels) -> np.ndarray:
+    """uint8 [H, W]: the class of each pixel, or `IGNORE_INDEX`."""
+    try:
+        values, mode = _read_values(path)
+    except Exception as error:  # as when a picture is read
+        raise UnreadableError(str(path), reason_of(path, error)) from error
+    painted = values.ndim == 3
+    if painted and not (labels.of_colour and mode == "RGB"):
+        wanted = "the colours of its classes, as RGB" if labels.of_colour else "one class number a pixel, as a grey or "
+        raise DataError(
+            f"{path} is {mode}, with colours such as {_listed(_colours(values), 3)}; a mask holds {wanted}"
+            + ("" if labels.of_colour else "palette PNG")
+        )
+    mask = labels.of_colours(values) if painted else labels.of_values(values)
+    if (wrong := mask == _UNKNOWN).any():
+        found = _colours(values[wrong]) if painted else [str(value) for value in np.unique(values[wrong])]
+        name = "colour" if painted else "label"
+        raise DataError(f"{path} holds {name}{'s' * (len(found) > 1)} {_listed(found, 8)}, but {labels.meaning}")
+    return mask.astype(np.uint8)
+
+
+def _read_values(path: Path) -> tuple[np.ndarray, str]:
+    """The pixels of a mask, [H, W] or [H, W, channels], and what kind of file it is."""
+    if path.suffix == ".mat":
+        from scipy.io import loadmat
+
+        record: Any = loadmat(path)["GTcls"]
+        return np.asarray(record["Segmentation"][0, 0]), "mat"
+    with Image.open(path) as file:
+        values = np.array(file)
+        return values.astype(np.uint8) if file.mode == "1" else values, file.mode
+
+
+def _colours(values: np.ndarray) -> list[str]:
+    colours = np.unique(values.reshape(-1, values.shape[-1]), axis=0)
+    return [str(tuple(colour.tolist())) for colour in colours]
+
+
+def _listed(found: Sequence[str], most: int) -> str:
+    return ", ".join(found[:most]) + (", …" if len(found) > most else "")
+
+
+def problem_of(pair: Pair, labels: Labels) -> DataError | None:
+    """What is wrong with a mask beside its picture, of which only the header is read."""
+    picture_file, mask_file = pair
+    try:
+        mask = read_mask(mask_file, labels)
+        _check_sizes(mask_file, mask.shape, picture_size(picture_file))
+    except DataError as error:
+        return error
+    return None
+
+
+def _check_sizes(mask_file: Path, mask: tuple[int, ...], picture: tuple[int, ...]) -> None:
+    if tuple(mask) != tuple(picture):
+        raise DataError(f"{mask_file} is {list(mask)}, its picture {list(picture)}; sizes must agree")
+
+
+def check_all(pairs: Sequence[Pair], labels: Labels) -> None:
+    """Refuses masks that cannot be meant, before training finds them after hours. Reads each once: where that takes
+    long, the cache folder remembers that these very files were right."""
+    for picture, mask in pairs:
+        if not mask.is_file():
+            raise ValueError(f"{picture} has no mask; it was expected at {mask}")
+    facts = [
+        f"{file} {found.st_size} {found.st_mtime_ns}" for pair in pairs for file in pair for found in [file.stat()]
+    ]
+    meant = f"{sorted(labels.of_value.items())} {sorted(labels.of_colour.items())}"
+    known = cache_folder() / "checked" / hashlib.sha256("\n".join([meant, *facts]).encode()).hexdigest()
+    if known.exists() or os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0":  # once for all processes
+        return
+    started = time.monotonic()
+    _log.info("checking %d masks", len(pairs))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        found = pool.map(lambda pair: problem_of(pair, labels), pairs)
+        wrong = [error for error in found if error is not None and not isinstance(error, UnreadableError)]
+    if wrong:
+        more = f" ({len(wrong)} such masks; `{CHECK_COMMAND} …` lists them)" if len(wrong) > 1 else ""
+        raise DataError(f"{wrong[0]}{more}")
+    if time.monotonic() - started > _LONG:
+        with contextlib.suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()

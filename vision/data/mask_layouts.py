@@ -1,0 +1,282 @@
+"""Where the pictures and masks of a data set lie, and what its masks mean. Each function here knows one layout.
+
+    mask_folder    ROOT/images/training/….jpg       ROOT/annotations/training/….png
+                   (also `train`, `val` for `validation`, and `masks` for `annotations`)
+    cityscapes     ROOT/leftImg8bit/train/CITY/…_leftImg8bit.png
+                   ROOT/gtFine/train/CITY/…_gtFine_labelTrainIds.png (or …_gtFine_labelIds.png)
+    voc            ROOT/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}
+    camvid         ROOT/{train,val,test}/….png with the masks in {train,val,test}annot, or as …_L.png in
+                   {train,val,test}_labels; or ROOT/{train,val,trainval,test}.lst with a picture and a mask a line
+
+Sources: B. Zhou et al., Scene parsing through ADE20K (CVPR 2017); M. Cordts et al., The Cityscapes dataset (CVPR 2016),
+whose ids and colours are those of https://github.com/mcordts/cityscapesScripts (MIT); M. Everingham et al., The Pascal
+VOC challenge (2010), and B. Hariharan et al., Semantic contours from inverse detectors (ICCV 2011: SBD), merged as
+DeepLab did it; G. Brostow et al., Semantic object classes in video (2009: CamVid).
+
+Unusual: of CamVid's 32 colours the eleven classes of the published comparisons are taken as they are painted, and the
+other colours (lane markings, vans, traffic lights, …) count for nothing: so do BEVANet and PIDNet, whose numbers are
+then comparable. Cityscapes' numbers are mapped to the 19 that count here, so that no script need be run before.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .classification import split_indices
+from .items import SeededItems
+from .mask_files import Labels, Pair, PicturesWithMasks, check_all
+from .mask_transforms import MaskTransforms
+from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
+
+_log = logging.getLogger(__name__)
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+CITYSCAPES = {  # the ids of the classes that count
+    **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
+    **{20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car"},
+    **{27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"},
+}
+VOC = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+CAMVID = {
+    **{"bicyclist": (0, 128, 192), "building": (128, 0, 0), "car": (64, 0, 128), "column or pole": (192, 192, 128)},
+    **{"fence": (64, 64, 128), "pedestrian": (64, 64, 0), "road": (128, 64, 128), "sidewalk": (0, 0, 192)},
+    **{"sign or symbol": (192, 128, 128), "sky": (128, 128, 128), "tree": (128, 128, 0)},
+}
+_CAMVID_OTHERS = (  # animal, archway, bridge, …, wall, and black for nothing at all
+    *((64, 128, 64), (192, 0, 128), (0, 128, 64), (64, 0, 192), (192, 128, 64), (128, 0, 192), (192, 0, 64)),
+    *((128, 128, 64), (192, 0, 192), (128, 64, 64), (64, 192, 128), (128, 128, 192), (64, 128, 192), (0, 0, 64)),
+    *((0, 64, 64), (192, 64, 128), (192, 128, 192), (64, 0, 64), (192, 192, 0), (64, 192, 0), (0, 0, 0)),
+)
+
+
+@dataclass(frozen=True)
+class MaskFiles:
+    """What a layout finds. Masks are where they should be, which nobody has looked at yet.
+
+    Of a split in `mask_folders` every PNG in that folder is a mask of a picture of the split.
+    """
+
+    root: Path
+    labels: Labels
+    train: list[Pair]
+    val: list[Pair]
+    test: list[Pair] = field(default_factory=list)
+    mask_folders: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, list[Pair]]:
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {split: pairs for split, pairs in named.items() if pairs}
+
+
+def load_masks(layout: Layout, config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
+    """Pictures and masks of a layout; without validation pictures some of training are held out."""
+    files = layout(config)
+    train, val = files.train, files.val
+    if not val:
+        chosen, kept = split_indices(len(train), config.held_out, seed)
+        train, val = [train[index] for index in chosen], [train[index] for index in kept]
+    order = np.random.default_rng(seed).permutation(len(train))[: config.limit]
+    train = [train[index] for index in order]
+    check_all([*train, *val, *files.test], files.labels)
+    augmented = MaskTransforms(config.size, augmentation, config.short_side)
+
+    def judged(pairs: Sequence[Pair]) -> SeededItems:
+        return SeededItems(PicturesWithMasks(pairs, files.labels), transforms=MaskTransforms(config.size, None))
+
+    validation = judged(val)
+    if not files.test:
+        _log.warning("the final numbers are those of the validation pictures: there are no others with public masks")
+    return Splits(
+        train=SeededItems(PicturesWithMasks(train, files.labels), transforms=augmented, max_bad=config.max_bad),
+        val=validation,
+        test=judged(files.test) if files.test else validation,
+        classes=files.labels.classes,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        size=config.size,
+        origin=f"pictures and masks in {files.root}",
+        dense=True,
+        whole=True,
+    )
+
+
+def _root(config: DataSettings, needed: Sequence[str], what: str) -> Path:
+    """The folder, `data.root` or below it, that holds the first of `needed`; all of them must be there."""
+    if config.root is None or not Path(config.root).is_dir():
+        raise ValueError(f"data.root={config.root}: there is no such folder; {what}")
+    for name in needed:
+        if not (Path(config.root) / name).is_dir():
+            raise ValueError(f"data.root={config.root}: there is no folder {Path(config.root) / name}; {what}")
+    return Path(config.root)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+
+
+def mask_folder(config: DataSettings) -> MaskFiles:
+    """Your own pictures, in ADE20K's layout. `ROOT/classes.txt`, one name a line, names the classes; without it
+    `data.classes` says how many there are. Where 0 is none, as in ADE20K, `data.ignore_zero` counts from 1."""
+    root = _root(config, ["images"], "the pictures belong in ROOT/images/training, their masks in ROOT/annotations/…")
+    names = class_names(root, config.classes)
+    first = int(config.ignore_zero)
+    of_value = {0: IGNORE_INDEX, **{first + label: label for label in range(len(names))}, 255: IGNORE_INDEX}
+    meaning = (
+        f"there are {len(names)} classes, counted from {first}; check data.classes and data.ignore_zero (now "
+        f"{str(config.ignore_zero).lower()})"
+    )
+    found, folders = {}, {}
+    for split, either in {"train": ("training", "train"), "val": ("validation", "val")}.items():
+        folder = next((root / "images" / name for name in either if (root / "images" / name).is_dir()), None)
+        if folder is None:
+            continue
+        masks = next((root / name for name in ("annotations", "masks") if (root / name).is_dir()), None)
+        if masks is None:
+            raise ValueError(f"{root} has neither annotations/ nor masks/: the masks of images/{folder.name} go there")
+        folders[split] = masks / folder.name
+        found[split] = [
+            (picture, (folders[split] / picture.relative_to(folder)).with_suffix(".png"))
+            for picture in _pictures(folder)
+        ]
+    if not found.get("train"):
+        raise ValueError(f"{root / 'images'} needs a folder training (or train) with pictures")
+    return MaskFiles(root, Labels(names, of_value, meaning), found["train"], found.get("val", []), mask_folders=folders)
+
+
+def class_names(root: Path, count: int | None) -> tuple[str, ...]:
+    file = root / "classes.txt"
+    names = tuple(line for line in file.read_text().splitlines() if line.strip()) if file.is_file() else None
+    if names is None and count is None:
+        raise ValueError(
+            f"data.classes is not set, and there is no {file} with a name a line: how many classes there are is not "
+            f"known; add {file.name}, or data.classes=…"
+        )
+    if names is not None and count not in (None, len(names)):
+        raise ValueError(
+            f"data.classes={count}, but {file} names {len(names)}; set data.classes=null or correct the file"
+        )
+    names = names or tuple(str(index) for index in range(count or 0))
+    if not 2 <= len(names) <= IGNORE_INDEX:
+        raise ValueError(f"masks can hold 2 to {IGNORE_INDEX} classes; got {len(names)}")
+    return names
+
+
+def cityscapes(config: DataSettings) -> MaskFiles:
+    """Fine masks; those of the test are not public."""
+    root = _root(
+        config, ["leftImg8bit", "gtFine"], "ROOT is where leftImg8bit_trainvaltest.zip and gtFine_… are unpacked"
+    )
+    by_id = next(root.glob("gtFine/*/*/*_gtFine_labelTrainIds.png"), None) is None
+    numbers = {number: label for label, number in enumerate(CITYSCAPES)} if by_id else {n: n for n in range(19)}
+    others = [*range(34), IGNORE_INDEX] if by_id else [IGNORE_INDEX]
+    of_value = {**dict.fromkeys(others, IGNORE_INDEX), **numbers}
+    meaning = f"{'ids' if by_id else 'train ids'} are 0 to {33 if by_id else 18}, and 255 for none"
+
+    def pairs(split: str) -> list[Pair]:
+        pictures = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+        if not pictures:
+            raise ValueError(f"{root / 'leftImg8bit' / split} has no CITY/…_leftImg8bit.png")
+        end = f"_gtFine_{'labelIds' if by_id else 'labelTrainIds'}.png"
+        names = [f"{picture.parent.name}/{picture.name.removesuffix('_leftImg8bit.png')}{end}" for picture in pictures]
+        return [(picture, root / "gtFine" / split / name) for picture, name in zip(pictures, names, strict=True)]
+
+    labels = Labels(tuple(CITYSCAPES.values()), of_value, meaning)
+    return MaskFiles(root, labels, pairs(config.train_split), pairs(config.val_split or "val"))
+
+
+def voc(config: DataSettings) -> MaskFiles:
+    """Pascal VOC 2012; `data.train_split=trainaug` adds SBD's masks to those of `train`."""
+    given = Path(config.root or "")
+    places = [given / "VOCdevkit" / "VOC2012", given / "VOC2012", given]
+    root = next((place for place in places if (place / "ImageSets" / "Segmentation").is_dir()), None)
+    if config.root is None or root is None:
+        raise ValueError(
+            f"data.root={config.root}: there is no {places[0] / 'ImageSets' / 'Segmentation'}; ROOT is where "
+            "VOCtrainval_11-May-2012.tar is unpacked"
+        )
+    values = {**{number: number for number in range(len(VOC))}, 255: IGNORE_INDEX}
+    labels = Labels(VOC, values, f"Pascal VOC has 0 to {len(VOC) - 1}, and 255 for none")
+
+    def pairs(names: Sequence[str]) -> list[Pair]:
+        return [(root / f"JPEGImages/{name}.jpg", root / f"SegmentationClass/{name}.png") for name in names]
+
+    val = _voc_names(root, config.val_split or "val")
+    if config.train_split != "trainaug":
+        return MaskFiles(root, labels, pairs(_voc_names(root, config.train_split)), pairs(val))
+    fine = _voc_names(root, "train")
+    more = _sbd_masks(root, config.sbd)
+    further = [(root / f"JPEGImages/{name}.jpg", more[name]) for name in sorted(more.keys() - {*fine, *val})]
+    return MaskFiles(root, labels, [*pairs(fine), *further], pairs(val))
+
+
+def _voc_names(root: Path, split: str) -> list[str]:
+    file = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
+        raise ValueError(f"there is no {file}; data.train_split and data.val_split are among: {known}, trainaug")
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
+def _sbd_masks(root: Path, sbd: str | None) -> dict[str, Path]:
+    """By picture: SegmentationClassAug/….png, as passed around, or else SBD's own cls/….mat."""
+    converted = root / "SegmentationClassAug"
+    if sbd is None and converted.is_dir():
+        return {path.stem: path for path in converted.glob("*.png")}
+    folders = [Path(sbd or root.parent), *(Path(sbd or root.parent) / name for name in ("dataset", "SBD"))]
+    folder = next((folder / "cls" for folder in folders if next(folder.glob("cls/*.mat"), None) is not None), None)
+    if folder is None:
+        raise ValueError(
+            f"data.train_split=trainaug needs SBD's masks: as PNGs in {converted}, or data.sbd="
+            f"benchmark_RELEASE/dataset with cls/….mat (now {sbd})"
+        )
+    if importlib.util.find_spec("scipy") is None:
+        raise ValueError(f"{folder}/….mat are read by a package that is not installed: pip install scipy")
+    return {path.stem: path for path in folder.glob("*.mat")}
+
+
+def camvid(config: DataSettings) -> MaskFiles:
+    """Road scenes; masks hold 0 to 10, with 11 and 255 for none, or CamVid's own colours."""
+    root = _root(config, [], "ROOT has the folders train, val and test, or lists such as train.lst")
+    values = {**{number: number for number in range(len(CAMVID))}, 11: IGNORE_INDEX, 255: IGNORE_INDEX}
+    colours = {
+        **dict.fromkeys(_CAMVID_OTHERS, IGNORE_INDEX),
+        **{colour: label for label, colour in enumerate(CAMVID.values())},
+    }
+    labels = Labels(
+        tuple(CAMVID), values, "masks hold 0 to 10, with 11 and 255 for none, or CamVid's 32 colours", colours
+    )
+    train, val = (_camvid_pairs(root, split) for split in (config.train_split, config.val_split or "val"))
+    test = _camvid_pairs(root, config.test_split or "test", needed=config.test_split is not None)
+    return MaskFiles(root, labels, train, val, test)
+
+
+def _camvid_pairs(root: Path, split: str, *, needed: bool = True) -> list[Pair]:
+    lists = [root / f"{split}.lst", root / "list" / "camvid" / f"{split}.lst"]
+    if (file := next((file for file in lists if file.is_file()), None)) is not None:
+        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        return [(root / picture, root / mask) for picture, mask in lines]
+    if split == "trainval":
+        return [*_camvid_pairs(root, "train"), *_camvid_pairs(root, "val")]
+    pictures = _pictures(root / split)
+    if not pictures and needed:
+        raise ValueError(f"{root} has neither a folder {split} with pictures nor {split}.lst")
+    if (root / f"{split}annot").is_dir():
+        return [(picture, root / f"{split}annot" / f"{picture.stem}.png") for picture in pictures]
+    return [(picture, root / f"{split}_labels" / f"{picture.stem}_L.png") for picture in pictures]
+
+
+Layout = Callable[[DataSettings], MaskFiles]
+
+LAYOUTS: dict[str, Layout] = {"mask_folder": mask_folder, "cityscapes": cityscapes, "voc": voc, "camvid": camvid}
