@@ -1,6 +1,7 @@
 """One file a paper; importing this package registers all of them with timm."""
 
 from . import (
+    bevanet,
     dinat_s,
     dynamicvit,
     dynamicvit_convnext,
@@ -33,6 +34,7 @@ __all__ = [
     "IsotropicBackbone",
     "Stage",
     "TokenReducedViT",
+    "bevanet",
     "dinat_s",
     "dynamicvit",
     "dynamicvit_convnext",

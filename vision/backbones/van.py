@@ -25,21 +25,12 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...mixers import DepthwiseConv2d, LargeKernelAttention
+from ...mixers.row_conv import RowConv2d, RowGELU
 from ._checkpoints import StateDict, refuse_mismatch, rename, unwrap
-from ._conv_mlp import RowConv2d, evaluate_by_parts
+from ._conv_mlp import evaluate_by_parts
 from ._hierarchical import HierarchicalBackbone, Stage
-
-
-@register_notrace_module
-class RowGELU(nn.GELU):
-    """GELU of a channels_last map [B, C, H, W] as the rows that it is in memory: contiguous, which PyTorch asks of a
-    tensor before it takes its faster kernel on the CPU."""
-
-    def forward(self, input: Tensor) -> Tensor:  # named as in torch.nn.GELU
-        return F.gelu(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class OverlapPatchEmbed(nn.Module):
