@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 SMALL, LARGE = 240, 1200  # smaller pictures are enlarged to about these sides, to stand up to a legend
-MOST_IN_LEGEND = 24
+MOST_IN_LEGEND = 30
 MOST_ON_SHEET = 200
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 
@@ -27,9 +27,9 @@ class Prediction:
 
 def draw_overlay(path: Path, picture: Image.Image, mask: Tensor, classes: Sequence[str]) -> None:
     """The picture, the classes of its pixels [H, W] laid over it, and a legend of those that occur, largest first."""
-    from .training.pictures import class_colours, overlay
+    from .training.pictures import MOST_COLOURS, overlay, palette_of
 
-    palette = class_colours(len(classes))
+    palette = palette_of(classes)
     pixels = np.asarray(picture.convert("RGB")) / 255
     painted = Image.fromarray((255 * overlay(pixels, mask.numpy(), palette)).round().astype(np.uint8))
     factor = max(1, min(-(-SMALL // min(picture.size)), LARGE // max(picture.size)))
@@ -37,38 +37,61 @@ def draw_overlay(path: Path, picture: Image.Image, mask: Tensor, classes: Sequen
         panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.NEAREST)
         for panel in (picture, painted)
     ]
-    legend = _legend(mask, classes, palette, unit=max(12, min(panels[0].size) // 30))
-    gap = max(8, legend.width // 30)
-    beside = panels[0].width <= 2 * panels[0].height  # else the two stand one above the other
-    right = (panels[0].width + gap) if beside else 0
-    below = 0 if beside else panels[0].height + gap
-    size = (right + panels[0].width + gap + legend.width, max(below + panels[0].height, legend.height))
-    sheet = Image.new("RGB", size, _PAPER)
+    width, height = panels[0].size
+    unit = max(12, min(width, height) // 30)
+    if len(classes) > MOST_COLOURS:
+        _name_regions(panels[1], mask.numpy(), classes, factor=factor, unit=unit)
+    gap = max(8, width // 80)
+    beside = width <= 2 * height  # else the two stand one above the other
+    right, below = (width + gap, 0) if beside else (0, height + gap)
+    legend = _legend(mask, classes, palette, unit=unit, height=below + height)
+    sheet = Image.new("RGB", (right + width + gap + legend.width, max(below + height, legend.height)), _PAPER)
     sheet.paste(panels[0], (0, 0))
     sheet.paste(panels[1], (right, below))
-    sheet.paste(legend, (right + panels[0].width + gap, 0))
+    sheet.paste(legend, (right + width + gap, 0))
     sheet.save(path)
 
 
-def _legend(mask: Tensor, classes: Sequence[str], palette: np.ndarray, *, unit: int) -> Image.Image:
+def _name_regions(panel: Image.Image, mask: np.ndarray, classes: Sequence[str], *, factor: int, unit: int) -> None:
+    """Writes the names of the larger classes where they are: of many colours some look alike."""
+    from .training.pictures import large_regions
+
+    draw, font = ImageDraw.Draw(panel), _font(unit)
+    for label, row, column in large_regions(mask):
+        half = font.getlength(classes[label]) / 2
+        # Inside the picture, where the name is not too long for it.
+        place = (
+            max(half, min(factor * (column + 0.5), panel.width - half)),
+            max(unit, min(factor * (row + 0.5), panel.height - unit)),
+        )
+        stroke = max(1, unit // 8)
+        draw.text(place, classes[label], font=font, fill="white", anchor="mm", stroke_width=stroke, stroke_fill="black")
+
+
+def _legend(mask: Tensor, classes: Sequence[str], palette: np.ndarray, *, unit: int, height: int) -> Image.Image:
+    """In as many columns, up to three, as make it no higher than `height`."""
     found, pixels = mask.unique(return_counts=True)
     order = pixels.argsort(descending=True, stable=True).tolist()
-    lines = [
-        (int(found[index]), f"{classes[int(found[index])]}  {100 * float(pixels[index]) / mask.numel():.1f} %")
-        for index in order[:MOST_IN_LEGEND]
-    ]
-    font = _font(unit)
-    rest = f"and {len(order) - len(lines)} more" if len(order) > len(lines) else ""
-    width = round(max(font.getlength(text) for text in (*(text for _, text in lines), rest)))
-    step = round(1.7 * unit)
-    sheet = Image.new("RGB", (width + 3 * unit, step * (len(lines) + bool(rest)) + unit), _PAPER)
+    lines: list[tuple[int | None, str]] = []
+    for index in order[:MOST_IN_LEGEND]:
+        share = 100 * float(pixels[index]) / mask.numel()
+        lines.append(
+            (int(found[index]), f"{classes[int(found[index])]}  {'< 0.1' if share < 0.05 else f'{share:.1f}'} %")
+        )
+    if len(order) > len(lines):
+        lines.append((None, f"and {len(order) - len(lines)} more"))
+    font, step = _font(unit), round(1.7 * unit)
+    columns = min(3, -(-len(lines) // max(1, (height - unit) // step)))
+    rows = -(-len(lines) // columns)
+    width = round(max(font.getlength(text) for _, text in lines)) + 3 * unit
+    sheet = Image.new("RGB", (columns * width, step * rows + unit), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for place, (index, text) in enumerate(lines):
-        top = place * step + unit // 2
-        colour = tuple(round(255 * part) for part in palette[index])
-        draw.rectangle((0, top, round(1.5 * unit), top + unit), fill=colour)
-        draw.text((2 * unit, top + unit // 2), text, font=font, fill=_INK, anchor="lm")
-    draw.text((2 * unit, len(lines) * step + unit), rest, font=font, fill=_INK, anchor="lm")
+        left, top = place // rows * width, place % rows * step + unit // 2
+        if index is not None:
+            colour = tuple(round(255 * part) for part in palette[index])
+            draw.rectangle((left, top, left + round(1.5 * unit), top + unit), fill=colour)
+        draw.text((left + 2 * unit, top + unit // 2), text, font=font, fill=_INK, anchor="lm")
     return sheet
 
 
@@ -79,14 +102,16 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
-def write_mask(path: Path, mask: Tensor, count: int) -> None:
+def write_mask(path: Path, mask: Tensor, classes: Sequence[str]) -> None:
     """A palette PNG: its values are class numbers, as data.source=mask_folder reads them, and viewers show colours."""
-    from .training.pictures import class_colours
+    from .training.pictures import palette_of
 
-    if count > 256:
-        raise ValueError(f"masks hold class numbers up to 255, and there are {count} classes; leave --masks out")
+    if len(classes) > 255:
+        raise ValueError(
+            f"masks hold class numbers up to 254, 255 being none; there are {len(classes)} classes: leave --masks out"
+        )
     image = Image.fromarray(mask.numpy().astype(np.uint8))
-    image.putpalette((255 * class_colours(count)).round().astype(np.uint8).tobytes())
+    image.putpalette((255 * palette_of(classes)).round().astype(np.uint8).tobytes())
     image.save(path)
 
 

@@ -6,7 +6,7 @@ Drawn on `Figure` objects, without pyplot: no global state, no window system.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _STAGES = {"train": "training", "val": "validation"}
 _MOST_NUMBERED_CLASSES = 20
 _MOST_NAMED_CLASSES = 150
 _CELLS = {_MOST_NUMBERED_CLASSES: 0.46, 30: 0.3, 100: 0.11, math.inf: 0.08}  # inches a class, by how many there are
-_MOST_COLOURS = 20  # of more classes the names stand in the pictures too
+MOST_COLOURS = 20  # of more classes the names stand in the pictures too
 _NAMED_SHARE = 0.03  # of a picture's pixels, for a class to be named in it
 _LONGEST_LEGEND = 40
 _MOST_LISTED = 30
@@ -227,7 +227,7 @@ def draw_masks(
         for axes, panel in zip(grid[row], shown, strict=True):
             axes.imshow(panel, interpolation="nearest")
             axes.axis("off")
-        if len(classes) > _MOST_COLOURS:
+        if len(classes) > MOST_COLOURS:
             for axes, masks in zip(grid[row][1:], columns.values(), strict=False):
                 _name_regions(axes, masks[row].cpu().numpy(), classes)
     for axes, name in zip(grid[0], names, strict=True):
@@ -239,12 +239,22 @@ def draw_masks(
 
 def _name_regions(axes: Axes, mask: np.ndarray, classes: Sequence[str]) -> None:
     """Writes the names of the larger classes where they are: of many colours some look alike."""
-    labels, counts = np.unique(mask[mask != IGNORE_INDEX], return_counts=True)
-    for label in labels[counts >= _NAMED_SHARE * mask.size]:
-        places = np.argwhere(mask == label)
-        row, column = places[np.abs(places - np.median(places, axis=0)).sum(1).argmin()]
-        text = axes.text(column, row, short_name(classes[label], 14), ha="center", va="center", fontsize=6, color="white")
+    for label, row, column in large_regions(mask):
+        text = axes.text(
+            column, row, short_name(classes[label], 14), ha="center", va="center", fontsize=6, color="white"
+        )
         text.set(path_effects=[withStroke(linewidth=1.5, foreground="black")], clip_on=True)
+
+
+def large_regions(mask: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """The classes that are worth a name in a picture, and (row, column) of one of their pixels near their middle."""
+    step = max(1, max(mask.shape) // 500)  # of a photograph every few pixels tell enough
+    seen = mask[::step, ::step]
+    labels, counts = np.unique(seen[seen != IGNORE_INDEX], return_counts=True)
+    for label in labels[counts >= _NAMED_SHARE * seen.size]:
+        places = np.argwhere(seen == label)
+        row, column = places[np.abs(places - np.median(places, axis=0)).sum(1).argmin()]
+        yield int(label), step * int(row), step * int(column)
 
 
 def _legend(
