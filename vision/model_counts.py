@@ -1,6 +1,8 @@
 """Parameters and multiply-adds of each model, written by `python -m mixerzoo.vision.models --count`."""
 
 COUNTS: dict[str, tuple[int, int]] = {
+    "bevanet_s": (16_278_709, 1_342_962_136),
+    "bevanet": (57_390_805, 5_451_356_888),
     "dinat_s_tiny": (28_288_354, 4_490_566_656),
     "dinat_s_small": (49_606_258, 8_740_875_264),
     "dinat_s_base": (87_768_224, 15_430_946_816),

@@ -44,6 +44,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
+    "bevanet": Family("large separable kernel attention", "mit"),
     "dinat_s": Family("neighborhood attention", "mit"),
     "dynamicvit": Family("attention, tokens dropped by a predictor", "mit"),
     "dynamicvit_convnext": Family("depth-wise convolution, positions chosen by a predictor", "mit"),
@@ -70,9 +71,9 @@ FAMILIES = {
 
 # ImageNet-1k top-1 at the size of the table, as stated beside the default weights: NAT.md and DiNAT.md of
 # github.com/SHI-Labs/Neighborhood-Attention-Transformer; the READMEs of github.com/ziplab/LITv2,
-# github.com/AILab-CVC/UniRepLKNet, github.com/Visual-Attention-Network/VAN-Classification and
-# github.com/TerryPei/EfficientVMamba; van_b4, whose weights the authors do not host, from mmpretrain; VMamba from
-# assets/performance.md of github.com/MzeroMiko/VMamba; of the models with fewer tokens the READMEs of
+# github.com/AILab-CVC/UniRepLKNet, github.com/Visual-Attention-Network/VAN-Classification,
+# github.com/TerryPei/EfficientVMamba, github.com/maomao0819/BEVANet; van_b4, whose weights the authors do not host, from
+# mmpretrain; VMamba from assets/performance.md of github.com/MzeroMiko/VMamba; of the models with fewer tokens those of
 # github.com/facebookresearch/ToMe, youweiliang/evit, raoyongming/DynamicViT, zihangJiang/TokenLabeling and
 # changsn/STViT-R. Ours load those weights, and give those outputs.
 STATED_TOP1 = {
@@ -144,6 +145,8 @@ STATED_TOP1 = {
     "efficientvmamba_tiny.in1k": 76.5,
     "efficientvmamba_small.in1k": 78.7,
     "efficientvmamba_base.in1k": 81.8,
+    "bevanet_s.in1k": 71.1,
+    "bevanet.in1k": 76.3,
     "tome_mae_vit_base_patch16_224.r16_in1k": 81.9,
     "tome_mae_vit_large_patch16_224.r8_in1k": 85.1,
     "tome_mae_vit_huge_patch14_224.r7_in1k": 86.5,

@@ -388,7 +388,7 @@ def _stages_for(indices: Sequence[int]) -> int:
 
 
 _PARTS = [
-    (r"\.(?:pw|dw)conv\.(weight|bias)$", r".\1"),  # each convolution is alone in a module of its own there
+    (r"(?<!mlp)\.(?:pw|dw)conv\.(weight|bias)$", r".\1"),  # there each convolution is alone in a module of its own
     (r"\bDW_conv_([hv])\.", r"conv0\1."),
     (r"\bDW_conv\.", "conv0."),
     (r"\bDW_D_conv_([hv])\.", r"conv_spatial_\1."),
