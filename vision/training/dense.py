@@ -7,12 +7,13 @@ training lowers: it does not depend on how pictures are put into batches or spre
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
+from .._loading import takes_one_size
 from ..data.splits import Splits
 from ..segmentation.inference import Inference, of_settings
 from ..segmentation.losses import SegmentationLoss
@@ -36,37 +37,39 @@ def make_loss(model: nn.Module, config: Config, splits: Splits) -> SegmentationL
                 "picture, not for its pixels"
             )
         return None
-    parts = loss_parts(model)
-    boundary = (loss.boundary_weight, loss.boundary_labels_weight)
-    if any(boundary) and "boundary" not in parts:
-        name = "boundary_weight" if boundary[0] else "boundary_labels_weight"
-        raise ConfigError(
-            f"loss.{name}={getattr(loss, name):g}, but no head of this model draws boundaries (head.name=bevanet does);"
-            " set it to null"
-        )
-    if loss.auxiliary_weight not in (0, own.auxiliary_weight) and "auxiliary" not in parts:
-        raise ConfigError(
-            f"loss.auxiliary_weight={loss.auxiliary_weight:g}, but there is no auxiliary head; give head.auxiliary="
-            f"true, or leave it at {own.auxiliary_weight:g}"
-        )
-    if loss.class_weights and len(loss.class_weights) != len(splits.classes):
-        raise ConfigError(
-            f"loss.class_weights has {len(loss.class_weights)} numbers, but there are {len(splits.classes)} classes; "
-            "give one for each, or []"
-        )
-    if loss.class_weights and not any(loss.class_weights):
-        raise ConfigError("loss.class_weights are all 0: there is nothing to learn; [] weighs all classes the same")
-    own_weight = SegmentationLoss()
+    _check_weights(loss, loss_parts(model), len(splits.classes))
+    weights = {"boundary_weight": loss.boundary_weight, "boundary_labels_weight": loss.boundary_labels_weight}
     return SegmentationLoss(
         loss.name,
         ohem_threshold=loss.ohem_threshold,
         ohem_kept=loss.ohem_kept,
         auxiliary_weight=loss.auxiliary_weight,
-        boundary_weight=own_weight.boundary_weight if boundary[0] is None else boundary[0],
-        boundary_labels_weight=own_weight.boundary_labels_weight if boundary[1] is None else boundary[1],
         class_weights=loss.class_weights,
         label_smoothing=config.augment.label_smoothing,
+        **{name: weight for name, weight in weights.items() if weight is not None},
     )
+
+
+def _check_weights(loss: LossConfig, parts: Sequence[str], classes: int) -> None:
+    for name in ("boundary_weight", "boundary_labels_weight"):
+        if getattr(loss, name) and "boundary" not in parts:
+            raise ConfigError(
+                f"loss.{name}={getattr(loss, name):g}, but no head of this model draws boundaries (BEVANet's does); "
+                "set it to null"
+            )
+    usual = LossConfig().auxiliary_weight
+    if loss.auxiliary_weight not in (0, usual) and "auxiliary" not in parts:
+        raise ConfigError(
+            f"loss.auxiliary_weight={loss.auxiliary_weight:g}, but there is no auxiliary head; give head.auxiliary="
+            f"true, or leave it at {usual:g}"
+        )
+    if loss.class_weights and len(loss.class_weights) != classes:
+        raise ConfigError(
+            f"loss.class_weights has {len(loss.class_weights)} numbers, but there are {classes} classes; give one for "
+            "each, or []"
+        )
+    if loss.class_weights and not any(loss.class_weights):
+        raise ConfigError("loss.class_weights are all 0: there is nothing to learn; [] weighs all classes the same")
 
 
 def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference] | None:
@@ -89,7 +92,7 @@ def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference
             "evaluate.mode=slide asks the model as often as a picture has windows, but under train.strategy=fsdp all "
             "processes must ask together; take ddp, or evaluate.mode=whole"
         )
-    fixed = _is_fixed(config)
+    fixed = takes_one_size(config.model.name, config.model.kwargs)
     if fixed:
         _check_fixed(config, splits)
     try:
@@ -101,13 +104,7 @@ def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference
 
 def short_side(config: Config, splits: Splits) -> int:
     """Of a picture that is judged, at scale 1; 0 is its own."""
-    return splits.size if getattr(config.data, "short_side", None) is None else config.data.short_side
-
-
-def _is_fixed(config: Config) -> bool:
-    """Whether the model takes pictures of one size alone."""
-    cfg = timm.get_pretrained_cfg(config.model.name)
-    return cfg is not None and bool(cfg.fixed_input_size) and not config.model.kwargs.get("dynamic_img_size")
+    return splits.size if config.data.short_side is None else config.data.short_side
 
 
 def _check_fixed(config: Config, splits: Splits) -> None:
@@ -118,7 +115,7 @@ def _check_fixed(config: Config, splits: Splits) -> None:
             raise ConfigError(
                 f"evaluate.window={evaluate.window}: {name} takes pictures of {size} x {size} alone; leave it at null"
             )
-    elif getattr(config.data, "short_side", None) not in (None, size):
+    elif config.data.short_side not in (None, size):
         raise ConfigError(
             f"data.short_side={config.data.short_side}: {name} takes pictures of {size} x {size} alone; set it to null,"
             " or evaluate.mode=slide"

@@ -193,8 +193,9 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
 def _place(data: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The file in configs/data for what `data=` names, and what a path or one of timm's names stands for besides."""
     if data not in names:
-        if Path(data).is_dir():
-            return "image_folder", {"data.root": data}
+        if (folder := Path(data)).is_dir():
+            masks = (folder / "images").is_dir() and any((folder / name).is_dir() for name in ("annotations", "masks"))
+            return "mask_folder" if masks else "image_folder", {"data.root": data}
         if data.endswith(".tar"):
             return "timm", {"data.root": data}
         if data.partition("/")[0].lower() in _TIMM_PREFIXES and "/" in data:
@@ -275,8 +276,13 @@ def _set(config: DictConfig, name: str, value: Any, origin: str) -> DictConfig:
     for part in reversed(name.split(".")):
         tree = {part: tree}
     try:
-        if key is not None and key.base is bool and not isinstance(value, bool):
-            raise ConfigError(f"{origin}: {name} needs true or false")
+        if (
+            key is not None
+            and key.base is bool
+            and not isinstance(value, bool)
+            and not (key.optional and value is None)
+        ):
+            raise ConfigError(f"{origin}: {name} needs true or false{', or null' * key.optional}")
         merged = OmegaConf.unsafe_merge(config, tree)  # in place: copying all for each key takes most of a start
     except OmegaConfBaseException as error:
         needed = f"a value of type {key.describe_type()}" if key else "another value"
