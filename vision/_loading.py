@@ -7,20 +7,22 @@ every weight must be found, where timm would drop a head of another size without
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
-import torch
-from timm.models import load_state_dict, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from timm.utils.misc import ParseKwargs
 from torch import Tensor, nn
 
-from ._checksum import refuse_damage
+from ._reading import one_line, read_checkpoint
 from .segmentation import build_segmenter
+
+_Number = TypeVar("_Number", int, float)
 
 
 def load_model(
@@ -162,25 +164,6 @@ def takes_one_size(name: str, model_kwargs: Mapping[str, Any]) -> bool:
     return cfg is not None and bool(cfg.fixed_input_size) and not model_kwargs.get("dynamic_img_size")
 
 
-def read_checkpoint(path: Path, *, segmenters: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a file, and what `train.py` wrote beside them; nothing in the file is executed.
-
-    Lightning keeps a module's own weights under `model.`, which no timm model uses as its first name.
-    """
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
-    refuse_damage(path)
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-        inner = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        facts = torch.load(path, map_location="cpu", weights_only=True).get("mixerzoo", {}) if inner else {}
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"cannot read the checkpoint {path}: {one_line(error)}") from error
-    if facts.get("head") is not None and not segmenters:
-        raise ValueError(f"{path} holds a segmenter; only classifiers can be loaded here")
-    return inner or state, facts
-
-
 def weights_overlay(
     name: str, state: dict[str, Tensor], facts: dict[str, Any], num_classes: int | None, model_kwargs: dict[str, Any]
 ) -> dict[str, Any]:
@@ -214,12 +197,6 @@ def _first(names: str | Sequence[str] | None) -> str | None:
     return names if names is None or isinstance(names, str) else names[0]
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message, shortened for a terminal."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]}…"
-
-
 class KeyValue(ParseKwargs):
     """timm's argparse action for KEY=VALUE, which says what is wrong instead of failing."""
 
@@ -228,3 +205,20 @@ class KeyValue(ParseKwargs):
         if wrong:
             parser.error(f"{option_string} takes key=value, got {wrong[0]!r}")
         super().__call__(parser, namespace, values, option_string)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """What argparse takes for `512` or `512,1024`."""
+    return _separated(text, int, "whole numbers")
+
+
+def factors(text: str) -> tuple[float, ...]:
+    """What argparse takes for `0.75,1,1.25`."""
+    return _separated(text, float, "numbers")
+
+
+def _separated(text: str, kind: Callable[[str], _Number], what: str) -> tuple[_Number, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs {what} separated by commas, got {text!r}") from None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ._loading import one_line
+from ._reading import one_line
 
 Shape = tuple[int, int, int, int]
 

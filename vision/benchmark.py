@@ -47,7 +47,8 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._loading import KeyValue, load_model, one_line
+from ._loading import KeyValue, load_model
+from ._reading import one_line
 from .training.summary import summarize
 
 Pass = Literal["infer", "train"]

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.neighborhood_attention import na1d, na2d
-from ._loading import KeyValue, load_model, one_line
+from ._loading import KeyValue, load_model
+from ._reading import one_line
 from .diagrams import hilo_paths
 from .mixer_fields import mixer_fields
 from .receptive_field import ReceptiveField, open_branches, receptive_fields

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from mixerzoo.vision._checksum import find_damage, is_sealed, write_sealed
-from mixerzoo.vision._loading import load_model, read_checkpoint
+from mixerzoo.vision._loading import load_model
+from mixerzoo.vision._reading import read_checkpoint
 from mixerzoo.vision.data.splits import Splits
 from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, load_checkpoint, refuse_another
 from mixerzoo.vision.training.config import Config

@@ -8,7 +8,7 @@ import mixerzoo.vision  # noqa: F401  # registers the models
 import pytest
 import torch
 from mixerzoo.vision.segmentation import Segmenter, SegmenterOutput, build_segmenter
-from mixerzoo.vision.segmentation.segmenter import feature_channels
+from mixerzoo.vision.segmentation.build import feature_info
 
 NAT = {"stem_stride": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "kernel_size": 3}
 HEADS = ("upernet", "semantic_fpn", "segformer")
@@ -66,7 +66,7 @@ def test_one_picture_is_too_few_to_train_upernet() -> None:
 
 def test_plain_models_are_refused() -> None:
     with pytest.raises(ValueError, match="features_only=True"):
-        feature_channels(torch.nn.Conv2d(1, 1, 1))
+        feature_info(torch.nn.Conv2d(1, 1, 1))
 
 
 def test_what_the_backbone_spares_from_weight_decay_keeps_its_name() -> None:

@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import backbones as backbones  # registers the models
 from .._checksum import refuse_damage
-from .._loading import load_model, no_weights, one_line, read_checkpoint, weights_overlay
+from .._loading import load_model, no_weights, weights_overlay
+from .._reading import one_line, read_checkpoint
 from ..data.splits import Splits
 from ..segmentation import build_segmenter
 from .config import Config
@@ -31,8 +32,7 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
     arguments = _model_arguments(config, splits)
     try:
         if splits.dense:
-            head = dataclasses.asdict(config.head)
-            model: nn.Module = build_segmenter(config.model.name, len(splits.classes), head=head, **arguments)
+            model: nn.Module = _build_dense(config, splits, arguments)
         else:
             model = timm.create_model(config.model.name, num_classes=len(splits.classes), **arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
@@ -49,6 +49,16 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
         _scale_head(model, config, splits, loaded=bool(arguments["pretrained"]))
     _try(model, config, splits)
     return model
+
+
+def _build_dense(config: Config, splits: Splits, arguments: dict[str, Any]) -> nn.Module:
+    """A checkpoint may hold a whole segmenter, which timm's road for weights knows nothing of."""
+    checkpoint = config.model.checkpoint
+    if checkpoint is not None:
+        roads = ("pretrained", "pretrained_cfg_overlay")
+        arguments = {name: value for name, value in arguments.items() if name not in roads}
+    head = dataclasses.asdict(config.head)
+    return build_segmenter(config.model.name, len(splits.classes), head=head, checkpoint=checkpoint, **arguments)
 
 
 @torch.no_grad()

@@ -1,0 +1,96 @@
+"""A whole segmenter's weights from a file: those of published models, of mmsegmentation's form, and our own.
+
+Unusual: nothing is left to chance. timm's loading keeps silent about what a file lacks once the classifier is another;
+here every tensor of the file has its place and every place its tensor, or an error lists those that do not. Only the
+classifiers of pixels begin anew where the file knows another number of classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._reading import read_checkpoint
+
+_log = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+
+_PYRAMIDS = {f"neck.{theirs}.": f"neck.fpn{i + 1}." for i, theirs in enumerate(("upsample_4x", "upsample_2x"))}
+"""Parts of a pyramid in mmsegmentation's Feature2Pyramid, and in ours, which has Vim's names."""
+
+
+def read_segmenter(file: str | Path) -> StateDict | None:
+    """The weights in a file that holds a whole segmenter; None if it holds a backbone alone."""
+    state, _ = read_checkpoint(Path(file), segmenters=True)
+    return state if any(name.startswith("decode_head.") for name in state) else None
+
+
+def load_segmenter(model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Put the weights of a whole segmenter into `model`, all of them."""
+    own = model.state_dict()
+    given = dict(state)
+    if not any(name.startswith("backbone.") and name in own for name in given):
+        given = _from_published(model, given, source)
+    if getattr(model, "auxiliary_head", None) is None:  # the caller's wish: it would learn alone
+        given = {name: tensor for name, tensor in given.items() if not name.startswith("auxiliary_head.")}
+    given = _with_new_classifiers(given, own, source)
+    missing = [name for name in own if name not in given and not name.endswith(".num_batches_tracked")]
+    left_over = [name for name in given if name not in own]
+    misshapen = [
+        f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
+        for name, tensor in given.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    faults = {"missing": missing, "left over": left_over, "of another shape": misshapen}
+    if any(faults.values()):
+        found = "; ".join(f"{kind}: {_some(names)}" for kind, names in faults.items() if names)
+        raise ValueError(
+            f"the weights of {source} do not fit this segmenter. {found}. Build the model, head and widths that the "
+            "file was saved from"
+        )
+    model.load_state_dict(given, strict=False)  # checked above; old files lack counts of batches
+
+
+def _from_published(model: nn.Module, state: StateDict, source: str | Path) -> StateDict:
+    """Published names to ours: the backbone's by the filter of its family, those of the heads are the same."""
+    for theirs, ours in _PYRAMIDS.items():
+        state = {name.replace(theirs, ours, 1) if name.startswith(theirs) else name: t for name, t in state.items()}
+    state = {name.replace("backbone.fpn", "neck.fpn", 1): tensor for name, tensor in state.items()}
+    prefix = "backbone."
+    backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    network: Any = getattr(model.backbone, "model", None)
+    convert: Callable[..., StateDict] | None = getattr(
+        sys.modules[type(network).__module__], "checkpoint_filter_fn", None
+    )
+    if convert is None or not type(network).__module__.startswith(__name__.partition(".")[0]):
+        raise ValueError(
+            f"{source} is a published segmenter, whose backbone can only be read into the models of mixerzoo; this is "
+            f"{type(network if network is not None else model.backbone).__name__}"
+        )
+    fresh = {tensor.data_ptr() for tensor in network.state_dict().values()}
+    try:
+        converted = convert(backbone, network)
+    except ValueError as error:
+        raise ValueError(f"the backbone in {source}: {error}") from error
+    # A family's filter lets norms that a file lacks start from the model's own values; a whole segmenter has them all.
+    converted = {f"backbone.model.{name}": t for name, t in converted.items() if t.data_ptr() not in fresh}
+    return converted | {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+
+
+def _with_new_classifiers(state: StateDict, own: Mapping[str, Tensor], source: str | Path) -> StateDict:
+    """Without the file's classifiers of pixels, but with the model's, if the file's are of other classes."""
+    weight = "decode_head.conv_seg.weight"
+    if weight not in state or weight not in own or len(state[weight]) == len(own[weight]):
+        return state
+    _log.info("%s has %d classes; those of %d begin anew", source, len(state[weight]), len(own[weight]))
+    return {name: own[name] if name in own and ".conv_seg." in name else tensor for name, tensor in state.items()}
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})"
