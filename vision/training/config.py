@@ -299,6 +299,9 @@ class TrainConfig:
     strategy: Literal["auto", "ddp", "fsdp"] = option(
         "auto", "several devices: ddp (the automatic choice) has the model on each, fsdp a part of every weight"
     )
+    sync_batchnorm: bool = option(
+        False, "batch norm over the pictures of all GPUs (ddp), as recipes of segmentation have it; alone on a CPU"
+    )
     threads: int | None = option(None, "CPU threads of each process; null is torch's own choice", low=1)
     compile: bool = option(False, "run the model through torch.compile")
     channels_last: bool = option(False, "keep tensors in channels-last order")

@@ -47,6 +47,11 @@ def make_strategy(train: TrainConfig) -> Strategy | str:
     return DDPStrategy()
 
 
+def on_gpu(train: TrainConfig) -> bool:
+    """Whether training will be on CUDA devices."""
+    return train.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
 def make_environment() -> ClusterEnvironment:
     starter = started_by()
     if starter == "slurm":

@@ -20,7 +20,7 @@ from .callbacks import Curves, EpochTable, LastCheckpoint, Progress
 from .checkpoints import AtomicCheckpointIO, load_best
 from .config import Config
 from .distillation import make_teacher
-from .distributed import load_weights, make_environment, make_strategy, whole
+from .distributed import load_weights, make_environment, make_strategy, on_gpu, whole
 from .failures import memory_advice
 from .folder import make_folder
 from .journal import Journal
@@ -141,6 +141,7 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task, 
         devices=train.devices,
         num_nodes=train.nodes,
         strategy=make_strategy(train),
+        sync_batchnorm=train.sync_batchnorm and on_gpu(train),
         precision=train.precision,
         max_epochs=task.plan.epochs,
         accumulate_grad_batches=task.plan.accumulate,
