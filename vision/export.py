@@ -37,7 +37,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
-from ._loading import KeyValue, find_weights, load_model, load_run, one_line
+from ._loading import KeyValue, find_weights, load_model, load_run, numbers, one_line
 from ._programs import AXES, ExportError, Shape, free_axes, raise_bounds, run_pt2, trace, write_onnx
 
 Format = Literal["onnx", "pt2", "safetensors"]
@@ -302,19 +302,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"export: {message}\n")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"needs whole numbers separated by commas, got {text!r}") from None
-
-
 def parser() -> _Parser:
     parser = _Parser(prog="python -m mixerzoo.vision.export", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", help="a run folder of train.py, one of its checkpoints, or a timm name")
     parser.add_argument("--format", choices=get_args(Format), required=True)
     parser.add_argument(
-        "--features", type=_numbers, metavar="0,1,2,3", help="export these feature maps, not the classifier"
+        "--features", type=numbers, metavar="0,1,2,3", help="export these feature maps, not the classifier"
     )
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
@@ -322,7 +315,7 @@ def parser() -> _Parser:
     )
     weights.add_argument("--pretrained", action="store_true", help="the published weights, downloaded by timm")
     parser.add_argument("--output", type=Path, help="default: MODEL.onnx, MODEL.pt2, or the folder MODEL")
-    parser.add_argument("--input-size", type=_numbers, metavar="H,W", help="while tracing; one number is a square")
+    parser.add_argument("--input-size", type=numbers, metavar="H,W", help="while tracing; one number is a square")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--dynamic", action="store_true", default=True, help="free batch, height and width (default)")
     shape.add_argument("--static", action="store_false", dest="dynamic", help="batch 1 and the traced size only")

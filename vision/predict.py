@@ -2,164 +2,49 @@
 
     python -m mixerzoo.vision.predict runs/first path/to/pictures
     python -m mixerzoo.vision.predict nat_tiny --pretrained 'photos/**/*.jpg' --format csv --output classes.csv
+    python -m mixerzoo.vision.predict van_b0 --head upernet --checkpoint FILE --classes ade20k path/to/pictures
 
-The model is a run folder or checkpoint of `train.py`, a timm name with `--pretrained` or `--checkpoint`, or a folder
-that `… export --format safetensors` wrote. Pictures may have any size, shape and colour mode; each is prepared as the
-model's evaluation did it. A segmenter sees the whole picture at the size of its training, and answers at the picture's.
+The model is a run folder or checkpoint of `train.py`, a timm name with `--pretrained` or `--checkpoint`, under a
+segmentation head with `--head`, or a folder that `… export --format safetensors` wrote. Pictures may have any size,
+shape and colour mode; each is prepared as the model's evaluation did it. A segmenter sees the whole picture as its run
+was tested (`evaluate.…`), or as `--mode`, `--window`, `--stride`, `--scales` and `--flip` say, and answers at the
+picture's own size.
 
-Unusual: a picture that cannot be read is named and left out, and the exit code is 1, so that a script can tell.
+Unusual: a picture that cannot be read, or not be segmented, is named and left out, and the exit code is 1, so that a
+script can tell.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import glob
 import io
 import itertools
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ._loading import KeyValue, Trained, load_model, load_run, one_line
-from .data.classification import PicturesInMemory
-from .data.loading import Request
+from ._loading import KeyValue, factors, load_model, load_run, load_segmenter, numbers, one_line, takes_one_size
 from .data.pictures import UnreadableError, read_picture
+from .label_sets import LABEL_SETS
 from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
+from .predictors import Predictor, of_run, of_segmenter, of_timm
 
 Format = Literal["table", "csv", "json"]
 
 OVERLAY = ".overlay.png"
 """What is added to a picture's name. Files that end so are no pictures to predict."""
 WIDEST_NAME = 30  # of a class in the table
-
-
-@dataclass(frozen=True)
-class Predictor:
-    """A model in eval mode, the names of its classes, and what makes its input [C, H, W] of an RGB picture."""
-
-    model: nn.Module
-    classes: Sequence[str]
-    prepare: Callable[[Image.Image], Tensor]
-    dense: bool
-    trained: bool = True
-
-    @torch.no_grad()
-    def classify(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Probabilities [B, classes]."""
-        images = torch.stack([self.prepare(picture) for picture in pictures])
-        return self._answer(images).softmax(1).cpu()
-
-    @torch.no_grad()
-    def segment(self, picture: Image.Image) -> Tensor:
-        """The class of each pixel, int64 [H, W] of the picture's own size."""
-        logits = self._answer(self.prepare(picture)[None])
-        size = (picture.height, picture.width)
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(0).cpu()
-
-    def _answer(self, images: Tensor) -> Tensor:
-        device = next(self.model.parameters()).device
-        try:
-            return self.model(images.to(device)).float()
-        except (AssertionError, RuntimeError, ValueError) as error:
-            size = " x ".join(map(str, images.shape[-2:]))
-            raise ValueError(
-                f"the model fails with {len(images)} of {size} ({one_line(error)}); try another --input-size, or a "
-                "smaller --batch-size if memory is short"
-            ) from error
-
-
-def of_run(trained: Trained, size: int | None = None) -> Predictor:
-    """With the preparation of its own evaluation; `size` in place of that of the training."""
-    facts = trained.facts
-    side: int = size or facts["size"]
-    mean, std = facts["mean"], facts["std"]
-    if trained.dense:
-        prepare: Callable[[Image.Image], Tensor] = _Whole(side, tuple(mean), tuple(std), _is_fixed(facts["model"]))
-    elif facts["in_chans"] == 1:  # grey pictures are those that are held in memory, see data/classification.py
-        prepare = _Framed(side, mean[0], std[0])
-    else:
-        return of_timm(trained.model, size=size)
-    return Predictor(trained.model, facts["classes"], prepare, trained.dense)
-
-
-def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) -> Predictor:
-    """With timm's data configuration of the model. Classes are named by its configuration or, of ImageNet, by timm."""
-    network: Any = model
-    count = getattr(network, "num_classes", 0)
-    if not count:
-        raise ValueError(f"{type(model).__name__} has no classifier (num_classes=0): there is nothing to predict")
-    config = resolve_data_config({}, model=model)
-    if size is not None:
-        config["input_size"] = (config["input_size"][0], size, size)
-    transform: Any = create_transform(**config)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return Predictor(model, class_names(model), lambda picture: transform(picture.convert(mode)), False, trained)
-
-
-def class_names(model: nn.Module) -> list[str]:
-    network: Any = model
-    count = network.num_classes
-    names = (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
-    if names and len(names) == count:
-        return list(names)
-    subset = infer_imagenet_subset(network)
-    if subset is None:
-        return [str(index) for index in range(count)]
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(index) for index in range(count)]
-
-
-def _is_fixed(name: str) -> bool:
-    cfg = timm.get_pretrained_cfg(name)
-    return cfg is not None and bool(cfg.fixed_input_size)
-
-
-@dataclass(frozen=True)
-class _Framed:
-    """Grey, enlarged by a whole factor and framed with black, as `PicturesInMemory` does it; squeezed if too large."""
-
-    size: int
-    mean: float
-    std: float
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        pixels = np.array(picture.convert("L"))[None]
-        held = PicturesInMemory(pixels, np.zeros(1, np.int64), size=self.size, mean=self.mean, std=self.std)
-        return held.__getitems__(Request([0], 0))[0][0]
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """The whole picture with a shorter side of `size`, or squeezed to a square for models that take nothing else.
-
-    More than eight times as long as wide is squeezed, too: a line of pixels must not become a picture of gigabytes.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    square: bool
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        factor, longest = self.size / min(picture.size), self.size if self.square else 8 * self.size
-        width, height = (min(round(side * factor), longest) for side in picture.size)
-        grey = len(self.mean) == 1
-        small = picture.convert("L" if grey else "RGB").resize((width, height), Image.Resampling.BILINEAR)
-        values = torch.from_numpy(np.array(small)).float().div(255).reshape(height, width, -1).permute(2, 0, 1)
-        return (values - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
 
 
 def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
@@ -211,8 +96,14 @@ def predict(
         full = len(waiting) == (1 if predictor.dense else batch)
         if waiting and (full or place == len(files) - 1):
             pictures = [picture for *_, picture in waiting]
-            answers = [predictor.segment(pictures[0])] if predictor.dense else predictor.classify(pictures)
-            for item, answer in zip(waiting, answers, strict=True):
+            try:
+                answers = [predictor.segment(pictures[0])] if predictor.dense else predictor.classify(pictures)
+            except ValueError as error:
+                if not predictor.dense:  # all pictures have one size there: none will do
+                    raise
+                on_error(f"{waiting[0][0]}: {one_line(error)}")
+                answers = []
+            for item, answer in zip(waiting, answers, strict=False):
                 yield *item, answer
             waiting = []
 
@@ -281,7 +172,18 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument("--pretrained", action="store_true", help="of a timm name: the published weights")
     weights.add_argument("--checkpoint", type=Path, help="of a timm name: weights in a file")
     add("--model-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="of a timm name")
+    add("--head", metavar="NAME", help="of a timm name: the segmentation head on top of it, such as upernet")
+    add("--head-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="settings of that head")
+    add("--classes", help=f"under --head: {', '.join(LABEL_SETS)}, a file with a name a line, or how many there are")
     add("--input-size", type=int, metavar="N", help="side of what the model sees, of segmenters the shorter side")
+    views = parser.add_argument_group("how a segmenter sees a picture", "as in the test of its run, but for these")
+    views.add_argument("--mode", choices=("whole", "slide"), help="in one piece, or in windows that overlap")
+    views.add_argument("--window", type=numbers, metavar="H,W", help="of --mode slide; one number is a square")
+    views.add_argument("--stride", type=numbers, metavar="H,W", help="from window to window; default: 2/3 of it")
+    views.add_argument("--scales", type=factors, metavar="S,S", help="average over factors of the size: 0.75,1,1.25")
+    views.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=None, help="average with the mirror image"
+    )
     add("--top-k", type=int, default=3, metavar="K", help="classes a picture, default %(default)s")
     add("--format", choices=get_args(Format), default="table", help="default %(default)s")
     add("--output", type=Path, metavar="FILE", help="write the table there, not to the screen")
@@ -297,32 +199,94 @@ def parser() -> argparse.ArgumentParser:
 
 def _load(arguments: argparse.Namespace) -> Predictor:
     name, size = arguments.model, arguments.input_size
-    image_size = None if size is None else (size, size)
     path = Path(name)
     own = (path / "config.json").is_file()
-    of_name = arguments.checkpoint is not None or arguments.pretrained or arguments.model_kwargs
+    of_name = arguments.checkpoint is not None or arguments.pretrained or arguments.model_kwargs or arguments.head
     if path.exists() and of_name:
         raise ValueError(f"{name} brings its weights and settings; --pretrained and the like belong to a timm name")
     if path.exists() and not own:
-        predictor = of_run(load_run(path, image_size=image_size), size)
+        predictor = of_run(load_run(path, image_size=_square(size)), size)
     elif own or name.startswith("local-dir:"):
         predictor = of_timm(_load_folder(name if ":" in name else f"local-dir:{name}"), size=size)
     else:
         if len(path.parts) > 1 and not timm.is_model(name):
             raise ValueError(f"there is no run folder or checkpoint {name}, and no timm model is called so")
-        model = load_model(
-            name,
-            checkpoint=arguments.checkpoint,
-            pretrained=arguments.pretrained,
-            image_size=image_size,
-            **arguments.model_kwargs,
-        )
-        predictor = of_timm(model, size=size, trained=arguments.pretrained or arguments.checkpoint is not None)
+        predictor = _load_name(arguments) if arguments.head is None else _load_under_head(arguments)
     try:
         predictor.model.to(arguments.device)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"--device {arguments.device}: {one_line(error)}") from error
     return predictor
+
+
+def _square(size: int | None) -> tuple[int, int] | None:
+    return None if size is None else (size, size)
+
+
+def _load_name(arguments: argparse.Namespace) -> Predictor:
+    model = load_model(
+        arguments.model,
+        checkpoint=arguments.checkpoint,
+        pretrained=arguments.pretrained,
+        image_size=_square(arguments.input_size),
+        **arguments.model_kwargs,
+    )
+    trained = arguments.pretrained or arguments.checkpoint is not None
+    return of_timm(model, size=arguments.input_size, trained=trained)
+
+
+def _load_under_head(arguments: argparse.Namespace) -> Predictor:
+    if arguments.pretrained:
+        raise ValueError("--pretrained fetches classifiers; a segmenter's weights come from --checkpoint FILE")
+    classes = class_list(arguments.classes)
+    size = arguments.input_size or (1024 if arguments.classes == "cityscapes" else 512)  # of published evaluations
+    model = load_segmenter(
+        arguments.model,
+        len(classes),
+        head={"name": arguments.head, **arguments.head_kwargs},
+        checkpoint=arguments.checkpoint,
+        image_size=_square(size),
+        **arguments.model_kwargs,
+    )
+    fixed = takes_one_size(arguments.model, arguments.model_kwargs)
+    return of_segmenter(model, classes, size=size, fixed=fixed, trained=arguments.checkpoint is not None)
+
+
+def class_list(text: str | None) -> Sequence[str]:
+    """The names of classes that `--classes` gives: of a known data set, in a file, or numbers up to one."""
+    if text in LABEL_SETS:
+        return LABEL_SETS[text].names
+    if text is not None and text.isdecimal() and int(text) > 0:
+        return [str(index) for index in range(int(text))]
+    if text is not None and Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    raise ValueError(
+        f"--classes {text}: a head needs its classes: {', '.join(LABEL_SETS)}, a file with a name a line, or their "
+        "number"
+    )
+
+
+def _seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predictor:
+    """With the options of the command in place of what the run's evaluation had."""
+    names = ("mode", "window", "stride", "scales", "flip")
+    told = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    own = predictor.inference
+    if not told:
+        return predictor
+    if own is None:
+        raise ValueError(f"--{next(iter(told))} is for segmenters; a classifier sees what its evaluation saw")
+    for name in told.keys() & {"window", "stride"}:
+        if len(told[name]) > 2:
+            raise ValueError(f"--{name} takes one or two numbers, got {','.join(map(str, told[name]))}")
+        told[name] = (told[name][0], told[name][-1])
+    if told.get("mode", own.mode) == "whole":
+        own = dataclasses.replace(own, mode="whole", window=None, stride=None)
+    elif "window" in told or own.window is None:
+        if "window" not in told and not own.short_side:
+            raise ValueError("--mode slide: give a --window H,W, too; this run has none")
+        side = own.short_side  # that of training, unless told
+        told = {"mode": "slide", "window": (side, side), "stride": None, **told}
+    return dataclasses.replace(predictor, inference=dataclasses.replace(own, **told))
 
 
 def _load_folder(name: str) -> nn.Module:
@@ -346,6 +310,7 @@ def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
 def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = _load(arguments)
     _check(arguments, predictor)
+    predictor = _seen_as_told(predictor, arguments)
     files = find_pictures(arguments.images)
     sheet: Path | None = arguments.sheet
     failures: list[str] = []
@@ -388,7 +353,7 @@ def _write_pictures(
     if arguments.masks is not None:
         path = (arguments.masks / name).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_mask(path, mask, len(predictor.classes))
+        write_mask(path, mask, predictor.classes)
     return overlay
 
 

@@ -100,6 +100,7 @@ def test_whole_pictures_are_resized_to_a_multiple_in_a_second_step(model: nn.Mod
         (Inference(short_side=64), (1, 5000), (1, 256)),
         (Inference(short_side=64, fixed=True), (30, 5000), (64, 64)),
         (Inference("slide", [64, 64], short_side=64, fixed=True), (30, 5000), (64, 256)),
+        (Inference(short_side=64, least=32), (1, 5000), (32, 256)),
     ],
 )
 def test_sizes(settings: Inference, size: tuple[int, int], want: tuple[int, int]) -> None:
@@ -130,10 +131,11 @@ def test_labels_need_not_all_classes_at_once(
 
 def test_settings_of_a_run() -> None:
     evaluate = {"mode": "slide", "scales": [0.5, 1.0], "flip": True, "stride": [10, 16], "window": [32, 64]}
-    want = Inference("slide", [32, 64], [10, 16], scales=(0.5, 1.0), flip=True, short_side=48, divisor=1)
+    want = Inference("slide", [32, 64], [10, 16], scales=(0.5, 1.0), flip=True, short_side=48, least=32)
     assert of_settings(evaluate, size=40, short_side=48) == want
     assert of_settings({"mode": "slide"}, size=40).window == (40, 40)
-    assert of_settings({}, size=40) == Inference(short_side=40)  # a checkpoint of before
+    assert of_settings({}, size=40) == Inference(short_side=40, least=32)  # a checkpoint of before
+    assert of_settings({}, size=16).least == 16  # a model that is trained on less takes less
     assert of_settings({"divisor": 32}, size=40, short_side=0).size(33, 47) == (33, 47)
 
 

@@ -27,6 +27,8 @@ from torch.nn import functional as F
 
 LONGEST = 4
 """How many times as long as `short_side` the longer side may become, as in the published 2048 x 512."""
+COARSEST = 32
+"""Pixels to a position of the coarsest maps of most backbones: a side must not be shorter, but for small models."""
 _MOST_AT_ONCE = 2**25  # logits at the size of a picture
 
 
@@ -34,9 +36,9 @@ _MOST_AT_ONCE = 2**25  # logits at the size of a picture
 class Inference:
     """How a picture is shown to a segmenter. Sizes are (height, width).
 
-    `short_side` is that of the picture at scale 1, 0 its own. `stride` is two thirds of the window by default.
-    `divisor` enlarges each side to a multiple. `fixed`: the model takes one size only, and a picture is squeezed to a
-    square of `short_side`, or enlarged to the window where it is smaller.
+    `short_side` is that of the picture at scale 1, 0 its own; no side becomes smaller than `least`. `stride` is two
+    thirds of the window by default. `divisor` enlarges each side to a multiple. `fixed`: the model takes one size only,
+    and a picture is squeezed to a square of `short_side`, or enlarged to the window where it is smaller.
     """
 
     mode: Literal["whole", "slide"] = "whole"
@@ -46,6 +48,7 @@ class Inference:
     flip: bool = False
     short_side: int = 0
     divisor: int = 1
+    least: int = 1
     fixed: bool = False
 
     def __post_init__(self) -> None:
@@ -53,9 +56,10 @@ class Inference:
             raise ValueError(f"the mode of inference is whole or slide, not {self.mode!r}")
         if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
             raise ValueError(f"scales must be positive numbers, at least one, got {list(self.scales)}")
-        if self.short_side < 0 or self.divisor < 1:
+        if self.short_side < 0 or min(self.divisor, self.least) < 1:
             raise ValueError(
-                f"short_side must be at least 0 and divisor at least 1, got {self.short_side} and {self.divisor}"
+                "short_side must be at least 0, divisor and least at least 1, got "
+                f"{self.short_side}, {self.divisor} and {self.least}"
             )
         if self.mode == "slide":
             _check_window(self.window, self.stride)
@@ -77,8 +81,8 @@ class Inference:
         factor = scale
         if self.short_side:
             factor = min(int(LONGEST * self.short_side * scale) / max(height, width), short / min(height, width))
-        least = self.window if self.fixed and self.window is not None else (1, 1)
-        height, width = (max(low, int(side * factor + 0.5)) for low, side in zip(least, (height, width), strict=True))
+        low, narrow = self.window if self.fixed and self.window is not None else (self.least, self.least)
+        height, width = max(low, int(height * factor + 0.5)), max(narrow, int(width * factor + 0.5))
         return height, width
 
     def multiple(self, height: int, width: int) -> tuple[int, int]:
@@ -101,6 +105,7 @@ def of_settings(
         flip=evaluate.get("flip", False),
         short_side=size if short_side is None else short_side,
         divisor=evaluate.get("divisor", 1),
+        least=min(COARSEST, size),
         fixed=fixed,
     )
 
