@@ -8,9 +8,8 @@ four stages.
 What is unusual:
 * Stages pass on two maps: context, and from the third stage on detail. The third and the fourth stage each refine the
   detail and mix the context into it, position by position (`PagFM`); the last brings both together.
-* So the second feature map, at 1/8, is the detail branch as it leaves the fourth stage: asking for it alone runs four
-  stages. The fourth map, at 1/32, is the context before the two are brought together, and is not among the four that
-  `features_only` gives unless asked for.
+* So the second feature map, at 1/8, is the end of the detail branch: asking for it alone runs four stages. The
+  fourth map, at 1/32, is the context before the two are brought together; `features_only` leaves it out unless asked.
 * The detail leaves the third stage through ReLU, before the fourth stage and an auxiliary head see it: the authors'
   code does that in place, on a tensor that it also keeps.
 * Pictures need no multiple of 32: sides are rounded up at each stride, and maps take each other's sizes.
@@ -200,14 +199,12 @@ class BilateralStage(Stage):
 class JoiningStage(BilateralStage):
     """The last stage of the classifier: context, and the detail brought down to its size and added."""
 
-    def __init__(
-        self, blocks: Sequence[nn.Module], *, project: nn.Module, refine: nn.Module, down: nn.Module, **kwargs: Any
-    ) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], *, project: nn.Module, down: nn.Module, **kwargs: Any) -> None:
         super().__init__(blocks, detail=Bypass(), **kwargs)
-        self.project, self.refine, self.down = project, refine, down
+        self.project, self.down = project, down
 
     def forward(self, context: Tensor, detail: Tensor) -> tuple[Tensor, Tensor]:
-        return (self.project(self.deepen(context)) + self.down(self.refine(detail))).relu(), detail
+        return (self.project(self.deepen(context)) + self.down(detail)).relu(), detail
 
 
 def _residual(in_dim: int, dim: int, depth: int, stride: int, *, act: bool = True, **dd: Any) -> list[nn.Module]:
@@ -284,7 +281,6 @@ class BEVANet(HierarchicalBackbone):
             reduction=32,
             downsample=Bottleneck(8 * dim, 8 * dim, **dd),
             project=Bottleneck(16 * dim, 8 * dim, **dd),
-            refine=Bottleneck(2 * dim, 2 * dim, **dd),
             down=nn.Sequential(*down),
         )
         super().__init__(
@@ -296,18 +292,17 @@ class BEVANet(HierarchicalBackbone):
             output_fmt="NCHW",
         )
         self.last_conv: nn.Module = nn.Sequential(*conv_norm(16 * dim, last_dim, 1, **dd), nn.ReLU(inplace=True))
+        self.refine: nn.Module = Bottleneck(2 * dim, 2 * dim, **dd)
+        self.stages: Any = nn.ModuleList(self.stages)  # torch.nn.Sequential cannot pass on two maps
         self.num_features = last_dim
-        self.feature_info[1]["module"] = "stages.3.detail"
+        self.feature_info[1].update(num_chs=4 * dim, module="refine")
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """What of a stage is not a block counts with its last block."""
         groups: dict[str, Any] = super().group_matcher(coarse)
-        others = r"^stages\.(\d+)\.(?:detail|project|refine|down)\."
-        if coarse:
-            groups["blocks"] = [*groups["blocks"], (r"^last_conv", (99999,))]
-        else:
-            groups["blocks"] = [*groups["blocks"], (others, (99999,)), (r"^last_conv", (99999,))]
+        others = r"^stages\.(\d+)\.(?:detail|project|down)\."
+        groups["blocks"] += [(r"^(?:refine|last_conv)\.", (99999,)), *([] if coarse else [(others, (99999,))])]
         return groups
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
@@ -321,15 +316,18 @@ class BEVANet(HierarchicalBackbone):
         dim, H / 8, W / 8], and the detail as it left the third stage."""
         context = self.stem(x)
         detail = earlier = context
-        for stage in self.stages[:4]:
-            earlier = detail
-            context, detail = stage(context, detail)
+        for i, stage in enumerate(self.stages):
+            if i < 4:
+                earlier = detail
+                context, detail = stage(context, detail)
         return context, detail, earlier
 
     def forward_features(self, x: Tensor) -> Tensor:
         context = self.stem(x)
         detail = context
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages):
+            if i == 4:
+                detail = self.refine(detail)
             context, detail = stage(context, detail)
         return self.last_conv(context)
 
@@ -342,7 +340,7 @@ class BEVANet(HierarchicalBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As the base's; index 1 is the detail after the fourth stage."""
+        """As the base's; index 1 is the detail at the end of its branch."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC'; got {output_fmt!r}")
         taken, _ = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
@@ -353,8 +351,8 @@ class BEVANet(HierarchicalBackbone):
         for i, stage in enumerate(self.stages[:count]):
             context, detail = stage(context, detail)
             taps[i] = context
-        if count >= 4:
-            taps[1] = detail
+            if i == 3:
+                taps[1] = detail = self.refine(detail)
         intermediates = [self._tap(taps[i], i, norm, output_fmt) for i in sorted(taken)]
         if intermediates_only:
             return intermediates
@@ -367,9 +365,10 @@ class BEVANet(HierarchicalBackbone):
         taken, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         count = _stages_for(taken)
         shortened = count < len(self.stages)
-        self.num_features = self.stages[last].dim
+        self.num_features = self.feature_info[last]["num_chs"]
         self.stages = self.stages[:count]
         if not {1, 4} & set(taken):
+            self.refine = nn.Identity()
             for stage in self.stages[2:]:
                 stage.detail = Bypass()
         if shortened or prune_head:
@@ -422,6 +421,7 @@ TRUNK = [
     (r"norm4_detail\.", "stages.3.detail.layers.1.norm."),
     *((rf"compression{k}\.", f"stages.{k - 1}.detail.compress.") for k in (3, 4)),
     *((rf"fuse_sd_{k}\.", f"stages.{k - 1}.detail.fuse.") for k in (3, 4)),
+    (r"layer5_detail_semantic\.0\.", "refine."),
 ]
 """(pattern, replacement) from the authors' names to ours, of the stages that classifier and segmenter share."""
 
@@ -430,7 +430,6 @@ _CLASSIFIER = [
     *((rf"layer5_semantic_{k + 1}_cls\.", f"stages.4.blocks.{k}.") for k in range(2)),
     *((rf"norm5_semantic_{k + 1}_cls\.", f"stages.4.blocks.{k}.norm.") for k in range(2)),
     (r"layer5_semantic_bn_cls\.0\.", "stages.4.project."),
-    (r"layer5_detail_semantic\.0\.", "stages.4.refine."),
     (r"layer5_down\.", "stages.4.down."),
     (r"last_layer\.", "last_conv."),
     (r"head\.(weight|bias)", r"head.fc.\1"),
