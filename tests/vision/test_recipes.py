@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
 import functools
 import math
@@ -18,8 +19,10 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.segmentation import build_segmenter
+from mixerzoo.vision.segmentation.published import backbone_kwargs
 from mixerzoo.vision.training import settings as settings_module
 from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.dense import make_inference, make_loss
 from mixerzoo.vision.training.distillation import Objective, make_teacher
 from mixerzoo.vision.training.optimization import make_optimizer, make_scheduler, parameter_groups
 from mixerzoo.vision.training.plan import make_plan
@@ -40,8 +43,9 @@ SMALL = {"nat_finetune": "dinat_s_tiny", "van_finetune": "van_b0", "van_22k": "v
 SMALL |= {"litv2_finetune": "litv2_s", "unireplknet_22k": "unireplknet_a", "unireplknet_finetune": "unireplknet_a"}
 """The smallest model that a recipe's settings fit, where that is not the recipe's own."""
 
-RECIPES = sorted(file.stem for file in (Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
-TRAINED_ON_MASKS = ("segmentation", *(name for name in RECIPES if name.endswith(("_segmentation", "_upernet"))))
+FILES = {file.stem: file for file in sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))}
+RECIPES = list(FILES)
+TRAINED_ON_MASKS = [name for name, file in FILES.items() if "\nhead:" in file.read_text()]
 
 Load = Callable[..., Config]
 _read_once = functools.cache(settings_module._read)
@@ -63,7 +67,7 @@ def test_every_recipe_gives_a_plan_and_rates_for_every_parameter(recipe: str, se
     assert config.recipe == recipe
     dense = recipe in TRAINED_ON_MASKS
     plan = make_plan(config, ADE20K if dense else IMAGENET)
-    network = _network(config.model.name, dense)
+    network = _network(config, dense)
     optimizer = make_optimizer(network, config.optim, plan)
     parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert len(parameters) == len(set(parameters)) == len(list(network.parameters()))
@@ -78,18 +82,17 @@ def test_every_recipe_gives_a_plan_and_rates_for_every_parameter(recipe: str, se
     assert rates[1] == pytest.approx(highest if config.schedule.name == "constant" else lowest, abs=1e-12)
 
 
-_networks: dict[tuple[str, bool], torch.nn.Module] = {}
+_networks: dict[tuple[str, str | None], torch.nn.Module] = {}
 
 
-def _network(name: str, dense: bool) -> torch.nn.Module:
+def _network(config: Config, dense: bool) -> torch.nn.Module:
     """Without storage, and once for all recipes: only names and shapes matter."""
-    if (name, dense) not in _networks:
+    name, head = config.model.name, dataclasses.asdict(config.head) if dense else None
+    key = (name, head and head["name"])
+    if key not in _networks:
         with torch.device("meta"):
-            if dense:
-                _networks[name, dense] = build_segmenter(name, 150, head={"name": "semantic_fpn"})
-            else:
-                _networks[name, dense] = timm.create_model(name)
-    return _networks[name, dense]
+            _networks[key] = timm.create_model(name) if head is None else build_segmenter(name, 150, head=head)
+    return _networks[key]
 
 
 @pytest.mark.slow
@@ -251,14 +254,39 @@ def test_what_authors_do_besides_is_in_their_recipes(settings: Load) -> None:
     assert settings("van_finetune").model.head_init_scale == 0.001
 
 
+@pytest.mark.parametrize(
+    ("recipe", "head", "divisor", "views", "stride"),
+    [
+        ("litv2_segmentation", "semantic_fpn", 1, 1, None),
+        ("van_segmentation", "semantic_fpn", 32, 6, None),
+        ("van_upernet", "upernet", 32, 12, None),
+        ("nat_segmentation", "upernet", 1, 1, None),
+        ("unireplknet_segmentation", "upernet", 32, 1, None),
+        ("vim_segmentation", "upernet", 1, 1, [341, 341]),
+        ("vmamba_segmentation", "upernet", 1, 1, None),
+    ],
+)
+def test_segmentation_is_trained_and_judged_as_published(
+    recipe: str, head: str, divisor: int, views: int, stride: list[int] | None, settings: Load
+) -> None:
+    config = settings(recipe)
+    model: Any = _network(config, True)
+    splits: Any = SimpleNamespace(dense=True, size=config.data.size, classes=("a", "b"))
+    validation, test = make_inference(config, splits) or ()
+    assert (config.head.name, model.auxiliary_head is not None) == (head, head == "upernet")
+    assert (len(validation.views), len(test.views), test.divisor, test.short_side) == (1, views, divisor, 512)
+    assert (test.mode, test.stride) == (("slide", stride) if stride else ("whole", None))
+    assert config.augment.resize == [0.5, 2.0] and config.augment.cat_max_ratio == 0.75 and config.augment.photometric
+    loss = make_loss(model, config, splits)
+    assert loss is not None and loss.auxiliary_weight == 0.4 and loss.main is loss.pixels  # not the hardest alone
+
+
 def test_dinat_grows_with_its_pictures(settings: Load) -> None:
-    """Their files for ADE20K list a dilation for every block; a window of 7 still fits into the map at 1/4 of 512."""
+    """A window of 7 still fits into the map at 1/4 of 512, or of the 640 of the large ones."""
     for name in ("dinat_mini", "dinat_base", "dinat_large", "dinat_s_tiny", "dinat_s_base", "dinat_s_large"):
         config = settings("nat_segmentation", f"model={name}")
-        dilations = config.model.kwargs["dilations"]
         assert config.data.size == (640 if "large" in name else 512)
-        depths = {"dinat_mini": [3, 4, 6, 5], "dinat_s_tiny": [2, 2, 6, 2]}.get(name, [2, 2, 18, 2])
-        assert [len(stage) for stage in dilations] == (depths if "_s_" in name or "mini" in name else [3, 4, 18, 5])
+        dilations = backbone_kwargs(name, config.model.kwargs)["dilations"]
         for level, stage in enumerate(dilations):
             assert 7 * max(stage) <= config.data.size >> (level + 2), name
     for name, decay in (("dinat_large_384", 1e-10), ("dinat_large_11x11_384", 1e-10), ("dinat_s_large_384", 1e-5)):
@@ -270,13 +298,16 @@ def test_dinat_grows_with_its_pictures(settings: Load) -> None:
 
 def test_vim_under_a_segmentation_head_learns_by_layers(settings: Load) -> None:
     """Position and patches first, then 24 blocks, then the head, each 1/0.92 as fast as the one before."""
-    optim = settings("vim_segmentation").optim
+    config = settings("vim_segmentation")
+    optim = config.optim
     assert (optim.lr, optim.weight_decay) == (2e-4, 0.1)
-    model = _network("vim_tiny", True)
+    model = _network(config, True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, weight_decay=0.1, layer_decay=optim.layer_decay, lr_scale={})
     scale = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
-    assert all(value == 1 for name, value in scale.items() if name.startswith("head."))
+    heads = {name: value for name, value in scale.items() if not name.startswith("backbone.")}
+    assert {"neck", "decode_head", "auxiliary_head"} == {name.split(".")[0] for name in heads}
+    assert set(heads.values()) == {1.0}
     assert scale["backbone.model.patch_embed.proj.weight"] == pytest.approx(0.92**25)
     assert scale["backbone.model.blocks.23.mixer.in_proj.weight"] == pytest.approx(0.92)
     assert settings("vim_segmentation", "model=vim_small").optim.layer_decay == 0.95
@@ -309,7 +340,7 @@ def test_a_recipe_begins_with_weights_that_are_published(settings: Load) -> None
         model = settings(recipe).model
         begins = model.pretrained or model.start_from is not None
         cfg = timm.get_pretrained_cfg(model.start_from or model.name)
-        assert begins == recipe.endswith(("_finetune", "_segmentation", "_upernet")), recipe
+        assert begins == (recipe in TRAINED_ON_MASKS or recipe.endswith("_finetune")), recipe
         assert cfg is not None and (cfg.has_weights or not begins), recipe
     for recipe, model in (("van_finetune", "van_b6.in22k"), ("vim_segmentation", "vim_small")):
         assert settings(recipe, f"model={model}").model.pretrained  # not only the model that the file names
@@ -407,7 +438,7 @@ def test_evit_warms_up_from_scratch_only(settings: Load) -> None:
 
 TRAINED_ON_PICTURES = [name for name in RECIPES if "_" in name and name not in (*TRAINED_ON_MASKS, "token_reduction")]
 SAMPLE = ("nat_imagenet", "unireplknet_finetune", "tome_mae_finetune", "evit_imagenet", *DECIDING)
-SAMPLE += ("vim_segmentation", "mobilemamba_distill")
+SAMPLE += ("vim_segmentation", "van_segmentation", "mobilemamba_distill")
 """Between them: every setting that some recipe has. The others are trained by `make test-exhaustive`."""
 
 
@@ -465,7 +496,7 @@ def test_a_classification_recipe_trains_on_a_folder(
     assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("recipe", _sampled(TRAINED_ON_MASKS[1:]))
+@pytest.mark.parametrize("recipe", _sampled([name for name in TRAINED_ON_MASKS if name != "segmentation"]))
 def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_path: Path, no_pictures: None) -> None:
     rng = np.random.default_rng(0)
     for index in range(8):
@@ -474,5 +505,7 @@ def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_
         labels = rng.integers(0, 151, (7, 9), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
         _picture(tmp_path / "data/annotations" / split / f"{index}.png", labels)
     arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.steps=1", *DRY]
+    if settings(recipe).evaluate.stride:
+        arguments.append("evaluate.stride=[43,43]")  # of windows of 64
     results = run(settings(recipe, *arguments))
     assert results["epochs"] == 1 and len(results["test_by_class"]) == 150
