@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ._head import DecodeHead
+from .bevanet import build_bevanet
 from .fcn_head import FCNHead
 from .published import backbone_kwargs, upernet_width
 from .pyramid import LEVELS, FeaturePyramid
@@ -23,7 +24,7 @@ from .semantic_fpn import FPN, SemanticFPN
 from .upernet import UPerNet
 from .weights import load_segmenter, read_segmenter
 
-HEADS = ("upernet", "semantic_fpn", "segformer")
+HEADS = ("upernet", "semantic_fpn", "segformer", "bevanet")
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,15 @@ def build_segmenter(
     """A timm backbone, as its published segmentation models have it (published.py), under heads.
 
     Args:
-        head: `HeadOptions`; its name is "upernet", "semantic_fpn" or "segformer".
+        head: `HeadOptions`; its name is "upernet", "semantic_fpn", "segformer" or "bevanet".
         checkpoint: a file to begin with: a whole segmenter, published or ours, or a backbone alone.
         model_kwargs: arguments of the backbone.
     """
     options = _read(head)
+    if options.name == "bevanet":  # whole: its head goes on from two branches, not from feature maps
+        widths = {"channels": options.channels, "neck_channels": options.neck_channels, **options.kwargs}
+        auxiliary = options.auxiliary is not False
+        return build_bevanet(name, num_classes, auxiliary=auxiliary, checkpoint=checkpoint, **widths, **model_kwargs)
     arguments = backbone_kwargs(name, model_kwargs) | model_kwargs
     state = None if checkpoint is None else read_segmenter(checkpoint)
     if state is not None:
