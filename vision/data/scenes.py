@@ -1,11 +1,12 @@
-"""Scenes for segmentation, composed of real photos: Fashion-MNIST items, turned, scaled and tinted, on textured ground.
+"""Scenes for segmentation, composed of real photos: Fashion-MNIST items, turned, scaled and tinted, on real ground.
 
 Scene number i of a seed is always the same picture, whatever batch it is drawn in and however many there are; a
 batch of scenes is rendered at once. Its mask holds 0 for the ground, 1 + class for an item, and `IGNORE_INDEX` on
 the outline of every item, as Pascal VOC's masks do, where a pixel belongs to neither side.
 
 Unusual: items of the training scenes come from the training pictures only, those of the validation and test scenes
-from the pictures held out and from the test files, so that the numbers are about clothes never seen.
+from the pictures held out and from the test files, and their grounds from other parts of the photographs (grounds.py),
+so that the numbers are about clothes and grounds never seen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from . import fashion_mnist
 from .classification import digits, split_indices
+from .grounds import Ground, Noise, Part, load_grounds
 from .loading import Request
 from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
 
@@ -28,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 MOST_ITEMS = 4
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-_OCTAVES = (2, 5, 11, 23)  # cells of the noise grids that are summed into a texture, coarse to fine
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Layout:
     shown: Tensor  # bool [B, K]
     theta: Tensor  # [B, K, 2, 3], from scene to item coordinates, both -1 to 1
     tint: Tensor  # [B, K, 3]
-    ground: list[Tensor]  # [B, 3, n, n] for n in _OCTAVES
+    ground: list[Any]  # a scene's each, as the ground draws it
 
 
 class FashionScenes:
@@ -53,11 +55,13 @@ class FashionScenes:
         count: int,
         size: int,
         seed: int,
+        ground: Ground | None = None,
         augmentation: Augmentation | None = None,
     ) -> None:
         self.images = torch.from_numpy(np.ascontiguousarray(images))
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
         self.count, self.size, self.seed, self.augmentation = count, size, seed, augmentation
+        self.ground = ground or Noise()
 
     def __len__(self) -> int:
         return self.count
@@ -74,7 +78,7 @@ class FashionScenes:
         """Scenes in 0..1, float [B, 3, size, size], and masks int64 [B, size, size]."""
         size = size or self.size
         layout = self._draw(indices)
-        scene, mask = _texture(layout.ground, size), torch.zeros(len(indices), size, size, dtype=torch.int64)
+        scene, mask = self.ground.paint(layout.ground, size), torch.zeros(len(indices), size, size, dtype=torch.int64)
         pictures, shapes = self._place(layout, size)
         labels = 1 + self.labels[layout.item]
         for k in range(MOST_ITEMS):
@@ -93,14 +97,13 @@ class FashionScenes:
             shown.append(np.arange(MOST_ITEMS) < rng.integers(1, MOST_ITEMS + 1))
             theta.append(_placement(rng))
             tint.append(rng.uniform(0.45, 1.0, (MOST_ITEMS, 3)))
-            ground.append([rng.uniform(size=(3, n, n)) for n in _OCTAVES])
-        grids = [torch.from_numpy(np.stack(octave)).float() for octave in zip(*ground, strict=True)]
+            ground.append(self.ground.draw(rng))
         return Layout(
             torch.from_numpy(np.stack(items)),
             torch.from_numpy(np.stack(shown)),
             torch.from_numpy(np.stack(theta)).float(),
             torch.from_numpy(np.stack(tint)).float(),
-            grids,
+            ground,
         )
 
     def _place(self, layout: Layout, size: int) -> tuple[Tensor, Tensor]:
@@ -126,16 +129,6 @@ def _placement(rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([linear, -linear @ centre[..., None]], -1)
 
 
-def _texture(ground: list[Tensor], size: int) -> Tensor:
-    """Smooth noise of several scales, [B, 3, size, size] in 0..1."""
-    total = torch.zeros(())
-    for octave, grid in enumerate(ground):
-        # Fine noise is grey: colour that changes within a few pixels looks like no material.
-        grid = grid if octave < 2 else grid[:, :1]
-        total = total + F.interpolate(grid, (size, size), mode="bilinear", align_corners=False) * 0.75**octave
-    return total / sum(0.75**octave for octave in range(len(ground)))
-
-
 def _outline(inside: Tensor) -> Tensor:
     """The pixels on either side of a shape's edge, bool [B, S, S]. Beyond the scene nothing begins or ends."""
     edge = torch.zeros_like(inside)
@@ -157,15 +150,24 @@ def load_fashion_scenes(config: DataSettings, augmentation: Augmentation, seed: 
         )
         arrays, names = digits(), tuple("0123456789")
     train, val = split_indices(len(arrays.train_images), config.held_out, seed, config.limit)
-    fewer = max(config.scenes // 4, 1)
-    pixels, labels = arrays.train_images, arrays.train_labels
-    size = config.size
+    pixels, labels, grounds = arrays.train_images, arrays.train_labels, load_grounds(download=config.download)
+    size, fewer = config.size, max(config.scenes // 4, 1)
+
+    def held_out(part: Part, images: np.ndarray, classes: np.ndarray, offset: int) -> FashionScenes:
+        return FashionScenes(images, classes, count=fewer, size=size, seed=seed + offset, ground=grounds[part])
+
     return Splits(
         train=FashionScenes(
-            pixels[train], labels[train], count=config.scenes, size=size, seed=seed, augmentation=augmentation
+            pixels[train],
+            labels[train],
+            count=config.scenes,
+            size=size,
+            seed=seed,
+            ground=grounds["train"],
+            augmentation=augmentation,
         ),
-        val=FashionScenes(pixels[val], labels[val], count=fewer, size=size, seed=seed + 1),
-        test=FashionScenes(arrays.test_images, arrays.test_labels, count=fewer, size=size, seed=seed + 2),
+        val=held_out("val", pixels[val], labels[val], 1),
+        test=held_out("test", arrays.test_images, arrays.test_labels, 2),
         classes=("ground", *names),
         mean=MEAN,
         std=STD,

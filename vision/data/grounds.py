@@ -1,0 +1,131 @@
+"""What composed scenes lie on: real photographs of brick, grass and gravel, or noise where these cannot be had.
+
+The photographs are those that scikit-image ships, 512 x 512, grey: brick and gravel of https://cc0textures.com, grass
+by linolafett (https://www.deviantart.com), all three under CC0. They are taken from an installed scikit-image, or out
+of its wheel, which is fetched for that; see fetching.py.
+
+Unusual: a ground is a piece of a photograph, turned, scaled and coloured between two random colours. Training cuts its
+pieces from the left five eighths of every photograph, validation and test from the upper and lower half of the rest, so
+that no pixel is shared: the numbers are about grounds never seen, of materials that were.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from .fetching import fetch_wheel, folder_of_package, usual_places
+
+_log = logging.getLogger(__name__)
+
+FILES = ("brick.png", "grass.png", "gravel.png")
+Part = Literal["train", "val", "test"]
+_OCTAVES = (2, 5, 11, 23)  # cells of the noise grids that are summed into a texture, coarse to fine
+_COLUMNS = 5 / 8  # of a photograph, for training
+
+
+class Ground(Protocol):
+    """Draws what a scene's ground is to be, and paints those of a batch in any size."""
+
+    def draw(self, rng: np.random.Generator, /) -> Any: ...
+
+    def paint(self, drawn: Sequence[Any], size: int, /) -> Tensor:
+        """[B, 3, size, size] in 0..1."""
+        ...
+
+
+class Noise:
+    """Smooth noise of several scales."""
+
+    def draw(self, rng: np.random.Generator, /) -> list[np.ndarray]:
+        return [rng.uniform(size=(3, n, n)) for n in _OCTAVES]
+
+    def paint(self, drawn: Sequence[list[np.ndarray]], size: int, /) -> Tensor:
+        total = torch.zeros(())
+        for octave, grids in enumerate(zip(*drawn, strict=True)):
+            # Fine noise is grey: colour that changes within a few pixels looks like no material.
+            grid = torch.from_numpy(np.stack(grids)).float()[:, : 3 if octave < 2 else 1]
+            total = total + F.interpolate(grid, (size, size), mode="bilinear", align_corners=False) * 0.75**octave
+        return total / sum(0.75**octave for octave in range(len(_OCTAVES)))
+
+
+class Piece(NamedTuple):
+    """Of a photograph: which one, the map from the scene to it (both -1 to 1), and its darkest and lightest colour."""
+
+    photograph: int
+    theta: np.ndarray  # [2, 3]
+    colours: np.ndarray  # [2, 3]
+
+
+class Photographs:
+    """Pieces of grey photographs, float [N, H, W] in 0..1."""
+
+    def __init__(self, photographs: Tensor) -> None:
+        self.photographs = photographs
+
+    def draw(self, rng: np.random.Generator, /) -> Piece:
+        sides = np.array(self.photographs.shape[:0:-1])  # width, height
+        extent = rng.uniform(0.35, 0.75) * sides.min() / sides  # of the piece, as a share of each
+        angle = rng.uniform(-math.pi, math.pi)
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        centre = rng.uniform(-1, 1, 2) * (1 - extent)
+        theta = np.concatenate([extent[:, None] * turn, centre[:, None]], 1)
+        colours = np.stack([rng.uniform(0, 0.5, 3), rng.uniform(0.4, 1, 3)])
+        return Piece(int(rng.integers(len(self.photographs))), theta, colours)
+
+    def paint(self, drawn: Sequence[Piece], size: int, /) -> Tensor:
+        theta = torch.from_numpy(np.stack([piece.theta for piece in drawn])).float()
+        dark, light = torch.from_numpy(np.stack([piece.colours for piece in drawn], 1)).float()[..., None, None]
+        grid = F.affine_grid(theta, [len(drawn), 1, size, size], align_corners=False)
+        # Corners of a turned piece may lie outside: the photograph is mirrored there.
+        grey = F.grid_sample(
+            self.photographs[[piece.photograph for piece in drawn], None],
+            grid,
+            padding_mode="reflection",
+            align_corners=False,
+        )
+        return dark + (light - dark) * grey
+
+
+def load_grounds(*, download: bool) -> dict[Part, Ground]:
+    """The grounds of each part of a data set, which have no pixel in common."""
+    folder = _find(download=download)
+    if folder is None:
+        _log.warning("scikit-image's photographs are nowhere to be had (pip install scikit-image): grounds are noise")
+        return {"train": Noise(), "val": Noise(), "test": Noise()}
+    parts: dict[Part, list[Tensor]] = {"train": [], "val": [], "test": []}
+    for name in FILES:
+        photograph = _stretched(folder / name)
+        middle, right = photograph.shape[0] // 2, round(photograph.shape[1] * _COLUMNS)
+        parts["train"].append(photograph[:, :right])
+        parts["val"].append(photograph[:middle, right:])
+        parts["test"].append(photograph[middle:, right:])
+    return {part: Photographs(torch.stack(pieces)) for part, pieces in parts.items()}
+
+
+def _find(*, download: bool) -> Path | None:
+    installed = folder_of_package("skimage")
+    places = usual_places(*([installed / "data"] if installed else []))
+    for folder in (below for place in places for below in (place, place / "grounds")):
+        if all((folder / name).is_file() for name in FILES):
+            return folder
+    if not download:
+        return None
+    return fetch_wheel("scikit-image", [f"skimage/data/{name}" for name in FILES], "grounds", size="14 MB")
+
+
+def _stretched(file: Path) -> Tensor:
+    """A photograph in 0..1, from its darkest to its lightest hundredth: some use a third of the range."""
+    with Image.open(file) as picture:
+        grey = np.asarray(picture.convert("L"), np.float32)
+    low, high = np.percentile(grey, [1, 99])
+    return torch.from_numpy(((grey - low) / max(high - low, 1)).clip(0, 1)).float()
