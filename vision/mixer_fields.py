@@ -18,6 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..mixers import (
+    BGAF,
+    CKS,
+    DLKPPM,
+    LSKA,
+    SDLSKA,
     SS2D,
     AtrousSS2D,
     BidirectionalMamba,
@@ -123,6 +128,30 @@ def _transposed() -> Tensor:
     return gradient(run, TOKENS, TOKENS)
 
 
+def _selected() -> Tensor:
+    """Maps of small convolutions of the input, of which the selection takes more or less."""
+    mixer = CKS(DIM).eval()
+    bands = nn.ModuleList([DepthwiseConv2d(DIM, sides) for sides in (3, (1, 9), (9, 1))])
+    return of_channels_first(_Joined(mixer, bands))
+
+
+def _guided() -> Tensor:
+    """Detail, context and boundary are the input itself, its means over 9 x 9 and a band of it."""
+    bands = nn.ModuleList([nn.Identity(), nn.AvgPool2d(9, 1, 4), DepthwiseConv2d(DIM, (1, 15))])
+    return of_channels_first(_Joined(BGAF(DIM), bands))
+
+
+class _Joined(nn.Module):
+    """A mixer of several maps, which other modules make of one."""
+
+    def __init__(self, mixer: nn.Module, makers: nn.ModuleList) -> None:
+        super().__init__()
+        self.mixer, self.makers = mixer, makers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(*(maker(x) for maker in self.makers))
+
+
 def subjects() -> list[Subject]:
     """Every name of `mixerzoo.mixers`, small, with fresh weights."""
     branches = ((5, 1), (7, 2), (3, 3), (3, 4), (3, 5))
@@ -154,6 +183,11 @@ def subjects() -> list[Subject]:
             "5 x 5, then 7 x 7 dilated",
             lambda: of_channels_first(LargeKernelAttention(DIM)),
         ),
+        Subject("LSKA", "23 x 23 from bands, one after another", lambda: of_channels_first(LSKA(DIM, 23))),
+        Subject("SDLSKA", "5 x 5, then two bands, selected", lambda: of_channels_first(SDLSKA(DIM, 23))),
+        Subject("CKS", "selects from 3 x 3 and two bands", _selected),
+        Subject("DLKPPM", "means of all sizes, and LSKA", lambda: of_channels_first(DLKPPM(DIM, DIM, DIM))),
+        Subject("BGAF", "a point, its 9 x 9 mean, a band", _guided),
         Subject("HiLo", "a window of 2 x 2, and pooled keys", lambda: of_map(HiLo(DIM, 4, window_size=2))),
         Subject("GatedLinearAttention2d", "row by row, both ways", lambda: of_map(GatedLinearAttention2d(DIM, 2))),
         Subject(
