@@ -53,12 +53,9 @@ def pool_quarters(x: Tensor) -> Tensor:
     """Means of the quarters of a map: [B, C, H, W] to [B, C, 2, 2], as adaptive average pooling takes them."""
     height, width = x.shape[2], x.shape[3]
     upper, lower = x[:, :, : (height + 1) // 2], x[:, :, height // 2 :]
-    means = [
-        part.mean((2, 3))
-        for half in (upper, lower)
-        for part in (half[:, :, :, : (width + 1) // 2], half[:, :, :, width // 2 :])
-    ]
-    return torch.stack(means, 2).unflatten(2, (2, 2))
+    left, right = (width + 1) // 2, width // 2
+    quarters = [upper[:, :, :, :left], upper[:, :, :, right:], lower[:, :, :, :left], lower[:, :, :, right:]]
+    return torch.stack([quarter.mean((2, 3)) for quarter in quarters], 2).unflatten(2, (2, 2))
 
 
 class DLKPPM(nn.Module):
