@@ -173,7 +173,7 @@ def _unpadded(masks: Tensor) -> tuple[Tensor, Tensor]:
 def boundary_targets(masks: Tensor) -> Tensor:
     """Label maps [B, H, W], integers of 0 to 255, to 1 on boundaries and 0 elsewhere, float [B, 1, H, W].
 
-    The edges of OpenCV's Canny, made 4 pixels wide: two before and one after the edge, along each axis. A border with
+    The edges of OpenCV's Canny, made 4 pixels wide: one before and two after the edge, along each axis. A border with
     ignored pixels is one, too; the border of a picture with its padding is not.
     """
     if masks.ndim != 3 or masks.is_floating_point():
