@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import resolve_model_input_args
 from timm.utils.misc import ParseKwargs
 from torch import Tensor, nn
 
 from ._reading import one_line, read_checkpoint
+from .label_sets import LABEL_SETS, class_list
 from .segmentation import build_segmenter
+from .segmentation.weights import read_segmenter
 
 _Number = TypeVar("_Number", int, float)
 
@@ -81,11 +84,11 @@ def no_weights(name: str, error: OSError) -> str:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model of `train.py` in eval mode, and what its checkpoint tells: classes, size, mean, std, in_chans, …"""
+    """A model in eval mode, and what a checkpoint of `train.py` tells of it: classes, size, mean, std, in_chans, …"""
 
     model: nn.Module
     facts: dict[str, Any]
-    checkpoint: Path
+    checkpoint: Path | None
 
     @property
     def dense(self) -> bool:
@@ -138,24 +141,32 @@ def _load_segmenter(
 
 def load_segmenter(
     name: str,
-    num_classes: int,
+    classes: Sequence[str],
     *,
     head: Mapping[str, Any],
     checkpoint: Path | None = None,
-    image_size: tuple[int, int] | None = None,
+    size: int = 512,
     **model_kwargs: Any,
-) -> nn.Module:
-    """A segmenter by the names of its backbone and its head, in eval mode, with weights in a file as published."""
+) -> Trained:
+    """A segmenter by the names of its backbone and its head, with the weights of a published file or random ones.
+
+    Its pictures are normalised as ImageNet's and have a shorter side of `size`, as in the published evaluations.
+    """
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(no_model(name))
-    if image_size is not None and takes_one_size(name, model_kwargs):
-        model_kwargs.setdefault("img_size", image_size)
-    source = {} if checkpoint is None else {"checkpoint": checkpoint}
+    arguments = dict(model_kwargs)
+    if takes_one_size(name, arguments):
+        arguments.setdefault("img_size", size)
     try:
-        return build_segmenter(name, num_classes, head=head, **source, **model_kwargs).eval()
+        if checkpoint is not None and read_segmenter(checkpoint) is None:
+            raise ValueError("it holds no decode_head, and a segmenter with a random head says nothing")
+        model = build_segmenter(name, len(classes), head=head, checkpoint=checkpoint, **arguments)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         weights = f" with the weights of {checkpoint}" if checkpoint is not None else ""
         raise ValueError(f"cannot build {name} under {head.get('name')}{weights}: {one_line(error)}") from error
+    facts = {"model": name, "model_kwargs": model_kwargs, "head": dict(head), "classes": list(classes), "in_chans": 3}
+    facts |= {"size": size, "mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    return Trained(model.eval(), facts, checkpoint)
 
 
 def takes_one_size(name: str, model_kwargs: Mapping[str, Any]) -> bool:
@@ -205,6 +216,28 @@ class KeyValue(ParseKwargs):
         if wrong:
             parser.error(f"{option_string} takes key=value, got {wrong[0]!r}")
         super().__call__(parser, namespace, values, option_string)
+
+
+def add_head_options(parser: argparse.ArgumentParser) -> None:
+    """What a command asks to make a segmenter of a timm name."""
+    add = parser.add_argument
+    add("--head", metavar="NAME", help="of a timm name: the segmentation head on top of it, such as upernet")
+    add("--head-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="settings of that head")
+    add("--classes", help=f"under --head: {', '.join(LABEL_SETS)}, a file with a name a line, or how many there are")
+
+
+def load_under_head(arguments: argparse.Namespace, size: int | None) -> Trained:
+    """The segmenter that these options name. `size` is 512 or, of Cityscapes, 1024 where it is None."""
+    if arguments.pretrained:
+        raise ValueError("--pretrained fetches classifiers; a segmenter's weights come from --checkpoint FILE")
+    return load_segmenter(
+        arguments.model,
+        class_list(arguments.classes),
+        head={"name": arguments.head, **arguments.head_kwargs},
+        checkpoint=arguments.checkpoint,
+        size=size or (1024 if arguments.classes == "cityscapes" else 512),
+        **arguments.model_kwargs,
+    )
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
-"""Write a model, or its feature pyramid, to a file that runs without this library; keep the file only if it is right.
+"""Write a model, its feature pyramid or a segmenter to a file that runs without this library; keep it only if it is
+right.
 
     python -m mixerzoo.vision.export runs/first --format onnx --features 0,1,2,3
     python -m mixerzoo.vision.export nat_mini --format pt2 --checkpoint best.ckpt
+    python -m mixerzoo.vision.export van_b0 --head upernet --checkpoint FILE --classes ade20k --format onnx
 
 An exported graph can be wrong at other shapes than the traced one without any error: a size that was computed in Python
 stands in it as a constant. So each file is loaded back by the program that will run it and compared with the model, at
@@ -11,7 +13,8 @@ of an earlier export is not touched.
 
 What is written also says how pictures are prepared (mean, standard deviation, size, interpolation), what classes are
 called, and which sizes it takes: in the metadata of an ONNX file, in `mixerzoo.json` inside a `.pt2` file, in the
-folder's config.json. Of a run with averaged weights those are written. Works for any timm model.
+folder's config.json. Of a run with averaged weights those are written. Works for any timm model. A segmenter's file
+answers with logits, or labels, at the size of the picture that it is given.
 
 Unusual: the program is traced once, for both ONNX and `.pt2`, see _programs.py.
 """
@@ -23,13 +26,10 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import timm
 import torch
@@ -37,43 +37,24 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
-from ._loading import KeyValue, find_weights, load_model, load_run, numbers, one_line
+from ._checked_files import Check, Report, Written, outputs_of, publish_if_right
+from ._loading import (
+    KeyValue,
+    Trained,
+    add_head_options,
+    find_weights,
+    load_model,
+    load_run,
+    load_under_head,
+    numbers,
+)
 from ._programs import AXES, ExportError, Shape, free_axes, raise_bounds, run_pt2, trace, write_onnx
+from ._reading import one_line
 
 Format = Literal["onnx", "pt2", "safetensors"]
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One output at one input shape; `error` is the largest difference over the largest magnitude of the output."""
-
-    shape: Shape
-    traced: bool
-    output: str
-    error: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was written. `axes` holds the smallest and largest size of each axis that may change (None: no bound)."""
-
-    path: Path
-    axes: dict[str, tuple[int, int | None]]
-    comparisons: list[Comparison]
-
-    def __str__(self) -> str:
-        names = list(dict.fromkeys(row.output for row in self.comparisons))
-        by_input: dict[tuple[Shape, bool], dict[str, float]] = {}
-        for row in self.comparisons:
-            by_input.setdefault((row.shape, row.traced), {})[row.output] = row.error
-        lines = [" ".join([f"{'relative difference':26}", *(f"{name:>10}" for name in names)])]
-        for (shape, traced), errors in by_input.items():
-            label = " x ".join(map(str, shape)) + (" (traced)" if traced else "")
-            lines.append(" ".join([f"{label:26}", *(f"{errors[name]:10.1e}" for name in names)]))
-        return "\n".join(lines)
 
 
 class FeatureExtractor(nn.Module):
@@ -116,37 +97,77 @@ def export_model(
     model = copy.deepcopy(model).cpu().float().eval()
     data = _data_config(model, image_size)
     traced: Shape = (2 if dynamic else 1, *data["input_size"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The draft lies beside the destination, so that moving it is one step; a failure leaves with the folder.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
-        draft = Path(folder) / path.name
+
+    def write(draft: Path) -> Written:
         if format == "safetensors":
-            axes, checks = _write_folder(model, draft, features, data, dynamic)
-        else:
-            axes, checks = _write_graph(model, draft, format, features, data, traced, dynamic)
-        shapes = _untraced_shapes(model, traced, axes)
-        rows = [row for check in checks for row in _compare(check, [traced, *shapes])]
-        report = Report(path, axes, rows)
-        worst = max(rows, key=lambda row: row.error)
-        if worst.error > tolerance:
-            raise ExportError(
-                f"{report}\n{path} was not written: {worst.output} differs by {worst.error:.1e}{_advice(axes)}"
-            )
-        _publish(draft, path)
-    return report
+            return _write_folder(model, draft, features, data, dynamic)
+        module, names = (
+            (model if features is None else FeatureExtractor(model, features)),
+            _output_names(model, features),
+        )
+        free = [] if not dynamic else list(AXES) if _takes_any_size(model) else [0]
+        return _write_graph(module, draft, format, {**_metadata(model, features, names), **data}, traced, free)
+
+    return publish_if_right(path, model, traced, tolerance, write)
 
 
-class _Check(NamedTuple):
-    """A module, and what should give the same outputs from the file: images in, one list of outputs for each image."""
+def export_segmenter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format,
+    image_size: tuple[int, int],
+    channels: int = 3,
+    labels: bool = False,
+    dynamic: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Report:
+    """Write a `Segmenter`; the file gives logits [B, K, H, W] at the picture's size, with `labels` int64 [B, H, W].
 
-    module: nn.Module
-    run: Callable[[list[Tensor]], list[list[Tensor]]]
-    outputs: list[str]
+    `metadata` is what the file says of itself: classes, mean, std and the like. The rest is as in `export_model`;
+    labels count as right where the model's own logit of the label is the largest, up to `tolerance`.
+    """
+    path = Path(path)
+    if format == "safetensors":
+        raise ValueError("folders of safetensors are timm's, for classifiers; a segmenter goes to onnx or pt2")
+    _check_destination(path, format)
+    model = copy.deepcopy(model).cpu().float().eval()
+    traced: Shape = (2 if dynamic else 1, channels, *image_size)
+    names = ["labels" if labels else "logits"]
+    known = {
+        "input": "image",
+        "outputs": [{"name": name} for name in names],
+        "input_size": traced[1:],
+        "mixerzoo": importlib.metadata.version("mixerzoo"),
+        **(metadata or {}),
+    }
+
+    def write(draft: Path) -> Written:
+        free = [] if not dynamic else list(AXES) if segments_any_size(model) else [0]
+        axes, [check] = _write_graph(_Labels(model) if labels else model, draft, format, known, traced, free)
+        return axes, [check._replace(module=model)]
+
+    return publish_if_right(path, model, traced, tolerance, write)
+
+
+def segments_any_size(model: nn.Module) -> bool:
+    """Whether a segmenter's program may have free height and width."""
+    return all(getattr(part, "exports_free_sizes", True) for part in model.modules())
+
+
+class _Labels(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image).argmax(1)
 
 
 def _write_folder(
     model: nn.Module, draft: Path, features: Sequence[int] | None, data: dict[str, Any], dynamic: bool
-) -> tuple[dict[str, tuple[int, int | None]], list[_Check]]:
+) -> Written:
     labels = {"label_names": data["label_names"]} if data.get("label_names") else {}
     size = {"input_size": data["input_size"]}
     save_for_hf(model, str(draft), model_config=labels, safe_serialization=True, data_config=size)
@@ -155,86 +176,33 @@ def _write_folder(
 
     def run(images: list[Tensor], **arguments: Any) -> list[list[Tensor]]:
         loaded = timm.create_model(f"local-dir:{draft}", pretrained=True, **arguments).eval()
-        return [_outputs(loaded, image) for image in images]
+        return [outputs_of(loaded, image) for image in images]
 
-    checks = [_Check(model, run, _output_names(model, None))]
+    checks = [Check(model, run, _output_names(model, None))]
     if features is not None:
         extract = lambda images: run(images, features_only=True, out_indices=tuple(features))  # noqa: E731
-        checks.append(_Check(FeatureExtractor(model, features), extract, _output_names(model, features)))
+        checks.append(Check(FeatureExtractor(model, features), extract, _output_names(model, features)))
     return dict.fromkeys(free, (1, None)), checks
 
 
 def _write_graph(
-    model: nn.Module,
-    draft: Path,
-    format: Format,
-    features: Sequence[int] | None,
-    data: dict[str, Any],
-    traced: Shape,
-    dynamic: bool,
-) -> tuple[dict[str, tuple[int, int | None]], list[_Check]]:
-    module = model if features is None else FeatureExtractor(model, features)
-    names = _output_names(model, features)
-    free = list(AXES) if _takes_any_size(model) else [0]
-    program = trace(module, torch.randn(traced), free if dynamic else [])
+    module: nn.Module, draft: Path, format: Format, metadata: dict[str, Any], traced: Shape, free: list[int]
+) -> Written:
+    names = [output["name"] for output in metadata["outputs"]]
+    program = trace(module, torch.randn(traced), free)
     axes = raise_bounds(program, traced, free_axes(program))
-    metadata = {**_metadata(model, features, names), **data, "axes": axes}
+    metadata = {**metadata, "axes": axes}
     if format == "onnx":
-        return axes, [_Check(module, write_onnx(program, draft, names, axes, metadata), names)]
+        return axes, [Check(module, write_onnx(program, draft, names, axes, metadata), names)]
     torch.export.save(program, draft, extra_files={"mixerzoo.json": json.dumps(metadata)})
-    return axes, [_Check(module, lambda images: run_pt2(draft, images), names)]
+    return axes, [Check(module, lambda images: run_pt2(draft, images), names)]
 
 
-def _takes_any_size(model: nn.Module) -> bool:
+def _takes_any_size(model: nn.Module | Trained) -> bool:
     """Whether a program may have free height and width; `exports_free_sizes` is false where tracing does not end."""
+    if isinstance(model, Trained):
+        return segments_any_size(model.model)
     return not get_model_input_config(model)["fixed_input_size"] and getattr(model, "exports_free_sizes", True)
-
-
-def _untraced_shapes(model: nn.Module, traced: Shape, axes: dict[str, tuple[int, int | None]]) -> list[Shape]:
-    """Three shapes that differ from the traced one in each free axis, odd where the model takes odd sizes."""
-    _, channels, height, width = traced
-    wanted = [
-        {"batch": 1, "height": height + height // 4 + 1, "width": width},
-        {"batch": 3, "height": height, "width": width + width // 8 + 3},
-        {"batch": 5, "height": height - height // 8, "width": width - width // 6},
-    ]
-    own = dict(zip(AXES.values(), (traced[axis] for axis in AXES), strict=True))
-    shapes: list[Shape] = []
-    for sizes in wanted:
-        n, h, w = (_clamp(sizes[label], *axes[label]) if label in axes else own[label] for label in AXES.values())
-        try:
-            model(torch.zeros(1, channels, h, w))
-        except (AssertionError, RuntimeError, ValueError):  # a model for multiples of its patch or window
-            h, w = (_clamp(-(-s // 32) * 32, *axes.get(label, (s, s))) for s, label in ((h, "height"), (w, "width")))
-        shapes.append((n, channels, h, w))
-    return shapes
-
-
-def _compare(check: _Check, shapes: list[Shape]) -> list[Comparison]:
-    images = [torch.randn(shape) for shape in shapes]
-    expected = [_outputs(check.module, image) for image in images]
-    try:
-        actual = check.run(images)
-    except Exception as error:
-        raise ExportError(f"the file fails at one of the shapes {shapes}: {one_line(error)}") from error
-    return [
-        Comparison(shape, index == 0, name, _difference(mine, theirs))
-        for index, shape in enumerate(shapes)
-        for name, mine, theirs in zip(check.outputs, actual[index], expected[index], strict=True)
-    ]
-
-
-def _difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected magnitude; infinite where shapes differ or a value is not finite."""
-    if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
-        return float("inf")
-    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
-
-
-def _outputs(module: nn.Module, image: Tensor) -> list[Tensor]:
-    with torch.no_grad():
-        out = module(image)
-    return [out] if isinstance(out, Tensor) else list(out)
 
 
 def _output_names(model: nn.Module, features: Sequence[int] | None) -> list[str]:
@@ -278,23 +246,6 @@ def _check_destination(path: Path, format: Format) -> None:
         raise ValueError(f"{format} writes one file whose name ends in .{format}, got {path}")
 
 
-def _publish(draft: Path, path: Path) -> None:
-    if draft.is_dir():
-        path.mkdir(exist_ok=True)
-        for file in draft.iterdir():
-            os.replace(file, path / file.name)
-    else:
-        os.replace(draft, path)
-
-
-def _advice(axes: dict[str, tuple[int, int | None]]) -> str:
-    return "; --static (dynamic=False) fixes the traced shape" if axes else ""
-
-
-def _clamp(size: int, low: int, high: int | None) -> int:
-    return max(low, size if high is None else min(size, high))
-
-
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage text before it."""
 
@@ -314,6 +265,8 @@ def parser() -> _Parser:
         "--checkpoint", type=Path, help="of train.py (or its folder), of timm, or published; else: random weights"
     )
     weights.add_argument("--pretrained", action="store_true", help="the published weights, downloaded by timm")
+    add_head_options(parser)
+    parser.add_argument("--labels", action="store_true", help="of a segmenter: the most likely class, not the logits")
     parser.add_argument("--output", type=Path, help="default: MODEL.onnx, MODEL.pt2, or the folder MODEL")
     parser.add_argument("--input-size", type=numbers, metavar="H,W", help="while tracing; one number is a square")
     shape = parser.add_mutually_exclusive_group()
@@ -324,10 +277,17 @@ def parser() -> _Parser:
     return parser
 
 
-def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> tuple[str, nn.Module]:
-    """The model that the command names, by its timm name or by a run of `train.py`, and its timm name."""
+def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> tuple[str, nn.Module | Trained]:
+    """The model that the command names, by its timm name or by a run of `train.py`, and its timm name.
+
+    A segmenter comes with what is known of it.
+    """
     checkpoint = None if arguments.checkpoint is None else find_weights(arguments.checkpoint)
     if timm.is_model(arguments.model.partition(".")[0]) or not Path(arguments.model).exists():
+        if arguments.head is not None:
+            if arguments.num_classes is not None:
+                raise ValueError("--num-classes is of classifiers; under --head give --classes")
+            return arguments.model, load_under_head(arguments, None if image_size is None else min(image_size))
         model = load_model(
             arguments.model,
             checkpoint=checkpoint,
@@ -337,15 +297,46 @@ def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> 
             **arguments.model_kwargs,
         )
         return arguments.model, model
-    if checkpoint is not None or arguments.pretrained or arguments.model_kwargs or arguments.num_classes is not None:
+    named = (checkpoint, arguments.head, arguments.classes, arguments.num_classes)
+    if any(value is not None for value in named) or arguments.pretrained or arguments.model_kwargs:
         raise ValueError(
-            f"{arguments.model} knows its model, weights and classes: leave out --checkpoint, --pretrained, "
-            "--num-classes and --model-kwargs"
+            f"{arguments.model} knows its model, weights and classes: leave out --checkpoint, --pretrained, --head, "
+            "--classes, --num-classes and --model-kwargs"
         )
     trained = load_run(arguments.model, image_size=image_size)
-    if trained.dense:
-        raise ValueError(f"{arguments.model} holds a segmenter; classifiers and their feature maps can be exported")
-    return trained.facts["model"], trained.model
+    return trained.facts["model"], trained if trained.dense else trained.model
+
+
+def _write(
+    arguments: argparse.Namespace, name: str, model: nn.Module | Trained, image_size: tuple[int, int] | None
+) -> Report:
+    suffix = "" if arguments.format == "safetensors" else f".{arguments.format}"
+    path = arguments.output or Path(f"{name}{suffix}")
+    if isinstance(model, nn.Module):
+        if arguments.labels:
+            raise ValueError("--labels is for segmenters; a classifier's file holds logits")
+        return export_model(
+            model,
+            path,
+            format=arguments.format,
+            features=arguments.features,
+            image_size=image_size,
+            dynamic=arguments.dynamic,
+        )
+    if arguments.features is not None:
+        raise ValueError("--features are of classifiers; a segmenter's file holds logits, or --labels")
+    facts = model.facts
+    known = {key: facts.get(key) for key in ("model", "head", "mean", "std", "short_side", "evaluate")}
+    return export_segmenter(
+        model.model,
+        path,
+        format=arguments.format,
+        image_size=image_size or (facts["size"], facts["size"]),
+        channels=facts["in_chans"],
+        labels=arguments.labels,
+        dynamic=arguments.dynamic,
+        metadata={**known, "label_names": facts["classes"]},
+    )
 
 
 def _run_cli(arguments: argparse.Namespace) -> None:
@@ -357,15 +348,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
     print(f"tracing {name} and comparing: a minute or more for a large model", flush=True)
     if arguments.dynamic and arguments.format != "safetensors" and not _takes_any_size(model):
         print(f"{name} can only be traced for one size: height and width are fixed; --static fixes the batch, too")
-    suffix = "" if arguments.format == "safetensors" else f".{arguments.format}"
-    report = export_model(
-        model,
-        arguments.output or Path(f"{name}{suffix}"),
-        format=arguments.format,
-        features=arguments.features,
-        image_size=image_size,
-        dynamic=arguments.dynamic,
-    )
+    report = _write(arguments, name, model, image_size)
     print(report)
     free = [f"{axis} from {low}" + (f" to {high}" if high else "") for axis, (low, high) in report.axes.items()]
     print(f"wrote {report.path}; free: {', '.join(free) or 'nothing'}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,17 @@ def label_set(name: str) -> LabelSet:
 def published_colours(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...] | None:
     """Those of the data set that has these classes, if it is known here."""
     return next((known.colours for known in LABEL_SETS.values() if known.names == tuple(classes)), None)
+
+
+def class_list(text: str | None) -> Sequence[str]:
+    """The names of classes that `--classes` gives: of a known data set, in a file, or numbers up to one."""
+    if text in LABEL_SETS:
+        return LABEL_SETS[text].names
+    if text is not None and text.isdecimal() and int(text) > 0:
+        return [str(index) for index in range(int(text))]
+    if text is not None and Path(text).is_file():
+        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+    raise ValueError(
+        f"--classes {text}: a head needs its classes: {', '.join(LABEL_SETS)}, a file with a name a line, or their "
+        "number"
+    )

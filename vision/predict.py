@@ -34,11 +34,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ._loading import KeyValue, factors, load_model, load_run, load_segmenter, numbers, one_line, takes_one_size
+from ._loading import KeyValue, add_head_options, factors, load_model, load_run, load_under_head, numbers
+from ._reading import one_line
 from .data.pictures import UnreadableError, read_picture
-from .label_sets import LABEL_SETS
 from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
-from .predictors import Predictor, of_run, of_segmenter, of_timm
+from .predictors import Predictor, of_run, of_timm
 
 Format = Literal["table", "csv", "json"]
 
@@ -172,9 +172,7 @@ def parser() -> argparse.ArgumentParser:
     weights.add_argument("--pretrained", action="store_true", help="of a timm name: the published weights")
     weights.add_argument("--checkpoint", type=Path, help="of a timm name: weights in a file")
     add("--model-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="of a timm name")
-    add("--head", metavar="NAME", help="of a timm name: the segmentation head on top of it, such as upernet")
-    add("--head-kwargs", nargs="+", action=KeyValue, default={}, metavar="KEY=VALUE", help="settings of that head")
-    add("--classes", help=f"under --head: {', '.join(LABEL_SETS)}, a file with a name a line, or how many there are")
+    add_head_options(parser)
     add("--input-size", type=int, metavar="N", help="side of what the model sees, of segmenters the shorter side")
     views = parser.add_argument_group("how a segmenter sees a picture", "as in the test of its run, but for these")
     views.add_argument("--mode", choices=("whole", "slide"), help="in one piece, or in windows that overlap")
@@ -201,8 +199,8 @@ def _load(arguments: argparse.Namespace) -> Predictor:
     name, size = arguments.model, arguments.input_size
     path = Path(name)
     own = (path / "config.json").is_file()
-    of_name = arguments.checkpoint is not None or arguments.pretrained or arguments.model_kwargs or arguments.head
-    if path.exists() and of_name:
+    of_name = (arguments.checkpoint, arguments.head, arguments.classes)
+    if path.exists() and (any(of_name) or arguments.pretrained or arguments.model_kwargs):
         raise ValueError(f"{name} brings its weights and settings; --pretrained and the like belong to a timm name")
     if path.exists() and not own:
         predictor = of_run(load_run(path, image_size=_square(size)), size)
@@ -211,7 +209,7 @@ def _load(arguments: argparse.Namespace) -> Predictor:
     else:
         if len(path.parts) > 1 and not timm.is_model(name):
             raise ValueError(f"there is no run folder or checkpoint {name}, and no timm model is called so")
-        predictor = _load_name(arguments) if arguments.head is None else _load_under_head(arguments)
+        predictor = _load_name(arguments)
     try:
         predictor.model.to(arguments.device)
     except (AssertionError, RuntimeError) as error:
@@ -224,6 +222,10 @@ def _square(size: int | None) -> tuple[int, int] | None:
 
 
 def _load_name(arguments: argparse.Namespace) -> Predictor:
+    if arguments.head is not None:
+        return of_run(load_under_head(arguments, arguments.input_size), arguments.input_size)
+    if arguments.classes is not None or arguments.head_kwargs:
+        raise ValueError("--classes and --head-kwargs belong to --head; a classifier knows its classes")
     model = load_model(
         arguments.model,
         checkpoint=arguments.checkpoint,
@@ -233,37 +235,6 @@ def _load_name(arguments: argparse.Namespace) -> Predictor:
     )
     trained = arguments.pretrained or arguments.checkpoint is not None
     return of_timm(model, size=arguments.input_size, trained=trained)
-
-
-def _load_under_head(arguments: argparse.Namespace) -> Predictor:
-    if arguments.pretrained:
-        raise ValueError("--pretrained fetches classifiers; a segmenter's weights come from --checkpoint FILE")
-    classes = class_list(arguments.classes)
-    size = arguments.input_size or (1024 if arguments.classes == "cityscapes" else 512)  # of published evaluations
-    model = load_segmenter(
-        arguments.model,
-        len(classes),
-        head={"name": arguments.head, **arguments.head_kwargs},
-        checkpoint=arguments.checkpoint,
-        image_size=_square(size),
-        **arguments.model_kwargs,
-    )
-    fixed = takes_one_size(arguments.model, arguments.model_kwargs)
-    return of_segmenter(model, classes, size=size, fixed=fixed, trained=arguments.checkpoint is not None)
-
-
-def class_list(text: str | None) -> Sequence[str]:
-    """The names of classes that `--classes` gives: of a known data set, in a file, or numbers up to one."""
-    if text in LABEL_SETS:
-        return LABEL_SETS[text].names
-    if text is not None and text.isdecimal() and int(text) > 0:
-        return [str(index) for index in range(int(text))]
-    if text is not None and Path(text).is_file():
-        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    raise ValueError(
-        f"--classes {text}: a head needs its classes: {', '.join(LABEL_SETS)}, a file with a name a line, or their "
-        "number"
-    )
 
 
 def _seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predictor:

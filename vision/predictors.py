@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ._loading import Trained, one_line, takes_one_size
+from ._loading import Trained, takes_one_size
+from ._reading import one_line
 from .data.classification import PicturesInMemory
 from .data.loading import Request
 from .segmentation.inference import Inference, label_map, of_settings
@@ -76,18 +76,11 @@ def of_run(trained: Trained, size: int | None = None) -> Predictor:
         short_side = facts.get("short_side") if size is None else size
         fixed = takes_one_size(facts["model"], facts["model_kwargs"])
         inference = of_settings(facts.get("evaluate") or {}, size=side, short_side=short_side, fixed=fixed)
-        return Predictor(trained.model, facts["classes"], _Whole(tuple(mean), tuple(std)), inference)
+        weights = trained.checkpoint is not None
+        return Predictor(trained.model, facts["classes"], _Whole(tuple(mean), tuple(std)), inference, trained=weights)
     if facts["in_chans"] == 1:  # grey pictures are those that are held in memory, see data/classification.py
         return Predictor(trained.model, facts["classes"], _Framed(side, mean[0], std[0]))
     return of_timm(trained.model, size=size)
-
-
-def of_segmenter(
-    model: nn.Module, classes: Sequence[str], *, size: int = 512, fixed: bool = False, trained: bool = True
-) -> Predictor:
-    """Of one that is no run's: pictures normalised as ImageNet's and shown with a shorter side of `size`."""
-    prepare = _Whole(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    return Predictor(model, classes, prepare, of_settings({}, size=size, fixed=fixed), trained)
 
 
 def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) -> Predictor:

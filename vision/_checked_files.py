@@ -1,0 +1,151 @@
+"""Files that are kept only if they do what the model does: loaded back, compared at shapes that were not traced, and
+then moved into place in one step.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._programs import AXES, ExportError, Shape
+from ._reading import one_line
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One output at one input shape; `error` is the largest difference over the largest magnitude of the output."""
+
+    shape: Shape
+    traced: bool
+    output: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written. `axes` holds the smallest and largest size of each axis that may change (None: no bound)."""
+
+    path: Path
+    axes: dict[str, tuple[int, int | None]]
+    comparisons: list[Comparison]
+
+    def __str__(self) -> str:
+        names = list(dict.fromkeys(row.output for row in self.comparisons))
+        by_input: dict[tuple[Shape, bool], dict[str, float]] = {}
+        for row in self.comparisons:
+            by_input.setdefault((row.shape, row.traced), {})[row.output] = row.error
+        lines = [" ".join([f"{'relative difference':26}", *(f"{name:>10}" for name in names)])]
+        for (shape, traced), errors in by_input.items():
+            label = " x ".join(map(str, shape)) + (" (traced)" if traced else "")
+            lines.append(" ".join([f"{label:26}", *(f"{errors[name]:10.1e}" for name in names)]))
+        return "\n".join(lines)
+
+
+class Check(NamedTuple):
+    """A module, and what should give the same outputs from the file: images in, one list of outputs for each image."""
+
+    module: nn.Module
+    run: Callable[[list[Tensor]], list[list[Tensor]]]
+    outputs: list[str]
+
+
+Written = tuple[dict[str, tuple[int, int | None]], list[Check]]
+"""The free axes of a file, and how it is compared."""
+
+
+def publish_if_right(
+    path: Path, model: nn.Module, traced: Shape, tolerance: float, write: Callable[[Path], Written]
+) -> Report:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The draft lies beside the destination, so that moving it is one step; a failure leaves with the folder.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
+        draft = Path(folder) / path.name
+        axes, checks = write(draft)
+        shapes = _untraced_shapes(model, traced, axes)
+        rows = [row for check in checks for row in _compare(check, [traced, *shapes])]
+        report = Report(path, axes, rows)
+        worst = max(rows, key=lambda row: row.error)
+        if worst.error > tolerance:
+            raise ExportError(
+                f"{report}\n{path} was not written: {worst.output} differs by {worst.error:.1e}{_advice(axes)}"
+            )
+        _publish(draft, path)
+    return report
+
+
+def _untraced_shapes(model: nn.Module, traced: Shape, axes: dict[str, tuple[int, int | None]]) -> list[Shape]:
+    """Three shapes that differ from the traced one in each free axis, odd where the model takes odd sizes."""
+    _, channels, height, width = traced
+    wanted = [
+        {"batch": 1, "height": height + height // 4 + 1, "width": width},
+        {"batch": 3, "height": height, "width": width + width // 8 + 3},
+        {"batch": 5, "height": height - height // 8, "width": width - width // 6},
+    ]
+    own = dict(zip(AXES.values(), (traced[axis] for axis in AXES), strict=True))
+    shapes: list[Shape] = []
+    for sizes in wanted:
+        n, h, w = (_clamp(sizes[label], *axes[label]) if label in axes else own[label] for label in AXES.values())
+        try:
+            model(torch.zeros(1, channels, h, w))
+        except (AssertionError, RuntimeError, ValueError):  # a model for multiples of its patch or window
+            h, w = (_clamp(-(-s // 32) * 32, *axes.get(label, (s, s))) for s, label in ((h, "height"), (w, "width")))
+        shapes.append((n, channels, h, w))
+    return shapes
+
+
+def _compare(check: Check, shapes: list[Shape]) -> list[Comparison]:
+    images = [torch.randn(shape) for shape in shapes]
+    expected = [outputs_of(check.module, image) for image in images]
+    try:
+        actual = check.run(images)
+    except Exception as error:
+        raise ExportError(f"the file fails at one of the shapes {shapes}: {one_line(error)}") from error
+    return [
+        Comparison(shape, index == 0, name, _difference(mine, theirs))
+        for index, shape in enumerate(shapes)
+        for name, mine, theirs in zip(check.outputs, actual[index], expected[index], strict=True)
+    ]
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; infinite where shapes differ or a value is not finite.
+
+    Of labels: how far the expected logit of a label lies below the largest one.
+    """
+    if not actual.is_floating_point() and expected.ndim == actual.ndim + 1:
+        if actual.shape != expected[:, 0].shape or not 0 <= int(actual.min()) <= int(actual.max()) < expected.shape[1]:
+            return float("inf")
+        actual, expected = expected.gather(1, actual.unsqueeze(1)).squeeze(1), expected.amax(1)
+    if actual.shape != expected.shape or not (actual.isfinite().all() and expected.isfinite().all()):
+        return float("inf")
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
+
+
+def outputs_of(module: nn.Module, image: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        out = module(image)
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def _publish(draft: Path, path: Path) -> None:
+    if draft.is_dir():
+        path.mkdir(exist_ok=True)
+        for file in draft.iterdir():
+            os.replace(file, path / file.name)
+    else:
+        os.replace(draft, path)
+
+
+def _advice(axes: dict[str, tuple[int, int | None]]) -> str:
+    return "; --static (dynamic=False) fixes the traced shape" if axes else ""
+
+
+def _clamp(size: int, low: int, high: int | None) -> int:
+    return max(low, size if high is None else min(size, high))
