@@ -225,7 +225,7 @@ def test_a_folder_with_results_is_not_overwritten(configs: Path, tmp_path: Path,
         (["data.size=3"], "try a larger data.size, or a stem that shrinks less"),
         (
             ["data.source=digitz"],
-            "timm, fashion_scenes, mask_folder, cityscapes, voc, camvid; did you mean digits?",
+            "mask_folder, cityscapes, voc, camvid, colin27, mni_tissue; did you mean digits?",
         ),
         (["data.source=image_folder"], "data.root=None: there is no such folder"),
         (["train.batch_size=1000"], "use train.batch_size=160 or less"),

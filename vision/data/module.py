@@ -18,6 +18,7 @@ from .readers import load_timm
 from .scenes import load_fashion_scenes
 from .splits import Augmentation, DataSettings, Splits
 from .streams import Stream, StreamBatches
+from .volumes import load_colin27, load_mni_tissue
 
 SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
     "fashion_mnist": load_fashion_mnist,
@@ -26,6 +27,8 @@ SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
     "timm": load_timm,
     "fashion_scenes": load_fashion_scenes,
     **{name: partial(load_masks, layout) for name, layout in LAYOUTS.items()},
+    "colin27": load_colin27,
+    "mni_tissue": load_mni_tissue,
 }
 
 

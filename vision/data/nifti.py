@@ -1,0 +1,84 @@
+"""Volumes in NIfTI-1 files (`.nii`, `.nii.gz`), the format of brain imaging: https://nifti.nimh.nih.gov/nifti-1.
+
+A header of 348 bytes says the axes, the type of the numbers, how they are scaled, and where each axis points; the
+numbers follow at an offset, the first axis running fastest.
+
+Unusual: volumes are turned so that their axes run to the right, to the front and upwards, whatever the scanner wrote.
+Axes may point obliquely: then each is taken for the direction that it is nearest to, and nothing is resampled.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_HEADER = np.dtype(
+    {
+        "names": ["dim", "datatype", "pixdim", "vox_offset", "scale", "forms", "quaternion", "rows", "magic"],
+        "formats": ["8i2", "i2", "8f4", "f4", "2f4", "2i2", "3f4", "(3,4)f4", "S4"],
+        "offsets": [40, 70, 76, 108, 112, 252, 256, 280, 344],
+        "itemsize": 348,
+    }
+)
+
+
+def read_nifti(path: Path) -> np.ndarray:
+    """[right, front, up] in the file's own type, or as floats where the file scales its numbers."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+    order = next((sign for sign in "<>" if data[:4] == np.array(348, f"{sign}i4").tobytes()), None)
+    if order is None or len(data) < 348:
+        raise ValueError(f"{path} is no NIfTI-1 file: its header does not begin with 348, its length")
+    header = np.frombuffer(data, _HEADER.newbyteorder(order), 1)[0]
+    if header["magic"] != b"n+1":
+        raise ValueError(f"{path} has its numbers in a file of their own, or is no NIfTI-1 file: {header['magic']}")
+    kind = _TYPES.get(int(header["datatype"]))
+    shape = tuple(int(length) for length in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)])
+    if kind is None or len(shape) < 3 or shape[:3] != tuple(length for length in shape if length > 1):
+        raise ValueError(f"{path} is no volume of plain numbers: axes {shape}, NIfTI's type {header['datatype']}")
+    start, count = int(header["vox_offset"]), int(np.prod(shape, dtype=np.int64))
+    if len(data) - start < count * np.dtype(kind).itemsize:
+        raise ValueError(f"{path} is damaged: it ends before its {count} numbers do; fetch it again")
+    values = np.frombuffer(data, np.dtype(kind).newbyteorder(order), count, start).reshape(shape[:3], order="F")
+    slope, intercept = (float(number) for number in header["scale"])
+    if slope not in (0, 1) or (slope == 1 and intercept):  # 0: not scaled
+        values = values * slope + intercept
+    return _upright(values.astype(values.dtype.newbyteorder("=")), _directions(header))
+
+
+def _directions(header: np.void) -> np.ndarray:
+    """[3, 3]: the columns are where the axes of the file point, to the right, the front and upwards."""
+    by_quaternion, by_rows = (int(code) for code in header["forms"])
+    if by_rows > 0:
+        return header["rows"][:, :3].astype(np.float64)
+    if by_quaternion <= 0:
+        return np.eye(3)
+    b, c, d = (float(part) for part in header["quaternion"])
+    a = max(1 - b * b - c * c - d * d, 0.0) ** 0.5
+    turn = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - c * c - b * b],
+        ]
+    )
+    turn[:, 2] *= -1 if header["pixdim"][0] < 0 else 1
+    return turn
+
+
+def _upright(values: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    free, order = np.abs(directions / np.linalg.norm(directions, axis=0)), [0, 0, 0]
+    for _ in range(3):  # the surest first: two axes never become one
+        world, axis = (int(place) for place in np.unravel_index(free.argmax(), free.shape))
+        order[world] = axis
+        free[world], free[:, axis] = -1, -1
+    signs = [directions[world, axis] for world, axis in enumerate(order)]
+    turned = values.transpose(order)
+    return np.ascontiguousarray(turned[tuple(slice(None, None, -1 if sign < 0 else 1) for sign in signs)])
