@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.segmentation import build_segmenter
+from mixerzoo.vision.segmentation.losses import CITYSCAPES_WEIGHTS, OhemCrossEntropy
 from mixerzoo.vision.segmentation.published import backbone_kwargs
 from mixerzoo.vision.training import settings as settings_module
 from mixerzoo.vision.training.config import Config
@@ -36,7 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::Deprecat
 IMAGENET, ADE20K = 1_281_167, 20_210
 """Training pictures."""
 
-ASKED = {"mobilemamba_finetune": "model.checkpoint=weights"}
+BY_HAND = ("mobilemamba_finetune", "bevanet_cityscapes", "bevanet_camvid", "bevanet_ade20k")
+ASKED = dict.fromkeys(BY_HAND, "model.checkpoint=weights")
 """What a recipe does not know: a file that has to be fetched by hand."""
 
 SMALL = {"nat_finetune": "dinat_s_tiny", "van_finetune": "van_b0", "van_22k": "van_b0", "van_upernet": "van_b0"}
@@ -281,6 +283,35 @@ def test_segmentation_is_trained_and_judged_as_published(
     assert loss is not None and loss.auxiliary_weight == 0.4 and loss.main is loss.pixels  # not the hardest alone
 
 
+@pytest.mark.parametrize(
+    ("recipe", "pictures", "batch", "rate", "decay", "epochs"),
+    [
+        ("bevanet_cityscapes model=bevanet", 2975, 12, 0.008, 4e-4, 500),
+        ("bevanet_cityscapes model=bevanet_s", 2975, 12, 0.01, 5e-4, 500),
+        ("bevanet_camvid", 468, 24, 0.0038, 5e-4, 100),
+        ("bevanet_ade20k", ADE20K, 14, 0.0015, 5e-4, 150),
+    ],
+)
+def test_bevanet_learns_boundaries_and_hard_pixels(
+    recipe: str, pictures: int, batch: int, rate: float, decay: float, epochs: int, settings: Load
+) -> None:
+    config = settings(*recipe.split())
+    plan = make_plan(config, pictures)
+    assert (plan.batch, plan.epochs, config.optim.weight_decay) == (batch, epochs, decay)
+    assert config.optim.lr * plan.lr_factor == pytest.approx(rate)
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), config.optim, plan)
+    assert optimizer.defaults["momentum"] == 0.9 and not optimizer.defaults["nesterov"]
+    model: Any = _network(config, True)
+    classes = {"cityscapes": 19, "camvid": 11}.get(recipe.split()[0].removeprefix("bevanet_"), 150)
+    splits: Any = SimpleNamespace(dense=True, size=config.data.size, classes=("a",) * classes)
+    loss = make_loss(model, config, splits)
+    assert loss is not None and isinstance(loss.main, OhemCrossEntropy)
+    assert (loss.main.threshold, loss.main.kept) == (0.9, 131_072)
+    assert (loss.auxiliary_weight, loss.boundary_weight, loss.boundary_labels_weight) == (0.4, 20, 1)
+    assert (tuple(config.loss.class_weights) == CITYSCAPES_WEIGHTS) == (classes == 19)
+    assert not config.augment.photometric and config.augment.cat_max_ratio == 1
+
+
 def test_dinat_grows_with_its_pictures(settings: Load) -> None:
     """A window of 7 still fits into the map at 1/4 of 512, or of the 640 of the large ones."""
     for name in ("dinat_mini", "dinat_base", "dinat_large", "dinat_s_tiny", "dinat_s_base", "dinat_s_large"):
@@ -460,7 +491,7 @@ def _picture(path: Path, pixels: np.ndarray) -> None:
 
 def _stand_in(recipe: str, config: Config, path: Path) -> list[str]:
     """Fresh weights of a model made small in place of the published ones that it starts from or learns from."""
-    if recipe == "mobilemamba_finetune":
+    if recipe in BY_HAND:
         return ["model.checkpoint=null"]
     if recipe == "mobilemamba_distill":
         torch.save(timm.create_model("test_resnet", num_classes=2).state_dict(), path)
@@ -496,16 +527,23 @@ def test_a_classification_recipe_trains_on_a_folder(
     assert results["epochs"] == 1 and 0 <= results["test"]["accuracy"] <= 1
 
 
+OTHER_CLASSES = {"bevanet_cityscapes": 19, "bevanet_camvid": 11}
+"""Of recipes whose data has a layout of its own, which other tests read."""
+
+
 @pytest.mark.parametrize("recipe", _sampled([name for name in TRAINED_ON_MASKS if name != "segmentation"]))
 def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_path: Path, no_pictures: None) -> None:
     rng = np.random.default_rng(0)
     for index in range(8):
         split = "training" if index < 4 else "validation"
         _picture(tmp_path / "data/images" / split / f"{index}.jpg", rng.integers(0, 256, (70, 90, 3), dtype=np.uint8))
-        labels = rng.integers(0, 151, (7, 9), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+        labels = rng.integers(0, OTHER_CLASSES.get(recipe, 151), (7, 9), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
         _picture(tmp_path / "data/annotations" / split / f"{index}.png", labels)
-    arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.steps=1", *DRY]
+    arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.steps=1", "train.epochs=null", *DRY]
     if settings(recipe).evaluate.stride:
         arguments.append("evaluate.stride=[43,43]")  # of windows of 64
+    if recipe in OTHER_CLASSES:
+        arguments += ["data.source=mask_folder", f"data.classes={OTHER_CLASSES[recipe]}", "augment.crop=[48,64]"]
+    arguments += ["model.checkpoint=null"] if recipe in BY_HAND else []
     results = run(settings(recipe, *arguments))
-    assert results["epochs"] == 1 and len(results["test_by_class"]) == 150
+    assert results["epochs"] == 1 and len(results["test_by_class"]) == OTHER_CLASSES.get(recipe, 150)
