@@ -7,14 +7,14 @@ from typing import Any
 import mixerzoo.vision  # noqa: F401  # registers the models
 import pytest
 import torch
-from mixerzoo.vision.segmentation import Segmenter, SegmenterOutput, build_segmenter
-from mixerzoo.vision.segmentation.build import feature_info
+from mixerzoo.vision.segmentation import SegmenterOutput, build_segmenter
+from mixerzoo.vision.segmentation.features import feature_info
 
 NAT = {"stem_stride": 2, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "kernel_size": 3}
 HEADS = ("upernet", "semantic_fpn", "segformer")
 
 
-def _segmenter(name: str = "test_convnext", head: str = "semantic_fpn", **options: Any) -> Segmenter:
+def _segmenter(name: str = "test_convnext", head: str = "semantic_fpn", **options: Any) -> Any:
     head_options = {"name": head, "channels": 8, **options}
     return build_segmenter(name, 5, head=head_options, **(NAT if name == "nat_mini" else {}))
 

@@ -16,7 +16,7 @@ import timm
 import torch
 from mixerzoo.vision.data.module import ZooData
 from mixerzoo.vision.data.splits import Splits
-from mixerzoo.vision.segmentation import Segmenter, build_segmenter
+from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.config import Config, DistillConfig
@@ -248,7 +248,7 @@ def _scales(model: nn.Module, **arguments: Any) -> dict[str, float]:
     return {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
-def _segmenter(name: str, **kwargs: Any) -> Segmenter:
+def _segmenter(name: str, **kwargs: Any) -> nn.Module:
     return build_segmenter(name, 5, head={"name": "upernet", "channels": 8}, **kwargs)
 
 
@@ -267,8 +267,16 @@ def test_layers_of_a_backbone_are_the_same_under_a_head() -> None:
 
 
 def test_a_backbone_that_hides_its_layers_has_one_rate() -> None:
-    with pytest.raises(ConfigError, match=r"optim.layer_decay: FeatureListNet .*; set it to null"):
-        parameter_groups(_segmenter("test_convnext"), weight_decay=0, layer_decay=0.9, lr_scale={})
+    with pytest.raises(ConfigError, match=r"optim.layer_decay: EfficientNetFeatures .*; set it to null"):
+        parameter_groups(_segmenter("test_efficientnet"), weight_decay=0, layer_decay=0.9, lr_scale={})
+
+
+def test_layers_of_timms_own_pyramids_are_known_under_a_head() -> None:
+    alone = _scales(timm.create_model("test_convnext"), layer_decay=0.5)
+    under = _scales(_segmenter("test_convnext"), layer_decay=0.5)
+    prefix = "backbone.model."
+    backbone = {name[len(prefix) :]: scale for name, scale in under.items() if name.startswith(prefix)}
+    assert backbone and backbone == {name: alone[name] for name in backbone} and len(set(backbone.values())) > 4
 
 
 def test_a_new_head_begins_smaller(settings: Load) -> None:

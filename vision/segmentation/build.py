@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from torch import nn
 
 from ._head import DecodeHead
 from .bevanet import build_bevanet
 from .fcn_head import FCNHead
+from .features import feature_info, is_isotropic, make_features
 from .published import backbone_kwargs, upernet_width
-from .pyramid import LEVELS, FeaturePyramid
+from .pyramid import FeaturePyramid
 from .segformer import SegFormerHead
 from .segmenter import Segmenter
 from .semantic_fpn import FPN, SemanticFPN
+from .smp import SmpSegmenter, build_smp
 from .upernet import UPerNet
 from .weights import load_segmenter, read_segmenter
 
 HEADS = ("upernet", "semantic_fpn", "segformer", "bevanet")
+SMP = "smp:"
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,12 @@ def build_segmenter(
     head: Mapping[str, Any],
     checkpoint: str | Path | None = None,
     **model_kwargs: Any,
-) -> Segmenter:
+) -> nn.Module:
     """A timm backbone, as its published segmentation models have it (published.py), under heads.
 
     Args:
-        head: `HeadOptions`; its name is "upernet", "semantic_fpn", "segformer" or "bevanet".
+        head: `HeadOptions`; its name is "upernet", "semantic_fpn", "segformer", "bevanet", or "smp:" and the name of
+            an architecture of segmentation_models_pytorch.
         checkpoint: a file to begin with: a whole segmenter, published or ours, or a backbone alone.
         model_kwargs: arguments of the backbone.
     """
@@ -68,7 +70,10 @@ def build_segmenter(
         arguments["pretrained"] = False
     elif checkpoint is not None:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(checkpoint)}}
-    model = _assemble(name, _backbone(name, arguments), options, num_classes)
+    if options.name.startswith(SMP):
+        model: nn.Module = _around(name, arguments, options, num_classes)
+    else:
+        model = _assemble(name, make_features(name, arguments), options, num_classes)
     if state is not None:
         load_segmenter(model, state, source=str(checkpoint))
     return model
@@ -79,48 +84,30 @@ def _read(head: Mapping[str, Any]) -> HeadOptions:
         options = HeadOptions(**head)
     except TypeError as error:
         raise ValueError(f"a head has {', '.join(HeadOptions.__dataclass_fields__)}; got {dict(head)}") from error
-    if options.name not in HEADS:
+    if options.name not in HEADS and not options.name.startswith(SMP):
         near = difflib.get_close_matches(options.name, HEADS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no head is called {options.name!r}; {hint}There are {', '.join(HEADS)}")
+        raise ValueError(f"no head is called {options.name!r}; {hint}There are {', '.join(HEADS)} and smp:ARCHITECTURE")
     return options
 
 
-def _backbone(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """timm's features of a model; of one whose maps have one size, those of four blocks at any size of picture."""
-    plain = {key: value for key, value in arguments.items() if not key.startswith("pretrained")}
-    sketch = _sketch(name, plain | {"out_indices": (0,)})
-    blocks: Sequence[Mapping[str, Any]] = sketch.feature_info.info
-    more: dict[str, Any] = {}
-    if _is_isotropic(blocks):
-        more["out_indices"] = [len(blocks) * (i + 1) // LEVELS - 1 for i in range(LEVELS)]
-        if len(blocks) < LEVELS:
-            more["out_indices"] = [len(blocks) - 1]
-        if getattr(getattr(sketch, "model", None), "dynamic_img_size", True) is False:
-            more |= {"dynamic_img_size": True, "dynamic_img_pad": True}
-    return timm.create_model(name, features_only=True, **(more | dict(arguments)))
-
-
-def _sketch(name: str, arguments: Mapping[str, Any]) -> Any:
-    """The features of a model without storage, to read its `feature_info`."""
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name, features_only=True, **arguments)
-    except (NotImplementedError, RuntimeError):  # some models compute with tensors while they are built
-        return timm.create_model(name, features_only=True, **arguments)
-
-
-def _is_isotropic(maps: Sequence[Mapping[str, Any]]) -> bool:
-    return len({level["reduction"] for level in maps}) == 1
+def _around(name: str, arguments: Mapping[str, Any], options: HeadOptions, num_classes: int) -> SmpSegmenter:
+    given = [key for key in ("channels", "neck_channels", "auxiliary") if getattr(options, key)]
+    if given:
+        raise ValueError(f"head.{given[0]} is of our own heads; give {options.name} its own arguments in head.kwargs")
+    architecture = options.name.removeprefix(SMP)
+    return build_smp(
+        architecture, name, num_classes, dropout=options.dropout, kwargs=options.kwargs, model_kwargs=arguments
+    )
 
 
 def _assemble(name: str, backbone: nn.Module, options: HeadOptions, num_classes: int) -> Segmenter:
     info: Any = feature_info(backbone)
     channels, reductions = info.channels(), info.reduction()
     necks: list[nn.Module] = []
-    if _is_isotropic(info.info):
+    if is_isotropic(info.info):
         pyramid = FeaturePyramid(channels, reduction=reductions[0])
-        channels, reductions = pyramid.out_channels, [1 << i for i in range(LEVELS)]
+        channels, reductions = pyramid.out_channels, pyramid.reductions
         necks.append(pyramid)
     given = {**({} if options.channels is None else {"channels": options.channels}), "dropout": options.dropout}
     given |= options.kwargs
@@ -139,11 +126,3 @@ def _assemble(name: str, backbone: nn.Module, options: HeadOptions, num_classes:
         auxiliary = FCNHead(decode_head.in_channels[-2], num_classes, dropout=options.dropout)
     neck = nn.Sequential(*necks) if len(necks) > 1 else next(iter(necks), None)
     return Segmenter(backbone, decode_head, auxiliary, neck=neck)
-
-
-def feature_info(backbone: nn.Module) -> Any:
-    """timm's account of the maps that a features_only backbone returns."""
-    info: Any = getattr(backbone, "feature_info", None)
-    if info is None:
-        raise ValueError(f"{type(backbone).__name__} has no feature_info; make it with features_only=True")
-    return info

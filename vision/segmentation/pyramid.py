@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-LEVELS = 4
+from .features import LEVELS
+
 FINEST = 4
 """Pixels per position that the first map comes closest to, along each axis."""
 
@@ -37,6 +38,7 @@ class FeaturePyramid(nn.Module):
         self.in_channels = tuple(in_channels)
         self.out_channels = self.in_channels if len(in_channels) == LEVELS else self.in_channels * LEVELS
         doublings = round(math.log2(reduction / FINEST))
+        self.reductions = tuple(reduction * 2.0 ** (i - doublings) for i in range(LEVELS))
         for i, dim in enumerate(self.out_channels):
             self.add_module(f"fpn{i + 1}", _rescale(dim, doublings - i))
 

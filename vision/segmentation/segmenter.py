@@ -11,12 +11,12 @@ Unusual:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ._head import resize
+from .features import layers_of, spared_of
 
 
 class SegmenterOutput(NamedTuple):
@@ -61,21 +61,8 @@ class Segmenter(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """What the backbone spares from weight decay, under the names it has here (timm's optimisers ask)."""
-        spared: Callable[[], Any] | None = getattr(self.backbone, "no_weight_decay", None)
-        inner = getattr(self.backbone, "model", None)
-        if spared is None and inner is not None and hasattr(inner, "no_weight_decay"):
-            return {f"backbone.model.{name}" for name in inner.no_weight_decay()}
-        return {f"backbone.{name}" for name in spared()} if spared is not None else set()
+        return spared_of(self.backbone, "backbone")
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, int]]:
         """The layer of a parameter, for layer decay (timm's optimisers ask): the backbone's own, then the head."""
-        inner = getattr(self.backbone, "model", None)
-        matcher: Callable[..., Any] | None = getattr(inner, "group_matcher", None)
-        if inner is None or matcher is None:
-            raise ValueError(
-                f"{type(inner or self.backbone).__name__} does not tell the layers of its features apart (timm's "
-                "group_matcher)"
-            )
-        prefix = "backbone.model."
-        layers: dict[str, int] = group_parameters(inner, matcher(coarse=coarse), reverse=True)  # pyright: ignore
-        return lambda name: (0, layers[name[len(prefix) :]]) if name.startswith(prefix) else (1, 0)
+        return layers_of(self.backbone, "backbone", coarse=coarse)

@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
+_WHOLE = ("decode_head.", "network.")
+"""What a backbone's names do not begin with; `network.` is smp's model in `SmpSegmenter`."""
+_OUR_OWN = ("backbone.", "network.")
 _PYRAMIDS = {f"neck.{theirs}.": f"neck.fpn{i + 1}." for i, theirs in enumerate(("upsample_4x", "upsample_2x"))}
 """Parts of a pyramid in mmsegmentation's Feature2Pyramid, and in ours, which has Vim's names."""
 
@@ -28,14 +31,14 @@ _PYRAMIDS = {f"neck.{theirs}.": f"neck.fpn{i + 1}." for i, theirs in enumerate((
 def read_segmenter(file: str | Path) -> StateDict | None:
     """The weights in a file that holds a whole segmenter; None if it holds a backbone alone."""
     state, _ = read_checkpoint(Path(file), segmenters=True)
-    return state if any(name.startswith("decode_head.") for name in state) else None
+    return state if any(name.startswith(_WHOLE) for name in state) else None
 
 
 def load_segmenter(model: nn.Module, state: Mapping[str, Tensor], *, source: str | Path) -> None:
     """Put the weights of a whole segmenter into `model`, all of them."""
     own = model.state_dict()
     given = dict(state)
-    if not any(name.startswith("backbone.") and name in own for name in given):
+    if not any(name.startswith(_OUR_OWN) and name in own for name in given):
         given = _from_published(model, given, source)
     if getattr(model, "auxiliary_head", None) is None:  # the caller's wish: it would learn alone
         given = {name: tensor for name, tensor in given.items() if not name.startswith("auxiliary_head.")}

@@ -41,7 +41,9 @@ class ModelConfig:
 class HeadConfig:
     """What a segmenter has on top of its backbone. Classifiers have their own head."""
 
-    name: str = option("semantic_fpn", "upernet, semantic_fpn or segformer")
+    name: str = option(
+        "semantic_fpn", "upernet, semantic_fpn, segformer, bevanet, or smp:ARCHITECTURE (segmentation_models_pytorch)"
+    )
     channels: int | None = option(None, "width of the head; null is the published one", low=1)
     neck_channels: int | None = option(
         None, "width of the pyramid under semantic_fpn; null is twice the head's, as published", low=1

@@ -1,0 +1,88 @@
+"""Maps out of a timm model, as segmenters want them; and what the model tells of its parameters.
+
+Unusual: timm has several ways to take maps out of a model, of which only one leaves the model whole
+(`feature_cls="getter"`). It is taken wherever a model has it, since the others hide the layers from layer decay and
+some give maps with channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import FeatureListNet, group_parameters
+from torch import nn
+
+LEVELS = 4
+"""Maps that a segmenter takes of a backbone whose maps have one size: of a quarter, a half, … of its blocks."""
+
+
+def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """timm's features of a model; of one whose maps have one size, those of four blocks at any size of picture."""
+    drawn = sketch(name, arguments)
+    blocks: Sequence[Mapping[str, Any]] = drawn.feature_info.info
+    more: dict[str, Any] = {}
+    if type(drawn) is FeatureListNet and _has_getter(name, arguments):
+        more["feature_cls"] = "getter"
+    if is_isotropic(blocks):
+        quarters = [len(blocks) * (i + 1) // LEVELS - 1 for i in range(LEVELS)]
+        more["out_indices"] = quarters if len(blocks) >= LEVELS else [len(blocks) - 1]
+        if getattr(getattr(drawn, "model", None), "dynamic_img_size", True) is False:
+            more |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    return timm.create_model(name, features_only=True, **(more | dict(arguments)))
+
+
+def sketch(name: str, arguments: Mapping[str, Any]) -> Any:
+    """The features of a model without weights or storage, to read its `feature_info` of all maps."""
+    plain = {key: value for key, value in arguments.items() if not key.startswith("pretrained")}
+    plain |= {"out_indices": (0,), "features_only": True}
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **plain)
+    except (NotImplementedError, RuntimeError):  # some models compute with tensors while they are built
+        return timm.create_model(name, **plain)
+
+
+def _has_getter(name: str, arguments: Mapping[str, Any]) -> bool:
+    try:
+        sketch(name, {**arguments, "feature_cls": "getter"})
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+def is_isotropic(maps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all maps have one size."""
+    return len({level["reduction"] for level in maps}) == 1
+
+
+def feature_info(backbone: nn.Module) -> Any:
+    """timm's account of the maps that a features_only backbone returns."""
+    info: Any = getattr(backbone, "feature_info", None)
+    if info is None:
+        raise ValueError(f"{type(backbone).__name__} has no feature_info; make it with features_only=True")
+    return info
+
+
+def spared_of(backbone: nn.Module, name: str) -> set[str]:
+    """What a features_only backbone spares from weight decay, where `name` is its own name in a larger model."""
+    spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
+    if spared is None:
+        backbone, name = getattr(backbone, "model", backbone), f"{name}.model"
+        spared = getattr(backbone, "no_weight_decay", set)
+    return {f"{name}.{parameter}" for parameter in spared()}
+
+
+def layers_of(backbone: nn.Module, name: str, *, coarse: bool) -> Callable[[str], tuple[int, int]]:
+    """The layer of a parameter of the larger model, for layer decay: the backbone's own, then all else."""
+    inner = getattr(backbone, "model", None)
+    matcher: Callable[..., Any] | None = getattr(inner, "group_matcher", None)
+    if inner is None or matcher is None:
+        raise ValueError(
+            f"{type(inner or backbone).__name__} does not tell the layers of its features apart (timm's group_matcher)"
+        )
+    prefix = f"{name}.model."
+    layers: dict[str, int] = group_parameters(inner, matcher(coarse=coarse), reverse=True)  # pyright: ignore
+    return lambda parameter: (0, layers[parameter[len(prefix) :]]) if parameter.startswith(prefix) else (1, 0)

@@ -1,0 +1,102 @@
+"""The architectures of segmentation_models_pytorch as heads: `head.name=smp:Unet`, `smp:FPN`, `smp:DeepLabV3Plus`, …
+
+P. Iakubovskii: Segmentation Models Pytorch, https://github.com/qubvel-org/segmentation_models.pytorch; version 0.6 is
+tested. An optional dependency, imported where it is asked for.
+
+Unusual:
+
+* It takes pictures whose sides are multiples of 32: others are padded below and to the right, with zeros, which are
+  the mean colour of a picture, and the logits cropped.
+* Its encoders need maps of strides 4, 8, 16 and 32 (or 2 besides). Backbones whose maps have one size have none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .features import layers_of, sketch, spared_of
+
+MULTIPLE = 32
+
+
+class SmpSegmenter(nn.Module):
+    """`network` is a model of segmentation_models_pytorch; logits come at the picture's size, whatever that is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] to logits [B, num_classes, H, W]."""
+        height, width = images.shape[-2:]
+        padded = F.pad(images, [0, -width % MULTIPLE, 0, -height % MULTIPLE])
+        return self.network(padded)[:, :, :height, :width]
+
+    def no_weight_decay(self) -> set[str]:
+        """As in `Segmenter`."""
+        return spared_of(self._features, "network.encoder.model")
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, int]]:
+        """As in `Segmenter`."""
+        return layers_of(self._features, "network.encoder.model", coarse=coarse)
+
+    @property
+    def _features(self) -> nn.Module:
+        return self.network.get_submodule("encoder.model")
+
+
+def build_smp(
+    architecture: str,
+    name: str,
+    num_classes: int,
+    *,
+    dropout: float,
+    kwargs: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
+) -> SmpSegmenter:
+    """`architecture` around the timm model `name`; `kwargs` are the architecture's, `model_kwargs` timm's."""
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise ValueError(
+            f"head.name=smp:{architecture} needs segmentation_models_pytorch; pip install segmentation-models-pytorch"
+        ) from error
+    known = {kind.lower(): kind for kind in dir(smp) if _is_architecture(getattr(smp, kind))}
+    if architecture.lower() not in known:
+        near = difflib.get_close_matches(architecture.lower(), known, n=1)
+        hint = f"; did you mean smp:{known[near[0]]}?" if near else ""
+        raise ValueError(f"no architecture of smp is called {architecture}{hint} There are {', '.join(known.values())}")
+    kind = getattr(smp, known[architecture.lower()])
+    encoder = dict(model_kwargs)
+    settings = {
+        "encoder_name": f"tu-{name}",
+        "encoder_weights": True if encoder.pop("pretrained", False) else None,
+        "in_channels": encoder.pop("in_chans", 3),
+        "classes": num_classes,
+    }
+    if "decoder_dropout" in inspect.signature(kind).parameters:
+        settings["decoder_dropout"] = dropout
+    _check_strides(architecture, name, encoder)
+    return SmpSegmenter(kind(**(settings | dict(kwargs) | encoder)))
+
+
+def _is_architecture(kind: Any) -> bool:
+    return (
+        inspect.isclass(kind) and issubclass(kind, nn.Module) and "encoder_name" in inspect.signature(kind).parameters
+    )
+
+
+def _check_strides(architecture: str, name: str, encoder: Mapping[str, Any]) -> None:
+    """smp looks at a model without the arguments that it is made with, and does not see what they change."""
+    strides = [level["reduction"] for level in sketch(name, encoder).feature_info.info]
+    if strides[-4:] != [4, 8, 16, 32]:
+        raise ValueError(
+            f"smp:{architecture} needs maps of strides 4, 8, 16 and 32; those of {name} are {strides}; take one of our "
+            "heads (upernet, semantic_fpn, segformer), or leave out arguments that change the stem"
+        )
