@@ -23,8 +23,8 @@ from .settings import ConfigError
 
 def loss_parts(model: nn.Module) -> tuple[str, ...]:
     """The names of what `SegmentationLoss` adds to "labels", from the heads that answer in training."""
-    auxiliary = ("auxiliary",) if getattr(model, "auxiliary_head", None) is not None else ()
-    return (*auxiliary, *(("boundary", "boundary_labels") if getattr(model, "draws_boundaries", False) else ()))
+    auxiliary, boundary = (getattr(model, name, None) is not None for name in ("auxiliary_head", "boundary_head"))
+    return (*(["auxiliary"] * auxiliary), *(["boundary", "boundary_labels"] * boundary))
 
 
 def make_loss(model: nn.Module, config: Config, splits: Splits) -> SegmentationLoss | None:

@@ -319,7 +319,7 @@ def _number(name: str, value: float) -> str:
 
 
 def _words(name: str) -> str:
-    return {"mean_iou": "mean IoU", "iou": "IoU"}.get(name, name.replace("_", " "))
+    return name.replace("_", " ").replace("iou", "IoU")
 
 
 def _when(stamp: str) -> str:
