@@ -8,6 +8,7 @@ them synchronised.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from timm.layers import ConvNormAct  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class DecodeHead(nn.Module):
         """As mmsegmentation begins: He's initialisation by the size of the output, a classifier close to zero."""
         for module in self.modules():
             if isinstance(module, ConvNormAct):
-                nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
+                weight: Any = module.conv.weight
+                nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)  # pyright: ignore[reportArgumentType]
 

@@ -8,7 +8,7 @@ some give maps with channels last.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -68,10 +68,9 @@ def feature_info(backbone: nn.Module) -> Any:
 
 def spared_of(backbone: nn.Module, name: str) -> set[str]:
     """What a features_only backbone spares from weight decay, where `name` is its own name in a larger model."""
-    spared: Callable[[], Any] | None = getattr(backbone, "no_weight_decay", None)
-    if spared is None:
+    if not hasattr(backbone, "no_weight_decay"):
         backbone, name = getattr(backbone, "model", backbone), f"{name}.model"
-        spared = getattr(backbone, "no_weight_decay", set)
+    spared: Callable[[], Any] = getattr(backbone, "no_weight_decay", set)
     return {f"{name}.{parameter}" for parameter in spared()}
 
 
@@ -84,5 +83,5 @@ def layers_of(backbone: nn.Module, name: str, *, coarse: bool) -> Callable[[str]
             f"{type(inner or backbone).__name__} does not tell the layers of its features apart (timm's group_matcher)"
         )
     prefix = f"{name}.model."
-    layers: dict[str, int] = group_parameters(inner, matcher(coarse=coarse), reverse=True)  # pyright: ignore
+    layers = cast("dict[str, int]", group_parameters(inner, matcher(coarse=coarse), reverse=True))
     return lambda parameter: (0, layers[parameter[len(prefix) :]]) if parameter.startswith(prefix) else (1, 0)
