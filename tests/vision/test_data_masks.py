@@ -127,6 +127,16 @@ def test_names_of_classes_come_from_a_file(save: Save) -> None:
         _load(root, classes=3)
 
 
+def test_ade20k_brings_its_names(save: Save) -> None:
+    root = save("one", _mask())
+    save("two", _mask())
+    rows = ["1\t0.1\t5\t5\t1\twall", "2\t0.1\t5\t5\t1\tbuilding, edifice", "3\t0.1\t5\t5\t0\tbed "]
+    (root / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows, ""]))
+    assert _load(root, classes=3, ignore_zero=True).classes == ("wall", "building", "bed")
+    with pytest.raises(ValueError, match=r"data.classes=4, but .*objectInfo150\.txt names 3"):
+        _load(root, classes=4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -37,6 +37,7 @@ from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
 
+_ADE20K_NAMES = "objectInfo150.txt"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 CITYSCAPES = {  # the ids of the classes that count
@@ -127,8 +128,9 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def mask_folder(config: DataSettings) -> MaskFiles:
-    """Your own pictures, in ADE20K's layout. `ROOT/classes.txt`, one name a line, names the classes; without it
-    `data.classes` says how many there are. Where 0 is none, as in ADE20K, `data.ignore_zero` counts from 1."""
+    """Your own pictures, in ADE20K's layout. `ROOT/classes.txt`, one name a line, names the classes; without it (or the
+    list of ADE20K) `data.classes` says how many there are. Where 0 is none, as in ADE20K, `data.ignore_zero` counts
+    from 1."""
     root = _root(config, ["images"], "the pictures belong in ROOT/images/training, their masks in ROOT/annotations/…")
     names = class_names(root, config.classes)
     first = int(config.ignore_zero)
@@ -158,6 +160,13 @@ def mask_folder(config: DataSettings) -> MaskFiles:
 def class_names(root: Path, count: int | None) -> tuple[str, ...]:
     file = root / "classes.txt"
     names = tuple(line for line in file.read_text().splitlines() if line.strip()) if file.is_file() else None
+    if names is None and (root / _ADE20K_NAMES).is_file():
+        # A table with a line of headings; the last column holds a name and others for the same.
+        lines = (root / _ADE20K_NAMES).read_text().splitlines()[1:]
+        names, file = (
+            tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()),
+            root / _ADE20K_NAMES,
+        )
     if names is None and count is None:
         raise ValueError(
             f"data.classes is not set, and there is no {file} with a name a line: how many classes there are is not "

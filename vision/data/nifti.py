@@ -12,6 +12,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -33,8 +34,8 @@ def read_nifti(path: Path) -> np.ndarray:
             data = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
-    order = next((sign for sign in "<>" if data[:4] == np.array(348, f"{sign}i4").tobytes()), None)
-    if order is None or len(data) < 348:
+    order: Literal["<", ">"] = "<" if data[:4] == (348).to_bytes(4, "little") else ">"
+    if len(data) < 348 or int.from_bytes(data[:4], "little" if order == "<" else "big") != 348:
         raise ValueError(f"{path} is no NIfTI-1 file: its header does not begin with 348, its length")
     header = np.frombuffer(data, _HEADER.newbyteorder(order), 1)[0]
     if header["magic"] != b"n+1":
