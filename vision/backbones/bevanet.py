@@ -292,6 +292,7 @@ class BEVANet(HierarchicalBackbone):
             output_fmt="NCHW",
         )
         self.last_conv: nn.Module = nn.Sequential(*conv_norm(16 * dim, last_dim, 1, **dd), nn.ReLU(inplace=True))
+        self.ends_in_detail = False  # pruned, and the last map asked for is that of the detail
         self.refine: nn.Module = Bottleneck(2 * dim, 2 * dim, **dd)
         self.stages: Any = nn.ModuleList(self.stages)  # torch.nn.Sequential cannot pass on two maps
         self.num_features = last_dim
@@ -329,7 +330,7 @@ class BEVANet(HierarchicalBackbone):
             if i == 4:
                 detail = self.refine(detail)
             context, detail = stage(context, detail)
-        return self.last_conv(context)
+        return self.refine(detail) if self.ends_in_detail else self.last_conv(context)
 
     def forward_intermediates(
         self,
@@ -356,6 +357,8 @@ class BEVANet(HierarchicalBackbone):
         intermediates = [self._tap(taps[i], i, norm, output_fmt) for i in sorted(taken)]
         if intermediates_only:
             return intermediates
+        if self.ends_in_detail:
+            return detail, intermediates
         return (self.last_conv(context) if count == len(self.stages) else context), intermediates
 
     def prune_intermediate_layers(
@@ -365,6 +368,7 @@ class BEVANet(HierarchicalBackbone):
         taken, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         count = _stages_for(taken)
         shortened = count < len(self.stages)
+        self.ends_in_detail = last == 1
         self.num_features = self.feature_info[last]["num_chs"]
         self.stages = self.stages[:count]
         if not {1, 4} & set(taken):
