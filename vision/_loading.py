@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -206,6 +206,13 @@ def weights_overlay(
 
 def _first(names: str | Sequence[str] | None) -> str | None:
     return names if names is None or isinstance(names, str) else names[0]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.rpartition('.')[2]}: {message}\n")
 
 
 class KeyValue(ParseKwargs):

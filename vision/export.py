@@ -29,7 +29,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from ._checked_files import Check, Report, Written, outputs_of, publish_if_right
 from ._loading import (
     KeyValue,
+    OneLineParser,
     Trained,
     add_head_options,
     find_weights,
@@ -246,15 +247,10 @@ def _check_destination(path: Path, format: Format) -> None:
         raise ValueError(f"{format} writes one file whose name ends in .{format}, got {path}")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"export: {message}\n")
-
-
-def parser() -> _Parser:
-    parser = _Parser(prog="python -m mixerzoo.vision.export", description=__doc__.splitlines()[0] if __doc__ else None)
+def parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="python -m mixerzoo.vision.export", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("model", help="a run folder of train.py, one of its checkpoints, or a timm name")
     parser.add_argument("--format", choices=get_args(Format), required=True)
     parser.add_argument(

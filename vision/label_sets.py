@@ -4,6 +4,7 @@ ADE20K: names of the challenge's 150 classes, colours of `color150.mat`, both of
 https://github.com/CSAILVision/semantic-segmentation-pytorch; names in the short form that mmsegmentation gave them.
 Cityscapes: the 19 classes of its benchmark, https://github.com/mcordts/cityscapesScripts (labels.py). VOC: the 20
 classes and the ground of http://host.robots.ox.ac.uk/pascal/VOC/, colours of its development kit (VOCcolormap).
+CamVid: the 11 classes of its benchmark by the alphabet, http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/.
 
 Unusual: a data set is recognised by its names, so that a run, a checkpoint or a folder with a classes.txt needs no
 further setting to be drawn in these colours.
@@ -68,7 +69,17 @@ car 808080, cat 400000, chair c00000, cow 408000, diningtable c08000, dog 400080
 motorbike 408080, person c08080, pottedplant 004000, sheep 804000, sofa 00c000, train 80c000, tvmonitor 004080
 """
 
-LABEL_SETS = {"ade20k": _read(_ADE20K), "cityscapes": _read(_CITYSCAPES), "voc": _read(_VOC)}
+_CAMVID = """
+bicyclist 0080c0, building 800000, car 400080, column or pole c0c080, fence 404080, pedestrian 404000, road 804080,
+sidewalk 0000c0, sign or symbol c08080, sky 808080, tree 808000
+"""
+
+LABEL_SETS = {
+    "ade20k": _read(_ADE20K),
+    "cityscapes": _read(_CITYSCAPES),
+    "voc": _read(_VOC),
+    "camvid": _read(_CAMVID),
+}
 
 
 def label_set(name: str) -> LabelSet:
@@ -78,8 +89,17 @@ def label_set(name: str) -> LabelSet:
 
 
 def published_colours(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...] | None:
-    """Those of the data set that has these classes, if it is known here."""
-    return next((known.colours for known in LABEL_SETS.values() if known.names == tuple(classes)), None)
+    """Those of the data set that has these classes, if it is known here.
+
+    Some go by more than one name, or with others behind a comma: one in ten may be called otherwise.
+    """
+    given = [name.replace(";", ",").partition(",")[0].strip().lower() for name in classes]
+    for known in LABEL_SETS.values():
+        if len(given) == len(known.names):
+            agreeing = sum(name == other for name, other in zip(given, known.names, strict=True))
+            if agreeing >= 0.9 * len(given):
+                return known.colours
+    return None
 
 
 def class_list(text: str | None) -> Sequence[str]:

@@ -34,7 +34,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ._loading import KeyValue, add_head_options, factors, load_model, load_run, load_under_head, numbers
+from ._loading import (
+    KeyValue,
+    OneLineParser,
+    add_head_options,
+    factors,
+    load_model,
+    load_run,
+    load_under_head,
+    numbers,
+)
 from ._reading import one_line
 from .data.pictures import UnreadableError, read_picture
 from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
@@ -161,10 +170,8 @@ def _shorten(name: str) -> str:
     return name if len(name) <= WIDEST_NAME else f"{name[: WIDEST_NAME - 1]}…"
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mixerzoo.vision.predict", description="Say what a model sees in pictures."
-    )
+def parser() -> OneLineParser:
+    parser = OneLineParser(prog="python -m mixerzoo.vision.predict", description="Say what a model sees in pictures.")
     add = parser.add_argument
     add("model", help="a run folder or checkpoint of train.py, a timm name, or a folder of exported safetensors")
     add("images", nargs="+", metavar="IMAGES", help="files, folders (searched to the bottom) or 'patterns/*.jpg'")

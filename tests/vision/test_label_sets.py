@@ -6,13 +6,21 @@ import pytest
 from mixerzoo.vision.label_sets import LABEL_SETS, label_set, published_colours
 
 
-@pytest.mark.parametrize(("name", "count"), [("ade20k", 150), ("cityscapes", 19), ("voc", 21)])
+@pytest.mark.parametrize(("name", "count"), [("ade20k", 150), ("cityscapes", 19), ("voc", 21), ("camvid", 11)])
 def test_every_class_has_a_name_and_a_colour(name: str, count: int) -> None:
     known = label_set(name)
     assert len(known.names) == len(known.colours) == len(set(known.names)) == count
     assert all(0 <= part <= 255 for colour in known.colours for part in colour)
     assert published_colours(list(known.names)) == known.colours
     assert published_colours([*known.names, "another"]) is None
+
+
+def test_data_sets_are_known_by_most_of_their_names() -> None:
+    names = [f"{name.title()}, or another" for name in LABEL_SETS["ade20k"].names]
+    names[89] = "television"  # as ADE20K's own table has it
+    assert published_colours(names) == LABEL_SETS["ade20k"].colours
+    assert published_colours([str(index) for index in range(150)]) is None
+    assert published_colours([*names[:75], *map(str, range(75))]) is None
 
 
 def test_colours_of_voc_are_the_bits_of_the_class_number() -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..label_sets import LABEL_SETS
 from .classification import split_indices
 from .items import SeededItems
 from .mask_files import Labels, Pair, PicturesWithMasks, check_all
@@ -40,20 +41,11 @@ _log = logging.getLogger(__name__)
 _ADE20K_NAMES = "objectInfo150.txt"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-CITYSCAPES = {  # the ids of the classes that count
-    **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
-    **{20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car"},
-    **{27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"},
-}
-VOC = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
-CAMVID = {
-    **{"bicyclist": (0, 128, 192), "building": (128, 0, 0), "car": (64, 0, 128), "column or pole": (192, 192, 128)},
-    **{"fence": (64, 64, 128), "pedestrian": (64, 64, 0), "road": (128, 64, 128), "sidewalk": (0, 0, 192)},
-    **{"sign or symbol": (192, 128, 128), "sky": (128, 128, 128), "tree": (128, 128, 0)},
-}
+_COUNTED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES = dict(zip(_COUNTED, LABEL_SETS["cityscapes"].names, strict=True))
+"""The ids of the classes that count."""
+VOC = LABEL_SETS["voc"].names
+CAMVID = dict(zip(LABEL_SETS["camvid"].names, LABEL_SETS["camvid"].colours, strict=True))
 _CAMVID_OTHERS = (  # animal, archway, bridge, …, wall, and black for nothing at all
     *((64, 128, 64), (192, 0, 128), (0, 128, 64), (64, 0, 192), (192, 128, 64), (128, 0, 192), (192, 0, 64)),
     *((128, 128, 64), (192, 0, 192), (128, 64, 64), (64, 192, 128), (128, 128, 192), (64, 128, 192), (0, 0, 64)),
@@ -266,8 +258,9 @@ def camvid(config: DataSettings) -> MaskFiles:
     labels = Labels(
         tuple(CAMVID), values, "masks hold 0 to 10, with 11 and 255 for none, or CamVid's 32 colours", colours
     )
-    train, val = (_camvid_pairs(root, split) for split in (config.train_split, config.val_split or "val"))
-    test = _camvid_pairs(root, config.test_split or "test", needed=config.test_split is not None)
+    names = config.train_split, config.val_split or "val", config.test_split or "test"
+    train, val = (_camvid_pairs(root, name) for name in names[:2])
+    test = [] if names[1] == names[2] else _camvid_pairs(root, names[2], needed=config.test_split is not None)
     return MaskFiles(root, labels, train, val, test)
 
 
