@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from mixerzoo.vision._loading import load_run
 from mixerzoo.vision.data.loading import EpochBatches, Request
 from mixerzoo.vision.data.pictures import DataError
@@ -17,8 +19,9 @@ from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits
 from mixerzoo.vision.segmentation import Segmenter, SegmenterOutput, scores
 from mixerzoo.vision.training.callbacks import read_table
 from mixerzoo.vision.training.checkpoints import load_checkpoint
-from mixerzoo.vision.training.config import Config
+from mixerzoo.vision.training.config import Config, TrainConfig
 from mixerzoo.vision.training.dense import check_one_picture, loss_parts, make_inference, make_loss
+from mixerzoo.vision.training.distributed import on_gpu
 from mixerzoo.vision.training.plan import Plan
 from mixerzoo.vision.training.run import load_data, run
 from mixerzoo.vision.training.settings import ConfigError, load
@@ -29,12 +32,25 @@ from torch import Tensor, nn
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 TINY = ("model=test_convnext", "head.channels=8", "train.batch_size=2", "train.progress=false", "data.workers=0")
+Settings = Callable[..., Config]
 SIZES = ((40, 56), (56, 40), (30, 90), (48, 48), (64, 33))
 
 
-@pytest.fixture
-def settings(repository: Path) -> Callable[..., Config]:
-    return lambda *arguments: load(arguments, repository / "configs")
+@pytest.fixture(scope="module")
+def settings(repository: Path) -> Settings:
+    """Those of the recipe, for a tiny model, with changes `section.key=value`. Loading takes longer than most tests."""
+    usual = load(["recipe=segmentation", *TINY], repository / "configs")
+
+    def change(*arguments: str) -> Config:
+        config = copy.deepcopy(usual)
+        for argument in arguments:
+            name, _, value = argument.partition("=")
+            section, _, key = name.partition(".")
+            assert hasattr(getattr(config, section), key)
+            setattr(getattr(config, section), key, yaml.safe_load(value))
+        return config
+
+    return change
 
 
 class Few:
@@ -95,11 +111,11 @@ def _task(config: Config, model: nn.Module | None = None, splits: Splits | None 
     ],
 )
 def test_every_head_has_its_part_of_the_loss(
-    heads: dict[str, bool], parts: tuple[str, ...], settings: Callable[..., Config]
+    heads: dict[str, bool], parts: tuple[str, ...], settings: Settings
 ) -> None:
     model = Pixels(**heads)
     assert loss_parts(model) == parts
-    task = _task(settings("recipe=segmentation", *TINY), model)
+    task = _task(settings(), model)
     batch = task.splits.train.__getitems__(Request([0, 1], 0))
     loss = task.training_step(batch, 0)
     assert list(task.train_parts) == (["labels", *parts] if parts else [])
@@ -112,19 +128,19 @@ def test_every_head_has_its_part_of_the_loss(
 
 
 @pytest.mark.parametrize("name", ["ce", "ohem"])
-def test_a_batch_without_a_labelled_pixel_teaches_nothing(name: str, settings: Callable[..., Config]) -> None:
+def test_a_batch_without_a_labelled_pixel_teaches_nothing(name: str, settings: Settings) -> None:
     model = Pixels(auxiliary=True, boundary=True)
-    task = _task(settings("recipe=segmentation", *TINY, f"loss.name={name}"), model)
+    task = _task(settings(f"loss.name={name}"), model)
     images, masks = task.splits.train.__getitems__(Request([0, 1], 0))
     loss = task.training_step((images, torch.full_like(masks, IGNORE_INDEX)), 0)
     loss.backward()
     assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
-def test_processes_count_every_pixel_of_whole_pictures_once(settings: Callable[..., Config]) -> None:
+def test_processes_count_every_pixel_of_whole_pictures_once(settings: Settings) -> None:
     """Shares of different lengths, and one without pictures; a class that never occurs is left out of the mean."""
     splits = _splits()
-    task = _task(settings("recipe=segmentation", *TINY, "data.short_side=20"), splits=splits)
+    task = _task(settings("data.short_side=20"), splits=splits)
     task.eval()
     results, losses = [], []
     for processes in (1, 2, 7):
@@ -147,10 +163,10 @@ def test_processes_count_every_pixel_of_whole_pictures_once(settings: Callable[.
     assert scores(results[0])["recall"].isnan().tolist() == [False, False, False, True]
 
 
-def test_validation_loss_is_of_pixels_at_the_size_of_the_picture(settings: Callable[..., Config]) -> None:
+def test_validation_loss_is_of_pixels_at_the_size_of_the_picture(settings: Settings) -> None:
     """A model of single pixels sees the picture as it is, so that the loss can be said without it."""
     splits = _splits(((32, 40), (50, 37)))
-    task = _task(settings("recipe=segmentation", *TINY, "data.short_side=0", "loss.name=ohem"), splits=splits).eval()
+    task = _task(settings("data.short_side=0", "loss.name=ohem"), splits=splits).eval()
     network: Any = task.model
     losses = []
     for index in range(2):
@@ -161,8 +177,8 @@ def test_validation_loss_is_of_pixels_at_the_size_of_the_picture(settings: Calla
     assert task.val_loss.compute().item() == pytest.approx(torch.cat(losses).mean().item())
 
 
-def test_scales_and_mirror_images_are_of_the_test_alone(settings: Callable[..., Config]) -> None:
-    config = settings("recipe=segmentation", *TINY, "evaluate.scales=[0.5,1]", "evaluate.flip=true")
+def test_scales_and_mirror_images_are_of_the_test_alone(settings: Settings) -> None:
+    config = settings("evaluate.scales=[0.5,1]", "evaluate.flip=true")
     task = _task(config).eval()
     images, masks = task.splits.val.__getitems__(Request([2], 0))
     once, often = task.judge(images, final=False), task.judge(images, final=True)
@@ -172,8 +188,8 @@ def test_scales_and_mirror_images_are_of_the_test_alone(settings: Callable[..., 
     assert task.test_step((images, masks), 0).isfinite().all() and task.val_loss.compute() > 0
 
 
-def test_masks_that_are_all_ignored_say_so(settings: Callable[..., Config]) -> None:
-    task = _task(settings("recipe=segmentation", *TINY)).eval()
+def test_masks_that_are_all_ignored_say_so(settings: Settings) -> None:
+    task = _task(settings()).eval()
     images, masks = task.splits.val.__getitems__(Request([0], 0))
     task.validation_step((images, torch.full_like(masks, IGNORE_INDEX)), 0)
     with pytest.raises(DataError, match="nowhere: no pixel of the masks of `val` has a class"):
@@ -197,10 +213,10 @@ def test_masks_that_are_all_ignored_say_so(settings: Callable[..., Config]) -> N
     ],
 )
 def test_settings_of_segmentation_that_contradict_are_refused(
-    arguments: list[str], message: str, settings: Callable[..., Config]
+    arguments: list[str], message: str, settings: Settings
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        _task(settings("recipe=segmentation", *TINY, *arguments))
+        _task(settings(*arguments))
     assert message in str(caught.value)
 
 
@@ -213,28 +229,26 @@ def test_settings_of_segmentation_that_contradict_are_refused(
         (["evaluate.mode=slide", "evaluate.window=[64,64]"], "evaluate.window=[64, 64]: test_vit takes"),
     ],
 )
-def test_a_model_of_one_size_is_not_shown_others(
-    arguments: list[str], message: str, settings: Callable[..., Config]
-) -> None:
+def test_a_model_of_one_size_is_not_shown_others(arguments: list[str], message: str, settings: Settings) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_inference(settings("recipe=segmentation", "model=test_vit", *arguments), _splits())
+        make_inference(settings("model.name=test_vit", *arguments), _splits())
     assert message in str(caught.value)
-    slide = settings("recipe=segmentation", "model=test_vit", "evaluate.mode=slide", "evaluate.scales=[0.5,2]")
+    slide = settings("model.name=test_vit", "evaluate.mode=slide", "evaluate.scales=[0.5,2]")
     found = make_inference(slide, _splits())
     assert found is not None and found[1].size(20, 70, 0.5) == (32, 56) and found[0].scales == (1.0,)
 
 
 @pytest.mark.parametrize("argument", ["loss.name=ohem", "loss.class_weights=[1,2,3,4]", "evaluate.mode=slide"])
-def test_classifiers_have_no_settings_of_pixels(argument: str, settings: Callable[..., Config]) -> None:
+def test_classifiers_have_no_settings_of_pixels(argument: str, settings: Settings) -> None:
     config, splits = settings(argument), _splits(dense=False, whole=False)
     with pytest.raises(ConfigError, match="is of segmentation"):
         make_loss(Pixels(), config, splits)
         make_inference(config, splits)
 
 
-def test_one_picture_at_a_time_is_refused_where_it_is_pooled_to_one_pixel(settings: Callable[..., Config]) -> None:
+def test_one_picture_at_a_time_is_refused_where_it_is_pooled_to_one_pixel(settings: Settings) -> None:
     pooled = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
-    config = settings("recipe=segmentation", *TINY, "train.batch_size=1", "train.accumulate=4")
+    config = settings("train.batch_size=1", "train.accumulate=4")
     with pytest.raises(ConfigError, match=r"train\.batch_size=1: .* take at least 2 pictures"):
         check_one_picture(pooled, config, _splits())
     assert pooled.training and not pooled[1].running_mean.any() and pooled[1].num_batches_tracked == 0
@@ -261,13 +275,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     root = tmp_path_factory.mktemp("dense")
     arguments = [
         *("recipe=segmentation", "data=ade20k", f"data.root={_folder(root / 'data')}", "data.classes=3", *TINY),
-        *("data.size=32", "data.short_side=40", "train.epochs=2", "head.name=upernet", f"out={root / 'run'}"),
+        *("data.size=32", "data.short_side=40", "train.epochs=1", "head.name=upernet", f"out={root / 'run'}"),
         *("evaluate.mode=slide", "evaluate.scales=[1,1.5]", "evaluate.flip=true", "ema.decay=0.5"),
     ]
     run(load(arguments, repository / "configs"))
     return root / "run"
 
 
+@pytest.mark.slow
 def test_a_run_on_whole_pictures_says_all_of_them(trained: Path) -> None:
     results = json.loads((trained / "results.json").read_text())
     names = {"loss", "mean_iou", "mean_accuracy", "accuracy", "frequency_weighted_iou"}
@@ -287,14 +302,15 @@ def test_a_run_on_whole_pictures_says_all_of_them(trained: Path) -> None:
     assert "frequency weighted IoU" in report and "<th scope='col'>IoU</th>" in report
 
 
-def test_the_checkpoint_judges_as_the_run_did(trained: Path, settings: Callable[..., Config], repository: Path) -> None:
+@pytest.mark.slow
+def test_the_checkpoint_judges_as_the_run_did(trained: Path, repository: Path) -> None:
     """From its facts alone: the numbers of results.json, of the average that was validated."""
     facts = load_checkpoint(trained / "checkpoints" / "best.ckpt")["mixerzoo"]
     assert facts["head"]["name"] == "upernet" and facts["short_side"] == 40
     assert facts["evaluate"]["mode"] == "slide" and facts["evaluate"]["scales"] == [1.0, 1.5]
     found = load_run(trained)
     assert isinstance(found.model, Segmenter)
-    config = settings(f"resume={trained}")
+    config = load([f"resume={trained}"], repository / "configs")
     splits = load_data(config)
     task = _task(config, found.model, splits).eval()
     for index in range(len(splits.test)):
@@ -305,26 +321,25 @@ def test_the_checkpoint_judges_as_the_run_did(trained: Path, settings: Callable[
             assert results["test"][name] == pytest.approx(float(value), abs=1e-6)
 
 
-def test_a_resumed_run_may_be_tested_otherwise_but_not_judged(trained: Path, settings: Callable[..., Config]) -> None:
-    assert settings(f"resume={trained}", "evaluate.scales=[1]", "evaluate.flip=false").evaluate.flip is False
-    for change in ("evaluate.mode=whole", "evaluate.divisor=32", "loss.name=ohem", "head.name=segformer"):
-        name = change.partition("=")[0]
-        with pytest.raises(ConfigError, match=f"{name} was .* and is now"):
-            settings(f"resume={trained}", change)
+@pytest.mark.slow
+def test_a_resumed_run_may_be_tested_otherwise_but_not_judged(trained: Path, repository: Path) -> None:
+    changed = [f"resume={trained}", "evaluate.scales=[1]", "evaluate.flip=false"]
+    assert load(changed, repository / "configs").evaluate.flip is False
+    with pytest.raises(
+        ConfigError, match=r"loss\.name was ce and is now ohem, evaluate\.mode was slide and is now whole"
+    ):
+        load([f"resume={trained}", "evaluate.mode=whole", "loss.name=ohem"], repository / "configs")
 
 
-def test_checkpoints_from_before_have_no_facts_of_evaluation(settings: Callable[..., Config]) -> None:
-    task = _task(settings("recipe=segmentation", *TINY))
+def test_checkpoints_from_before_have_no_facts_of_evaluation(settings: Settings) -> None:
+    task = _task(settings())
     facts = {name: value for name, value in task._facts().items() if name not in ("evaluate", "short_side")}
     task.on_load_checkpoint({"state_dict": task.state_dict(), "mixerzoo": facts, "train_means": torch.zeros(1, 1, 2)})
     with pytest.raises(ConfigError, match="short_side was 7 and is now 32"):
         task.on_load_checkpoint({"state_dict": task.state_dict(), "mixerzoo": {**facts, "short_side": 7}})
 
 
-def test_batch_norm_is_shared_by_gpus_alone(settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixerzoo.vision.training.distributed import on_gpu
-
+def test_batch_norm_is_shared_by_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        found = [on_gpu(settings(f"train.accelerator={name}").train) for name in ("auto", "gpu", "cpu")]
-        assert found == [there, there, False]
+        assert [on_gpu(TrainConfig(accelerator=name)) for name in ("auto", "gpu", "cpu")] == [there, there, False]
