@@ -5,6 +5,7 @@ Drawn on `Figure` objects, without pyplot: no global state, no window system.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..label_sets import published_colours
 
 _INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
 _COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
+_PART_COLOURS = ("#f58518", "#54a24b", "#b279a2", "#9d755d", "#72b7b2")
 _STAGES = {"train": "training", "val": "validation"}
 _MOST_NUMBERED_CLASSES = 20
 _MOST_NAMED_CLASSES = 150
@@ -45,12 +47,13 @@ def draw_curves(
     """Loss, metric and learning rate by epoch; the best epoch is marked. `averaged`: such weights are validated."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, rates = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    of_parts = itertools.cycle(_PART_COLOURS)
     for name in dict.fromkeys(name for row in rows for name in row):
         stage, _, word = name.partition("/")
         if word.startswith("loss"):
             part = word.removeprefix("loss").strip("_")
             label = f"{_STAGES.get(stage, stage)}{f', {_words(part)}' if part else ''}"
-            _line(losses, rows, name, label, _COLOURS.get(name), faint=bool(part))
+            _line(losses, rows, name, label, next(of_parts) if part else _COLOURS.get(name), faint=bool(part))
         elif stage == "val" and word.endswith(metric) and word != "mean_accuracy":
             label = _words(word.removesuffix(metric).strip("_/")) or "the model"
             _line(scores, rows, name, label, _COLOURS["val/loss"] if word == metric else None, factor=100)
