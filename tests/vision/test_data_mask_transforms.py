@@ -37,7 +37,7 @@ def test_picture_and_mask_move_together_and_labels_are_never_blended(
     transform = MaskTransforms(32, augmentation, short_side)(None)
     shape = (32, 32) if crop is None else (24, 48)
     padded = set()
-    for seed in range(25):
+    for seed in range(12):
         seed_everything(seed)
         image, mask = transform(*_pair())
         assert image.shape == (3, *shape) and mask.shape == shape

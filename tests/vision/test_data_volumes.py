@@ -242,6 +242,7 @@ def test_volumes_that_do_not_fit_are_named(tmp_path: Path) -> None:
         _load("colin27", root=str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "classes"), [("colin27", 9), ("mni_tissue", 4)])
 def test_the_real_volumes_when_they_are_here(source: str, classes: int) -> None:
     try:
