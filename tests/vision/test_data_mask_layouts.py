@@ -11,6 +11,7 @@ from mixerzoo.vision.data.loading import Request
 from mixerzoo.vision.data.module import SOURCES
 from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits
 from mixerzoo.vision.training.config import AugmentConfig, DataConfig
+from mixerzoo.vision.training.settings import load
 from PIL import Image
 from scipy.io import savemat
 
@@ -191,6 +192,47 @@ def test_a_folder_of_another_layout_is_refused(source: str, prepare, message: st
         _load(source, tmp_path)
     with pytest.raises(ValueError, match=r"data\.root=None: there is no"):
         SOURCES[source](DataConfig(), AugmentConfig(), 0)
+
+
+def _spoiled(root: Path, source: str) -> Path:
+    """A data set of a layout; one of its masks."""
+    if source == "cityscapes":
+        _cityscapes(root, "labelIds", [7])
+        return root / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png"
+    if source == "voc":
+        return _voc(root) / "SegmentationClass" / "b.png"
+    _camvid_folders(root)
+    return root / "trainannot" / "1.png"
+
+
+@pytest.mark.parametrize("source", ["cityscapes", "voc", "camvid"])
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Image.new("L", (5, 4)), r"is \[4, 5\], its picture \[10, 12\]; sizes must agree"),
+        (Image.new("L", SIZE[::-1], 99), r"holds label 99, but .* 255"),
+        (Image.new("RGB", SIZE[::-1], (9, 8, 7)), r"colours? (such as )?\(9, 8, 7\)"),
+        (Image.new("RGBA", SIZE[::-1], (9, 8, 7, 6)), r"is RGBA, with colours such as \(9, 8, 7, 6\)"),
+    ],
+    ids=["size", "label", "colour", "transparent"],
+)
+def test_a_wrong_mask_of_any_layout_is_named_before_training(
+    source: str, mask: Image.Image, message: str, tmp_path: Path
+) -> None:
+    file = _spoiled(tmp_path, source)
+    _load(source, tmp_path)
+    mask.save(file)
+    with pytest.raises(ValueError, match=rf"{file} .*{message}"):
+        _load(source, tmp_path)
+
+
+def test_a_path_with_pictures_and_masks_is_known_by_its_folders(tmp_path: Path, repository: Path) -> None:
+    _picture(tmp_path / "images" / "train" / "1.png")
+    config = load([f"data={tmp_path}"], repository / "configs")
+    assert config.data.source == "image_folder"  # a class that is called images
+    (tmp_path / "masks").mkdir()
+    config = load([f"data={tmp_path}"], repository / "configs")
+    assert (config.data.source, config.data.root) == ("mask_folder", str(tmp_path))
 
 
 def test_check_covers_every_layout(tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:

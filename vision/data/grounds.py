@@ -36,6 +36,8 @@ _COLUMNS = 5 / 8  # of a photograph, for training
 class Ground(Protocol):
     """Draws what a scene's ground is to be, and paints those of a batch in any size."""
 
+    name: str
+
     def draw(self, rng: np.random.Generator, /) -> Any: ...
 
     def paint(self, drawn: Sequence[Any], size: int, /) -> Tensor:
@@ -45,6 +47,8 @@ class Ground(Protocol):
 
 class Noise:
     """Smooth noise of several scales."""
+
+    name = "noise"
 
     def draw(self, rng: np.random.Generator, /) -> list[np.ndarray]:
         return [rng.uniform(size=(3, n, n)) for n in _OCTAVES]
@@ -68,6 +72,8 @@ class Piece(NamedTuple):
 
 class Photographs:
     """Pieces of grey photographs, float [N, H, W] in 0..1."""
+
+    name = "photographs"
 
     def __init__(self, photographs: Tensor) -> None:
         self.photographs = photographs

@@ -172,6 +172,6 @@ def load_fashion_scenes(config: DataSettings, augmentation: Augmentation, seed: 
         mean=MEAN,
         std=STD,
         size=size,
-        origin=f"scenes of items, {arrays.origin}",
+        origin=f"scenes of items on {grounds['train'].name}, {arrays.origin}",
         dense=True,
     )

@@ -81,7 +81,7 @@ class DataConfig:
         None, "SBD's folder, which has cls/ with the masks of train_split=trainaug; null: SegmentationClassAug (voc)"
     )
     root: str | None = option(None, "where the files lie; null looks in the usual places")
-    download: bool = option(True, "fetch files that are found nowhere (Debian package or torchvision)")
+    download: bool = option(True, "fetch files that are found nowhere (out of packages, or by torchvision)")
     size: int = option(32, "height and width of the pictures the model sees", low=1)
     short_side: int | None = option(
         None,
