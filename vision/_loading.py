@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ._reading import one_line, read_checkpoint
 from .label_sets import LABEL_SETS, class_list
 from .segmentation import build_segmenter
-from .segmentation.weights import read_segmenter
+from .segmentation.features import takes_any_size
 
 _Number = TypeVar("_Number", int, float)
 
@@ -158,9 +158,9 @@ def load_segmenter(
     if takes_one_size(name, arguments):
         arguments.setdefault("img_size", size)
     try:
-        if checkpoint is not None and read_segmenter(checkpoint) is None:
-            raise ValueError("it holds no decode_head, and a segmenter with a random head says nothing")
         model = build_segmenter(name, len(classes), head=head, checkpoint=checkpoint, **arguments)
+        if checkpoint is not None:
+            _refuse_new_head(model, checkpoint)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         weights = f" with the weights of {checkpoint}" if checkpoint is not None else ""
         raise ValueError(f"cannot build {name} under {head.get('name')}{weights}: {one_line(error)}") from error
@@ -169,10 +169,35 @@ def load_segmenter(
     return Trained(model.eval(), facts, checkpoint)
 
 
+def _refuse_new_head(model: nn.Module, checkpoint: Path) -> None:
+    """Training may begin with a backbone alone, or with other classes than the file's; what is used may not."""
+    known = {_fingerprint(tensor) for tensor in _tensors(read_checkpoint(checkpoint, segmenters=True)[0])}
+    parts = ((name, weight) for name, weight in model.named_parameters() if name.startswith("decode_head."))
+    new = [
+        f"{name} {list(weight.shape)}"
+        for name, weight in parts
+        if weight.ndim > 1 and _fingerprint(weight) not in known
+    ]
+    if new:
+        raise ValueError(f"it has nothing for {new[0]}: it is of a backbone alone, or of another number of classes")
+
+
+def _tensors(values: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in values.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):  # an envelope
+            yield from _tensors(value)
+
+
+def _fingerprint(tensor: Tensor) -> tuple[tuple[int, ...], float]:
+    return tuple(tensor.shape), tensor.detach().double().sum().item()
+
+
 def takes_one_size(name: str, model_kwargs: Mapping[str, Any]) -> bool:
-    """Whether a timm model is built for pictures of one size, and takes no other."""
+    """Whether a segmenter around a timm model takes pictures of one size, and no other."""
     cfg = timm.get_pretrained_cfg(name)
-    return cfg is not None and bool(cfg.fixed_input_size) and not model_kwargs.get("dynamic_img_size")
+    return cfg is not None and bool(cfg.fixed_input_size) and not takes_any_size(name, model_kwargs)
 
 
 def weights_overlay(
