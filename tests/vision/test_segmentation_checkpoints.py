@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mixerzoo.vision  # noqa: F401  # registers the models
+import numpy as np
 import pytest
 import timm
 import torch
@@ -240,3 +244,36 @@ def test_every_rule_is_of_models_that_take_it(pattern: str) -> None:
     assert names and all(timm.models.model_entrypoint(name).__module__.startswith("mixerzoo.") for name in names)
     with torch.device("meta"):
         timm.create_model(names[0], depths=(1, 1, 1, 1), **backbone_kwargs(names[0], {"depths": None}))
+
+
+def test_what_mmengine_writes_beside_the_tensors_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files hold histories: a class, numpy arrays and bound functions, which torch's reader refuses."""
+    source = _tiny()
+    state = {f"backbone.{name}": tensor for name, tensor in _published_names(source).items()} | _heads(source)
+    history: Any = types.ModuleType("mmengine.logging.history_buffer")
+    exec(HISTORY, history.__dict__)
+    for part in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, history.__name__, history)
+    hub = {"log_scalars": {"loss": history.HistoryBuffer()}, "runtime_info": {"iter": np.int64(3)}}
+    torch.save({"meta": {"iter": 3}, "state_dict": state, "message_hub": hub}, tmp_path / "iter_160000.pth")
+    model = _tiny(checkpoint=tmp_path / "iter_160000.pth")
+    assert torch.equal(model.decode_head.conv_seg.weight, state["decode_head.conv_seg.weight"])
+
+    torch.save({"state_dict": state, "other": pathlib.PurePosixPath("x")}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .* blocked loading"):
+        _tiny(checkpoint=tmp_path / "other.pth")
+
+
+HISTORY = """
+import numpy as np
+
+class HistoryBuffer:
+    def __init__(self):
+        self.history, self.methods = np.arange(3.0), {"mean": HistoryBuffer.mean}
+
+    def mean(self): ...
+
+    def __setstate__(self, state):
+        raise SystemExit("executed")
+"""

@@ -45,6 +45,14 @@ def sketch(name: str, arguments: Mapping[str, Any]) -> Any:
         return timm.create_model(name, **plain)
 
 
+def takes_any_size(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether a model that timm builds for one size of picture is built for all by `make_features`."""
+    if "dynamic_img_size" in arguments:
+        return bool(arguments["dynamic_img_size"])
+    drawn = sketch(name, arguments)
+    return is_isotropic(drawn.feature_info.info) and hasattr(getattr(drawn, "model", None), "dynamic_img_size")
+
+
 def _has_getter(name: str, arguments: Mapping[str, Any]) -> bool:
     try:
         sketch(name, {**arguments, "feature_cls": "getter"})
