@@ -82,9 +82,11 @@ def test_official_segmenter(golden, tmp_path: Path) -> None:
 def test_configurations_have_their_published_size(name: str) -> None:
     backbone, head, kwargs, whole, inference = CONFIGURATIONS[name]
     with torch.device("meta"):
-        for auxiliary, millions in ((True, whole), (False, inference)):
-            model = build_segmenter(backbone, 19, head={**HEAD, **head, "auxiliary": auxiliary}, **kwargs)
-            assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=5e-3)
+        model = build_segmenter(backbone, 19, head={**HEAD, **head}, **kwargs)
+    learning = (model.auxiliary_head, model.boundary_head)
+    sizes = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (model, *learning)]
+    assert sizes[0] == pytest.approx(whole, abs=5e-3)
+    assert sizes[0] - sizes[1] - sizes[2] == pytest.approx(inference, abs=5e-3)
 
 
 def test_answers_in_evaluation_and_in_training() -> None:
@@ -114,6 +116,7 @@ def test_any_size(size: tuple[int, int]) -> None:
     torch.testing.assert_close(model(x[1:]), logits[1:])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_its_own_weights_and_other_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny()
