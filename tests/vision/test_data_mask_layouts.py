@@ -167,6 +167,17 @@ def test_camvid_in_each_of_its_forms(lay_out, tmp_path: Path) -> None:
     assert len(both.train) == 2 and both.test is both.val
 
 
+def test_lists_that_name_what_is_not_there_are_refused(tmp_path: Path) -> None:
+    _voc(tmp_path / "voc")
+    (tmp_path / "voc" / "JPEGImages" / "b.jpg").unlink()
+    with pytest.raises(ValueError, match=r"b\.jpg is not there, but a list"):
+        _load("voc", tmp_path / "voc")
+    _camvid_lists(tmp_path / "camvid")
+    (tmp_path / "camvid" / "list" / "camvid" / "val.lst").write_text("images/val.png\n")
+    with pytest.raises(ValueError, match=r"val\.lst: each line names a picture and its mask, .* not: images/val\.png"):
+        _load("camvid", tmp_path / "camvid")
+
+
 def test_a_colour_that_is_none_of_camvids_is_named(tmp_path: Path) -> None:
     _camvid_colours(tmp_path)
     _mask(tmp_path / "val_labels" / "1_L.png", [(0, 128, 192), (1, 2, 3), (0, 128, 193)])

@@ -154,6 +154,8 @@ def check_all(pairs: Sequence[Pair], labels: Labels) -> None:
     """Refuses masks that cannot be meant, before training finds them after hours. Reads each once: where that takes
     long, the cache folder remembers that these very files were right."""
     for picture, mask in pairs:
+        if not picture.is_file():
+            raise ValueError(f"{picture} is not there, but a list of the data set names it")
         if not mask.is_file():
             raise ValueError(f"{picture} has no mask; it was expected at {mask}")
     facts = [

@@ -106,7 +106,7 @@ def load_masks(layout: Layout, config: DataSettings, augmentation: Augmentation,
 
 
 def _root(config: DataSettings, needed: Sequence[str], what: str) -> Path:
-    """The folder, `data.root` or below it, that holds the first of `needed`; all of them must be there."""
+    """`data.root`, which must hold the folders `needed`. `what` ends the error."""
     if config.root is None or not Path(config.root).is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; {what}")
     for name in needed:
@@ -268,6 +268,10 @@ def _camvid_pairs(root: Path, split: str, *, needed: bool = True) -> list[Pair]:
     lists = [root / f"{split}.lst", root / "list" / "camvid" / f"{split}.lst"]
     if (file := next((file for file in lists if file.is_file()), None)) is not None:
         lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        if odd := [" ".join(line) for line in lines if len(line) != 2]:
+            raise ValueError(
+                f"{file}: each line names a picture and its mask, below {root}; this one does not: {odd[0]}"
+            )
         return [(root / picture, root / mask) for picture, mask in lines]
     if split == "trainval":
         return [*_camvid_pairs(root, "train"), *_camvid_pairs(root, "val")]
