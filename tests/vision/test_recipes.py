@@ -539,7 +539,8 @@ def test_a_segmentation_recipe_trains_on_masks(recipe: str, settings: Load, tmp_
         _picture(tmp_path / "data/images" / split / f"{index}.jpg", rng.integers(0, 256, (70, 90, 3), dtype=np.uint8))
         labels = rng.integers(0, OTHER_CLASSES.get(recipe, 151), (7, 9), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
         _picture(tmp_path / "data/annotations" / split / f"{index}.png", labels)
-    arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", "train.steps=1", "train.epochs=null", *DRY]
+    arguments = [f"data.root={tmp_path / 'data'}", f"out={tmp_path / 'run'}", *DRY]
+    arguments += ["train.steps=1", "train.epochs=null"]
     if settings(recipe).evaluate.stride:
         arguments.append("evaluate.stride=[43,43]")  # of windows of 64
     if recipe in OTHER_CLASSES:

@@ -50,7 +50,7 @@ def configs(repository: Path) -> Path:
         ("optim.lr=${optim.nothing}", "a reference ${…} leads nowhere"),
         ("model.name=???", "model.name has no value and no default; give model.name=…"),
         ("data=image_folder", "data.root has no value and no default"),
-        ("data=nowhere", "data=nowhere: choose one of ade20k, digits, fashion_mnist"),
+        ("data=nowhere", "data=nowhere: choose one of ade20k, camvid, cityscapes"),
         ("recipe=clasification", "did you mean classification?"),
         ("resume=nowhere", "there is no checkpoint at nowhere"),
         ("resume=last", "no last.ckpt in any folder of runs/"),

@@ -92,7 +92,8 @@ def test_segmentation_runs_from_the_same_command(configs: Path, tmp_path: Path) 
     assert 0 <= results["test"]["mean_iou"] <= 1 and results["test_by_class"][0]["class"] == "ground"
     assert all(_png(tmp_path / "run" / f"{name}.png") for name in ("batch", "curves", "confusion", "predictions"))
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
-    assert checkpoint["mixerzoo"]["head"] == {"channels": 16, "dropout": 0.0}
+    head = checkpoint["mixerzoo"]["head"]
+    assert (head["name"], head["channels"], head["dropout"]) == ("semantic_fpn", 16, 0.0)
 
 
 @pytest.mark.parametrize("recipe", ["classification", "segmentation"])
