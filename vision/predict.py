@@ -244,7 +244,7 @@ def _load_name(arguments: argparse.Namespace) -> Predictor:
     return of_timm(model, size=arguments.input_size, trained=trained)
 
 
-def _seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predictor:
+def seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predictor:
     """With the options of the command in place of what the run's evaluation had."""
     names = ("mode", "window", "stride", "scales", "flip")
     told = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -288,7 +288,7 @@ def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
 def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = _load(arguments)
     _check(arguments, predictor)
-    predictor = _seen_as_told(predictor, arguments)
+    predictor = seen_as_told(predictor, arguments)
     files = find_pictures(arguments.images)
     sheet: Path | None = arguments.sheet
     failures: list[str] = []
