@@ -17,6 +17,8 @@ What is unusual:
   boundaries that guide the fusion come from the same detail by layers of their own (`to_boundary`).
 * A file of the ImageNet classifier gives the four stages and the end of the detail branch; its last stage, of 1/32, is
   another than the one of 1/64 here. A published segmenter gives everything, or an error tells what is missing.
+* Exported with free sizes it takes pictures from 257 pixels a side, if it was traced with such: where the coarsest
+  pooled map has a single row or column, an exporter takes that for a fact.
 """
 
 from __future__ import annotations
