@@ -72,7 +72,7 @@ FAMILIES = {
 # ImageNet-1k top-1 at the size of the table, as stated beside the default weights: NAT.md and DiNAT.md of
 # github.com/SHI-Labs/Neighborhood-Attention-Transformer; the READMEs of github.com/ziplab/LITv2,
 # github.com/AILab-CVC/UniRepLKNet, github.com/Visual-Attention-Network/VAN-Classification,
-# github.com/TerryPei/EfficientVMamba, github.com/maomao0819/BEVANet; van_b4, whose weights the authors do not host, from
+# github.com/TerryPei/EfficientVMamba and maomao0819/BEVANet; van_b4, whose weights the authors do not host, from
 # mmpretrain; VMamba from assets/performance.md of github.com/MzeroMiko/VMamba; of the models with fewer tokens those of
 # github.com/facebookresearch/ToMe, youweiliang/evit, raoyongming/DynamicViT, zihangJiang/TokenLabeling and
 # changsn/STViT-R. Ours load those weights, and give those outputs.
