@@ -32,7 +32,7 @@ def test_logits_have_the_size_of_the_picture(head: str, size: tuple[int, int]) -
 
 @pytest.mark.parametrize("head", HEADS)
 def test_every_parameter_of_backbone_and_heads_learns(head: str) -> None:
-    model = _segmenter(head=head, auxiliary=True)
+    model = _segmenter("nat_mini", head, auxiliary=True)
     output = model(torch.randn(2, 3, 64, 64))
     assert isinstance(output, SegmenterOutput) and output.boundary is None
     (output.logits.square().mean() + output.auxiliary[0].square().mean()).backward()
@@ -41,13 +41,13 @@ def test_every_parameter_of_backbone_and_heads_learns(head: str) -> None:
 
 def test_the_auxiliary_head_only_learns() -> None:
     """It changes nothing of the answer, and can be left out."""
-    model = _segmenter(head="upernet").eval()
+    model = _segmenter("nat_mini", "upernet").eval()
     images = torch.randn(1, 3, 64, 64)
     whole = model(images)
     model.auxiliary_head = None
     assert torch.equal(model(images), whole)
-    assert _segmenter(head="upernet", auxiliary=False).auxiliary_head is None
-    assert isinstance(_segmenter(head="upernet", auxiliary=False)(torch.randn(2, 3, 64, 64)), torch.Tensor)
+    without = _segmenter("nat_mini", "upernet", auxiliary=False)
+    assert without.auxiliary_head is None and isinstance(without(torch.randn(2, 3, 64, 64)), torch.Tensor)
 
 
 def test_what_is_no_head_is_refused() -> None:
@@ -61,7 +61,7 @@ def test_what_is_no_head_is_refused() -> None:
 
 def test_one_picture_is_too_few_to_train_upernet() -> None:
     with pytest.raises(ValueError, match="at least 2 pictures in training; got a batch of 1"):
-        _segmenter(head="upernet")(torch.randn(1, 3, 64, 64))
+        _segmenter("nat_mini", "upernet")(torch.randn(1, 3, 64, 64))
 
 
 def test_plain_models_are_refused() -> None:

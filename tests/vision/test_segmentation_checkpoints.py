@@ -7,6 +7,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mixerzoo.vision  # noqa: F401  # registers the models
@@ -17,6 +18,8 @@ import torch
 from mixerzoo.vision.backbones._patterns import per_stage
 from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.segmentation.published import KWARGS, backbone_kwargs
+from mixerzoo.vision.training.build import build_model
+from mixerzoo.vision.training.settings import ConfigError, load
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,7 +49,7 @@ def _write(path: Path, backbone: State, heads: State) -> Path:
     [
         ("nat_mini", "seg_nat_mini", UPERNET, ()),
         ("litv2_s", "litv2_s_seg", FPN, ()),
-        ("van_b0", "van_b0", UPERNET, ("head.",)),
+        pytest.param("van_b0", "van_b0", UPERNET, ("head.",), marks=pytest.mark.exhaustive),
         ("van_b0", "van_b0", FPN, ("head.",)),
     ],
 )
@@ -162,6 +165,7 @@ def test_other_classes_begin_anew_and_an_unwanted_head_stays_away(
     assert _tiny(150, UPERNET | {"auxiliary": False}, checkpoint=file).auxiliary_head is None
 
 
+@pytest.mark.slow
 def test_our_own_files_and_backbones_alone(tmp_path: Path) -> None:
     source = _tiny()
     torch.save(source.state_dict(), tmp_path / "own.pth")
@@ -231,11 +235,6 @@ def test_dilations_are_those_of_the_published_configurations(name: str) -> None:
     expected = PUBLISHED_DILATIONS[name]
     depths = [len(stage) for stage in expected]
     assert per_stage(backbone_kwargs(name, {})["dilations"], depths, "dilations") == expected
-    if name == "dinat_mini":
-        with torch.device("meta"):
-            model: Any = build_segmenter(name, 150, head={"name": "segformer"})
-        stages = model.backbone.model.stages
-        assert [[block.attn.dilation[0] for block in stage.blocks] for stage in stages] == expected
 
 
 @pytest.mark.parametrize("pattern", KWARGS)
@@ -244,6 +243,23 @@ def test_every_rule_is_of_models_that_take_it(pattern: str) -> None:
     assert names and all(timm.models.model_entrypoint(name).__module__.startswith("mixerzoo.") for name in names)
     with torch.device("meta"):
         timm.create_model(names[0], depths=(1, 1, 1, 1), **backbone_kwargs(names[0], {"depths": None}))
+
+
+@pytest.mark.slow
+def test_training_begins_with_a_whole_segmenter(repository: Path, tmp_path: Path) -> None:
+    source = _tiny()
+    file = _write(tmp_path / "whole.pth", _published_names(source), _heads(source))
+    kwargs = [f"model.kwargs.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in TINY.items()]
+    more = ["model.kwargs.mlp_ratio=3", "model.kwargs.stem_stride=4", "head.channels=8", "augment.sizes={}"]
+    more.append("model.kwargs.out_indices=[0, 1, 2, 3]")
+    arguments = ["recipe=segmentation", "model=nat_mini", *kwargs, *more, f"model.checkpoint={file}"]
+    splits: Any = SimpleNamespace(classes=("a", "b", "c"), size=64, channels=3, dense=True)
+    model: Any = build_model(load([*arguments, "head.name=upernet"], repository / "configs"), splits)
+    assert torch.equal(model.decode_head.conv_seg.weight, torch.load(file)["state_dict"]["decode_head.conv_seg.weight"])
+    with pytest.raises(
+        ConfigError, match=r"whole\.pth: the weights of .*missing: 25 \(decode_head\.convs.*left over: "
+    ):
+        build_model(load([*arguments, "head.name=segformer"], repository / "configs"), splits)
 
 
 def test_what_mmengine_writes_beside_the_tensors_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,4 +96,4 @@ def _with_new_classifiers(state: StateDict, own: Mapping[str, Tensor], source: s
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})"
+    return f"{len(names)} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"

@@ -26,7 +26,9 @@ class ModelConfig:
     name: str = option("nat_mini", "a timm model name: one of mixerzoo's or any other; `model=NAME` for short")
     pretrained: bool = option(False, "begin with the published weights")
     checkpoint: str | None = option(
-        None, "begin with this file's weights, in the published format; the head starts anew"
+        None,
+        "begin with this file's weights, in the published format; a classifier's head starts anew, a segmenter's if "
+        "the file has none or other classes",
     )
     start_from: str | None = option(
         None,
