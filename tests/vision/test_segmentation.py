@@ -59,6 +59,15 @@ def test_what_is_no_head_is_refused() -> None:
         build_segmenter("test_convnext", 5, head={"channels": 8})
 
 
+def test_maps_of_stride_two_stay_out_unless_asked_for() -> None:
+    model = _segmenter("test_resnet", "segformer")
+    assert model.backbone.feature_info.reduction() == [4, 8, 16, 32]
+    asked = build_segmenter("test_resnet", 5, head={"name": "segformer", "channels": 8}, out_indices=(0, 4))
+    assert len(asked.decode_head.convs) == 2  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="there is one map; set auxiliary=False"):
+        build_segmenter("test_resnet", 5, head={"name": "upernet", "channels": 8}, out_indices=(4,))
+
+
 def test_one_picture_is_too_few_to_train_upernet() -> None:
     with pytest.raises(ValueError, match="at least 2 pictures in training; got a batch of 1"):
         _segmenter("nat_mini", "upernet")(torch.randn(1, 3, 64, 64))

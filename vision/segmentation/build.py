@@ -123,6 +123,10 @@ def _assemble(name: str, backbone: nn.Module, options: HeadOptions, num_classes:
         decode_head = SemanticFPN([width] * len(channels), num_classes, octaves=octaves, **given)
     auxiliary = None
     if options.name == "upernet" if options.auxiliary is None else options.auxiliary:
+        if len(decode_head.in_channels) < 2:
+            raise ValueError(
+                "the auxiliary head is for the last map but one, but there is one map; set auxiliary=False"
+            )
         auxiliary = FCNHead(decode_head.in_channels[-2], num_classes, dropout=options.dropout)
     neck = nn.Sequential(*necks) if len(necks) > 1 else next(iter(necks), None)
     return Segmenter(backbone, decode_head, auxiliary, neck=neck)

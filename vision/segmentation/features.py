@@ -16,11 +16,12 @@ from timm.models import FeatureListNet, group_parameters
 from torch import nn
 
 LEVELS = 4
-"""Maps that a segmenter takes of a backbone whose maps have one size: of a quarter, a half, … of its blocks."""
+"""Maps that a segmenter takes: where all have one size, those of a quarter, a half, … of the blocks; of a pyramid the
+coarsest, so that ResNet's map of stride 2 stays out, as in all published models."""
 
 
 def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """timm's features of a model; of one whose maps have one size, those of four blocks at any size of picture."""
+    """timm's features of a model, of four of its maps; where these have one size, at any size of picture."""
     drawn = sketch(name, arguments)
     blocks: Sequence[Mapping[str, Any]] = drawn.feature_info.info
     more: dict[str, Any] = {}
@@ -31,6 +32,8 @@ def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         more["out_indices"] = quarters if len(blocks) >= LEVELS else [len(blocks) - 1]
         if getattr(getattr(drawn, "model", None), "dynamic_img_size", True) is False:
             more |= {"dynamic_img_size": True, "dynamic_img_pad": True}
+    elif len(blocks) > LEVELS:
+        more["out_indices"] = list(range(len(blocks)))[-LEVELS:]
     return timm.create_model(name, features_only=True, **(more | dict(arguments)))
 
 
