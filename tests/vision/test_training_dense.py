@@ -251,7 +251,8 @@ def test_one_picture_at_a_time_is_refused_where_it_is_pooled_to_one_pixel(settin
     config = settings("train.batch_size=1", "train.accumulate=4")
     with pytest.raises(ConfigError, match=r"train\.batch_size=1: .* take at least 2 pictures"):
         check_one_picture(pooled, config, _splits())
-    assert pooled.training and not pooled[1].running_mean.any() and pooled[1].num_batches_tracked == 0
+    buffers = dict(pooled.named_buffers())
+    assert pooled.training and not buffers["1.running_mean"].any() and buffers["1.num_batches_tracked"] == 0
     check_one_picture(Pixels(), config, _splits())
 
 

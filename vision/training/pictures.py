@@ -294,7 +294,8 @@ def class_colours(count: int, *, ground: bool = True) -> np.ndarray:
     # section, so that neighbours in number are no neighbours in colour.
     colours = [colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), *range(1, 20, 2))]
     for index in range(count - 20):
-        colours.append(hsv_to_rgb((index * 0.381966 % 1, 0.55 + 0.15 * (index % 4), 0.95 - 0.13 * (index % 5))))
+        hue, colour, light = index * 0.381966 % 1, 0.55 + 0.15 * (index % 4), 0.95 - 0.13 * (index % 5)
+        colours.append(tuple(hsv_to_rgb((hue, colour, light)).tolist()))
     black = [(0.0, 0.0, 0.0)] if ground else []
     return np.array([*black, *colours][:count], dtype=float).reshape(-1, 3)
 

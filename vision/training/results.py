@@ -137,15 +137,17 @@ def _predict_mask(task: Task, splits: Splits, index: int) -> tuple[torch.Tensor,
 def _draw_mistakes(path: Path, mistakes: Sequence[Mistake], splits: Splits) -> None:
     if not mistakes:
         return
-    parts = [[mistake[number] for mistake in mistakes] for number in range(1, len(Mistake._fields))]
+    images = [mistake.image for mistake in mistakes]
+    truth = [mistake.truth for mistake in mistakes]
+    predicted = [mistake.prediction for mistake in mistakes]
+    confidence = [mistake.confidence for mistake in mistakes]
     shown = (splits.classes, splits.mean, splits.std)
     if splits.dense:
-        images, truth, predicted, confidence = parts
         errors = [
             torch.where((guess != label) & (label != IGNORE_INDEX), certainty, 0.0)
             for label, guess, certainty in zip(truth, predicted, confidence, strict=True)
         ]
         return pictures.draw_masks(path, images, {"truth": truth, "prediction": predicted}, *shown, errors=errors)
-    images, truth, predicted, confidence = map(torch.stack, parts)
     title = "the most confident mistakes of the test"
-    pictures.draw_predictions(path, images, truth, predicted, confidence, *shown, title=title)
+    labels, guesses = torch.stack(truth), torch.stack(predicted)
+    pictures.draw_predictions(path, torch.stack(images), labels, guesses, torch.stack(confidence), *shown, title=title)
