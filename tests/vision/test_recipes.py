@@ -19,11 +19,9 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.segmentation import build_segmenter
-from mixerzoo.vision.segmentation.losses import CITYSCAPES_WEIGHTS, OhemCrossEntropy
 from mixerzoo.vision.segmentation.published import backbone_kwargs
 from mixerzoo.vision.training import settings as settings_module
 from mixerzoo.vision.training.config import Config
-from mixerzoo.vision.training.dense import make_inference, make_loss
 from mixerzoo.vision.training.distillation import Objective, make_teacher
 from mixerzoo.vision.training.optimization import make_optimizer, make_scheduler, parameter_groups
 from mixerzoo.vision.training.plan import make_plan
@@ -254,62 +252,6 @@ def test_what_authors_do_besides_is_in_their_recipes(settings: Load) -> None:
     assert (fine.ema.decay, fine.train.epochs, fine.augment.label_smoothing) == (0.9999, 20, 0.3)
     assert (fine.optim.layer_decay, fine.optim.layer_blocks, fine.model.head_init_scale) == (0.8, 3, 0.001)
     assert settings("van_finetune").model.head_init_scale == 0.001
-
-
-@pytest.mark.parametrize(
-    ("recipe", "head", "divisor", "views", "stride"),
-    [
-        ("litv2_segmentation", "semantic_fpn", 1, 1, None),
-        ("van_segmentation", "semantic_fpn", 32, 6, None),
-        ("van_upernet", "upernet", 32, 12, None),
-        ("nat_segmentation", "upernet", 1, 1, None),
-        ("unireplknet_segmentation", "upernet", 32, 1, None),
-        ("vim_segmentation", "upernet", 1, 1, [341, 341]),
-        ("vmamba_segmentation", "upernet", 1, 1, None),
-    ],
-)
-def test_segmentation_is_trained_and_judged_as_published(
-    recipe: str, head: str, divisor: int, views: int, stride: list[int] | None, settings: Load
-) -> None:
-    config = settings(recipe)
-    model: Any = _network(config, True)
-    splits: Any = SimpleNamespace(dense=True, size=config.data.size, classes=("a", "b"))
-    validation, test = make_inference(config, splits) or ()
-    assert (config.head.name, model.auxiliary_head is not None) == (head, head == "upernet")
-    assert (len(validation.views), len(test.views), test.divisor, test.short_side) == (1, views, divisor, 512)
-    assert (test.mode, test.stride) == (("slide", stride) if stride else ("whole", None))
-    assert config.augment.resize == [0.5, 2.0] and config.augment.cat_max_ratio == 0.75 and config.augment.photometric
-    loss = make_loss(model, config, splits)
-    assert loss is not None and loss.auxiliary_weight == 0.4 and loss.main is loss.pixels  # not the hardest alone
-
-
-@pytest.mark.parametrize(
-    ("recipe", "pictures", "batch", "rate", "decay", "epochs"),
-    [
-        ("bevanet_cityscapes model=bevanet", 2975, 12, 0.008, 4e-4, 500),
-        ("bevanet_cityscapes model=bevanet_s", 2975, 12, 0.01, 5e-4, 500),
-        ("bevanet_camvid", 468, 24, 0.0038, 5e-4, 100),
-        ("bevanet_ade20k", ADE20K, 14, 0.0015, 5e-4, 150),
-    ],
-)
-def test_bevanet_learns_boundaries_and_hard_pixels(
-    recipe: str, pictures: int, batch: int, rate: float, decay: float, epochs: int, settings: Load
-) -> None:
-    config = settings(*recipe.split())
-    plan = make_plan(config, pictures)
-    assert (plan.batch, plan.epochs, config.optim.weight_decay) == (batch, epochs, decay)
-    assert config.optim.lr * plan.lr_factor == pytest.approx(rate)
-    optimizer = make_optimizer(torch.nn.Linear(2, 2), config.optim, plan)
-    assert optimizer.defaults["momentum"] == 0.9 and not optimizer.defaults["nesterov"]
-    model: Any = _network(config, True)
-    classes = {"cityscapes": 19, "camvid": 11}.get(recipe.split()[0].removeprefix("bevanet_"), 150)
-    splits: Any = SimpleNamespace(dense=True, size=config.data.size, classes=("a",) * classes)
-    loss = make_loss(model, config, splits)
-    assert loss is not None and isinstance(loss.main, OhemCrossEntropy)
-    assert (loss.main.threshold, loss.main.kept) == (0.9, 131_072)
-    assert (loss.auxiliary_weight, loss.boundary_weight, loss.boundary_labels_weight) == (0.4, 20, 1)
-    assert (tuple(config.loss.class_weights) == CITYSCAPES_WEIGHTS) == (classes == 19)
-    assert not config.augment.photometric and config.augment.cat_max_ratio == 1
 
 
 def test_dinat_grows_with_its_pictures(settings: Load) -> None:

@@ -242,7 +242,8 @@ class SegmentationLoss(nn.Module):
         labels = self.main(output.logits, masks)
         parts, total = {"labels": labels}, labels
         if output.auxiliary:
-            parts["auxiliary"] = torch.stack([self._auxiliary(logits, masks) for logits in output.auxiliary]).sum()
+            learned = [self._auxiliary(logits, masks) for logits in output.auxiliary]
+            parts["auxiliary"] = torch.stack(learned).sum()
             total = total + self.auxiliary_weight * parts["auxiliary"]
         if output.boundary is not None:
             parts["boundary"] = boundary_cross_entropy(output.boundary, boundary_targets(masks))
