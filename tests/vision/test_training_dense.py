@@ -223,17 +223,20 @@ def test_settings_of_segmentation_that_contradict_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.short_side=64"], "data.short_side=64: test_vit takes pictures of 32 x 32 alone"),
+        (["data.short_side=64"], "data.short_side=64: swin_tiny_patch4_window7_224 takes pictures of 32 x 32 alone"),
         (["evaluate.scales=[0.5,1]"], "set evaluate.mode=slide, or evaluate.scales=[1.0]"),
-        (["evaluate.divisor=20"], "evaluate.divisor=20: test_vit takes"),
-        (["evaluate.mode=slide", "evaluate.window=[64,64]"], "evaluate.window=[64, 64]: test_vit takes"),
+        (["evaluate.divisor=20"], "evaluate.divisor=20: swin_tiny_patch4_window7_224 takes"),
+        (
+            ["evaluate.mode=slide", "evaluate.window=[64,64]"],
+            "evaluate.window=[64, 64]: swin_tiny_patch4_window7_224 takes",
+        ),
     ],
 )
 def test_a_model_of_one_size_is_not_shown_others(arguments: list[str], message: str, settings: Settings) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_inference(settings("model.name=test_vit", *arguments), _splits())
+        make_inference(settings("model.name=swin_tiny_patch4_window7_224", *arguments), _splits())
     assert message in str(caught.value)
-    slide = settings("model.name=test_vit", "evaluate.mode=slide", "evaluate.scales=[0.5,2]")
+    slide = settings("model.name=swin_tiny_patch4_window7_224", "evaluate.mode=slide", "evaluate.scales=[0.5,2]")
     found = make_inference(slide, _splits())
     assert found is not None and found[1].size(20, 70, 0.5) == (32, 56) and found[0].scales == (1.0,)
 
