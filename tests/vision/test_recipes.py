@@ -79,7 +79,11 @@ def test_every_recipe_gives_a_plan_and_rates_for_every_parameter(recipe: str, se
         rates.append(max(group["lr"] for group in optimizer.param_groups))
     highest, lowest = (rate * plan.lr_factor for rate in (config.optim.lr, config.schedule.min_lr))
     assert 0.9 * highest < rates[0] <= highest  # a schedule that runs under its warm-up has begun to fall
-    assert rates[1] == pytest.approx(highest if config.schedule.name == "constant" else lowest, abs=1e-12)
+    if config.schedule.name == "constant":
+        lowest = highest
+    elif config.schedule.decay_epochs is not None:
+        lowest = highest * 0.1 ** (plan.epochs // config.schedule.decay_epochs)
+    assert rates[1] == pytest.approx(lowest, abs=1e-12)
 
 
 _networks: dict[tuple[str, str | None], torch.nn.Module] = {}
@@ -169,6 +173,7 @@ def test_each_size_has_its_own_settings(
     [
         ("nat_imagenet", IMAGENET, 1024, 1e-3, 310),
         ("nat_finetune", IMAGENET, 512, 5e-5, 30),
+        ("bevanet_imagenet", IMAGENET, 256, 0.1, 135),
         ("nat_segmentation", ADE20K, 16, 6e-5, 127),
         ("stvitr_imagenet", IMAGENET, 1024, 1e-3, 300),
         ("unireplknet_22k", IMAGENET, 4096, 4e-3, 90),

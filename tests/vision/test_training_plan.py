@@ -58,6 +58,9 @@ def test_steps_become_whole_epochs(configs: Path) -> None:
         (["train.epochs=1", "schedule.warmup_epochs=1"], "schedule.warmup_epochs=0"),
         (["schedule.name=poly"], "schedule.name=poly with schedule.power=null: the poly schedule needs a power"),
         (["schedule.power=0.9"], "schedule.name=cosine with schedule.power=0.9"),
+        (["schedule.name=step"], "schedule.name=step with schedule.decay_epochs=null: the step schedule needs the"),
+        (["schedule.decay_epochs=2"], "schedule.name=cosine with schedule.decay_epochs=2"),
+        (["schedule.decay_rate=0.5"], "schedule.name=cosine with schedule.decay_rate=0.5"),
         (["optim.lr=1e-5", "schedule.min_lr=1e-4"], "schedule.min_lr=0.0001 is above optim.lr=1e-05"),
     ],
 )
@@ -97,6 +100,14 @@ def test_poly_has_the_power_that_is_asked_for(configs: Path) -> None:
     for power in (0.9, 1.0):
         rates = _rates(configs, *FOUR_EPOCHS, "schedule.name=poly", f"schedule.power={power}")
         assert rates == pytest.approx([1e-3 * (1 - step / 16) ** power for step in range(16)] + [0.0])
+
+
+def test_steps_fall_as_often_and_as_far_as_is_asked_for(configs: Path) -> None:
+    step = (*FOUR_EPOCHS, "schedule.name=step")
+    rates = _rates(configs, *step, "schedule.decay_epochs=2")
+    assert rates == pytest.approx([1e-3] * 8 + [1e-4] * 8 + [1e-5])
+    rates = _rates(configs, *step, "schedule.decay_epochs=1.5", "schedule.decay_rate=0.5")
+    assert rates == pytest.approx([1e-3] * 6 + [5e-4] * 6 + [2.5e-4] * 5)
 
 
 class _Net(nn.Module):

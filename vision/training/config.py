@@ -275,6 +275,10 @@ class ScheduleConfig:
     min_lr: float = option(0.0, "learning rate at the end", low=0)
     cooldown_epochs: int = option(0, "epochs at the end, out of all, that stay at min_lr", low=0)
     power: float | None = option(None, "exponent of the poly schedule, which needs one", low=0)
+    decay_epochs: float | None = option(
+        None, "epochs from one fall of the step schedule to the next, which needs them", low=0.01
+    )
+    decay_rate: float | None = option(None, "factor of such a fall; null is 0.1 (step)", low=0, high=1)
 
 
 @dataclass

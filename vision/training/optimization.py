@@ -47,9 +47,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, plan: Plan) -> torch.op
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, plan: Plan) -> Scheduler:
     """A schedule over all steps of the plan: cool-down and warm-up are parts of it, not additions."""
-    extra: dict[str, Any] = (
-        {"decay_rate": schedule.power} if schedule.power is not None else {}
-    )  # timm's name for a poly's power
+    extra: dict[str, Any] = {
+        "decay_epochs": schedule.decay_epochs,
+        "decay_rate": schedule.decay_rate if schedule.power is None else schedule.power,  # timm's name for both
+    }
+    extra = {name: value for name, value in extra.items() if value is not None}
     before = schedule.warmup_epochs if schedule.warmup_prefix else 0
     scheduler, _ = create_scheduler_v2(
         optimizer,

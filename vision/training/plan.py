@@ -87,6 +87,16 @@ def _check_schedule(config: Config, epochs: int) -> None:
             f"schedule.name={schedule.name} with schedule.power={_written(schedule.power)}: the poly schedule needs a "
             "power, such as schedule.power=0.9, and no other has one"
         )
+    if (schedule.name == "step") != (schedule.decay_epochs is not None):
+        raise ConfigError(
+            f"schedule.name={schedule.name} with schedule.decay_epochs={_written(schedule.decay_epochs)}: the step "
+            "schedule needs the epochs between its falls, such as schedule.decay_epochs=30, and no other has them"
+        )
+    if schedule.decay_rate is not None and schedule.name != "step":
+        raise ConfigError(
+            f"schedule.name={schedule.name} with schedule.decay_rate={schedule.decay_rate:g}: that is of the step "
+            "schedule; set it to null"
+        )
     if config.optim.lr < schedule.min_lr:
         raise ConfigError(f"schedule.min_lr={schedule.min_lr:g} is above optim.lr={config.optim.lr:g}")
 
