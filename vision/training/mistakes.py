@@ -30,7 +30,7 @@ class Mistake(NamedTuple):
 
 
 class Mistakes(pl.Callback):
-    """Keeps the `most` mistakes with the highest score of a test. `task.test_step` must return the logits."""
+    """Keeps the `most` mistakes with the highest score of a test. `task.test_step` must return logits."""
 
     def __init__(self, most: int) -> None:
         super().__init__()

@@ -83,17 +83,14 @@ class Task(pl.LightningModule):
         return self.model(images)
 
     def judge(self, images: Tensor, *, final: bool) -> Tensor:
-        """Logits [B, K], or [B, K, H, W] at the pictures' own size, of a model in evaluation mode.
+        """Logits [B, K], or [B, K, H, W] at the pictures' own size, of a model in evaluation mode; over several scales
+        or flips, probabilities.
 
         `final`: as in the test, which has the weights to test in place, and all scales and flips. Before that the
         average is judged, if there is one.
         """
         network = self.model if final or self.average is None else self.average.module
-        if self.inferences is None:
-            return network(images)
-        inference = self.inferences[final]
-        answer = infer(network, images, inference)
-        return answer if len(inference.views) == 1 else answer.clamp_(min=torch.finfo(answer.dtype).tiny).log_()
+        return network(images) if self.inferences is None else infer(network, images, self.inferences[final])
 
     def compile_network(self) -> None:
         """In place, so that nothing changes its name in a checkpoint."""
@@ -196,11 +193,13 @@ class Task(pl.LightningModule):
             # Fewer pictures than the other processes have. They wait for this one in the forward pass: FSDP gathers
             # weights there, DDP the buffers.
             return self.judge(images.new_zeros(1, *images.shape[1:]), final=final)[:0]
-        logits = self.judge(images, final=final)
+        answer = self.judge(images, final=final)
+        self.confusion.update(answer.argmax(1), targets)  # before a logarithm makes neighbouring probabilities equal
+        if self.inferences is not None and len(self.inferences[final].views) > 1:
+            answer = answer.clamp_(min=torch.finfo(answer.dtype).tiny).log_()
         counted = (targets != IGNORE_INDEX).sum() if self.dense_loss is not None else len(images)
-        self.val_loss.update(self._cross_entropy(logits, targets), counted)
-        self.confusion.update(logits.argmax(1), targets)
-        return logits
+        self.val_loss.update(self._cross_entropy(answer, targets), counted)
+        return answer
 
     def _reset_evaluation(self) -> None:
         self.val_loss.reset()
