@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PIP_NO_INDEX"] = "1"  # data that wheels carry is not fetched: pip is a process of its own
 
 import numpy as np
 import pytest

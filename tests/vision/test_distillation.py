@@ -429,7 +429,7 @@ def test_segmentation_trains_on_models_with_fewer_tokens(
         *("recipe=segmentation", f"model={name}", "data.scenes=12", "data.size=32", "train.batch_size=4"),
         *("train.epochs=1", "train.progress=false", "train.limit_batches=3", "head.channels=8"),
         *("model.kwargs={img_size: 32, patch_size: 4, embed_dim: 24, depth: 4, num_heads: 2}", given),
-        *("optim.weight_decay=0", "schedule.warmup_epochs=0"),
+        *("optim.weight_decay=0", "schedule.warmup_epochs=0", "data.download=false"),
     ]
     config = load([*arguments, f"out={tmp_path / 'run'}"], configs)
     results = run(config)

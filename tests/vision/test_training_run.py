@@ -87,6 +87,7 @@ def test_segmentation_runs_from_the_same_command(configs: Path, tmp_path: Path) 
     arguments = [
         *("recipe=segmentation", "model=test_convnext", "data.scenes=12", "data.size=48", "train.batch_size=4"),
         *("train.epochs=1", "train.progress=false", "head.channels=16", f"out={tmp_path / 'run'}"),
+        "data.download=false",
     ]
     results = run(load(arguments, configs))
     assert 0 <= results["test"]["mean_iou"] <= 1 and results["test_by_class"][0]["class"] == "ground"
