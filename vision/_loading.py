@@ -127,8 +127,9 @@ def _load_segmenter(
     file: Path, state: dict[str, Tensor], facts: dict[str, Any], image_size: tuple[int, int] | None
 ) -> nn.Module:
     arguments = dict(facts["model_kwargs"])
-    if takes_one_size(facts["model"], arguments):
-        arguments.setdefault("img_size", image_size or facts["size"])
+    if built_for_one_size(facts["model"]):  # as it was in training: the positions that it learned are of that size
+        own = image_size if takes_one_size(facts["model"], arguments) else None
+        arguments.setdefault("img_size", own or facts["size"])
     try:
         model = build_segmenter(
             facts["model"], len(facts["classes"]), head=facts["head"], in_chans=facts["in_chans"], **arguments
@@ -194,10 +195,15 @@ def _fingerprint(tensor: Tensor) -> tuple[tuple[int, ...], float]:
     return tuple(tensor.shape), tensor.detach().double().sum().item()
 
 
+def built_for_one_size(name: str) -> bool:
+    """Whether a timm model is told the size of its pictures when it is built (timm's `img_size`)."""
+    cfg = timm.get_pretrained_cfg(name)
+    return cfg is not None and bool(cfg.fixed_input_size)
+
+
 def takes_one_size(name: str, model_kwargs: Mapping[str, Any]) -> bool:
     """Whether a segmenter around a timm model takes pictures of one size, and no other."""
-    cfg = timm.get_pretrained_cfg(name)
-    return cfg is not None and bool(cfg.fixed_input_size) and not takes_any_size(name, model_kwargs)
+    return built_for_one_size(name) and not takes_any_size(name, model_kwargs)
 
 
 def weights_overlay(

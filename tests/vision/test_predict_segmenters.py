@@ -70,6 +70,19 @@ def test_a_run_says_how_its_pictures_are_seen_and_the_command_may_say_otherwise(
     assert not np.array_equal(masks[0], masks[1])
 
 
+def test_a_run_of_a_vision_transformer_is_loaded_with_the_positions_of_its_size(tmp_path: Path) -> None:
+    """It takes any size under a head, but was built for that of its training."""
+    kwargs: dict[str, Any] = {"depth": 4, "embed_dim": 24, "num_heads": 2}
+    model = build_segmenter("vit_tiny_patch16_224", 2, head=HEAD, img_size=48, **kwargs).eval()
+    facts = {"model": "vit_tiny_patch16_224", "model_kwargs": kwargs, "head": HEAD, "classes": ["a", "b"]}
+    facts |= {"in_chans": 3, "size": 48, "mean": [0.5] * 3, "std": [0.25] * 3}
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state, "mixerzoo": facts}, tmp_path / "run.ckpt")
+    images = torch.randn(1, 3, 48, 70)
+    for size in (None, (80, 80)):
+        assert torch.equal(load_run(tmp_path / "run.ckpt", image_size=size).model(images), model(images))
+
+
 def test_lines_of_pixels_and_panoramas_have_answers(write_run: Callable[..., Path], tmp_path: Path) -> None:
     run = write_run()
     sizes = {"line": (2000, 1), "tower": (20, 3000), "dot": (1, 1), "photo": (90, 60)}

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import backbones as backbones  # registers the models
 from .._checksum import refuse_damage
-from .._loading import load_model, no_weights, weights_overlay
+from .._loading import built_for_one_size, load_model, no_weights, weights_overlay
 from .._reading import one_line, read_checkpoint
 from ..data.splits import Splits
 from ..segmentation import build_segmenter
@@ -132,8 +132,7 @@ def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
         refuse_damage(Path(config.model.checkpoint))
         # timm's road for published weights: it converts their names and leaves out a head of another size.
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.model.checkpoint}}
-    defaults = timm.get_pretrained_cfg(config.model.name)
-    if defaults is not None and defaults.fixed_input_size:
+    if built_for_one_size(config.model.name):
         arguments["img_size"] = splits.size
     arguments |= config.model.kwargs
     return arguments | (_other_weights(config, splits, arguments) if config.model.start_from is not None else {})
