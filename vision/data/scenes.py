@@ -119,8 +119,8 @@ class FashionScenes:
 
 
 def _placement(rng: np.random.Generator) -> np.ndarray:
-    """[K, 2, 3]: each item shrunk to between a quarter and a half of the scene, turned, maybe mirrored, and moved."""
-    extent = rng.uniform(0.27, 0.5, MOST_ITEMS)
+    """[K, 2, 3]: each item shrunk to between a half and three quarters of the scene, turned, maybe mirrored, and moved."""
+    extent = rng.uniform(0.45, 0.75, MOST_ITEMS)
     angle = rng.uniform(-math.pi / 7, math.pi / 7, MOST_ITEMS)
     mirror = rng.choice([-1.0, 1.0], MOST_ITEMS)
     centre = rng.uniform(-0.75, 0.75, (MOST_ITEMS, 2))
