@@ -119,7 +119,7 @@ class FashionScenes:
 
 
 def _placement(rng: np.random.Generator) -> np.ndarray:
-    """[K, 2, 3]: each item shrunk to between a half and three quarters of the scene, turned, maybe mirrored, and moved."""
+    """[K, 2, 3]: each item, half to three quarters of the scene in size, turned, maybe mirrored, and moved."""
     extent = rng.uniform(0.45, 0.75, MOST_ITEMS)
     angle = rng.uniform(-math.pi / 7, math.pi / 7, MOST_ITEMS)
     mirror = rng.choice([-1.0, 1.0], MOST_ITEMS)
