@@ -42,30 +42,30 @@ from mixerzoo.vision.training.settings import load
 
 FAMILIES = {
     "nat_mini": "NAT",
-    "dinat_mini": "DiNAT",
-    "dinat_s_tiny": "DiNAT_s",
-    "vitrpb_small": "ViT-rpb",
     "van_b0": "VAN",
-    "unireplknet_a": "UniRepLKNet",
-    "litv2_s": "LITv2",
-    "vim_tiny": "Vim",
     "vmamba_tiny_s1l8": "VMamba",
+    "litv2_s": "LITv2",
+    "bevanet_s": "BEVANet, its own head",
+    "unireplknet_a": "UniRepLKNet",
+    "vig_h_tiny": "ViG-H",
+    "tome_deit_tiny_patch16_224": "ToMe on DeiT",
     "efficientvmamba_tiny": "EfficientVMamba",
     "mobilemamba_t2": "MobileMamba",
-    "vig_tiny": "ViG",
-    "vig_h_tiny": "ViG-H",
-    "bevanet_s": "BEVANet, its own head",
-    "deit_tiny_patch16_224": "DeiT (timm)",
-    "tome_deit_tiny_patch16_224": "ToMe on DeiT",
-    "evit_deit_small_patch16_224": "EViT",
-    "dynamicvit_deit_small_patch16_224": "DynamicViT on DeiT",
-    "dynamicvit_convnext_tiny": "DynamicViT on ConvNeXt",
+    "vim_tiny": "Vim",
+    "dinat_s_tiny": "DiNAT_s",
     "stvitr_swin_small": "STViT-R",
+    "dynamicvit_convnext_tiny": "DynamicViT on ConvNeXt",
+    "evit_deit_small_patch16_224": "EViT",
     "lookupvit_tiny_patch16_224": "LookupViT",
-    "lvvit_small": "LV-ViT",
     "convnext_atto": "ConvNeXt (timm)",
+    "lvvit_small": "LV-ViT",
+    "dinat_mini": "DiNAT",
+    "vitrpb_small": "ViT-rpb",
+    "deit_tiny_patch16_224": "DeiT (timm)",
+    "dynamicvit_deit_small_patch16_224": "DynamicViT on DeiT",
+    "vig_tiny": "ViG",
 }
-"""What is trained, by the name of the model that the recipe has settings for."""
+"""What is trained, in this order, by the name of the model that the recipe has settings for."""
 
 SHOWN = ("nat_mini", "van_b0", "litv2_s", "vmamba_tiny_s1l8", "vig_h_tiny", "bevanet_s", "tome_deit_tiny_patch16_224")
 QUICK = ("data.scenes=16", "data.limit=200", "train.epochs=1", "train.batch_size=4")
