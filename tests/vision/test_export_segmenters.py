@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from mixerzoo.vision._checked_files import Check, Report, publish_if_right
-from mixerzoo.vision.export import ExportError, export_segmenter, main
+from mixerzoo.vision.export import ExportError, export_segmenter, main, segments_any_size
 from mixerzoo.vision.segmentation import Segmenter, build_segmenter
 from mixerzoo.vision.segmentation.segformer import SegFormerHead
 from torch import Tensor, nn
@@ -90,6 +90,16 @@ def test_bevanet_keeps_sizes_free_within_bounds(tmp_path: Path) -> None:
     model = build_segmenter("bevanet_s", 5, head={"name": "bevanet"}, embed_dim=8, depths=(1, 1, 1, 1, 1))
     report = export_segmenter(model, tmp_path / "m.pt2", format="pt2", image_size=(160, 192))
     assert max(row.error for row in report.comparisons) < 1e-5 and "batch" in report.axes
+
+
+def test_transformers_of_timm_are_exported_for_one_size() -> None:
+    """They count patches in a way that no file can hold; those of the zoo do not."""
+    kwargs: dict[str, Any] = {"embed_dim": 24, "depth": 4, "num_heads": 2}
+    head = {"name": "segformer", "channels": 8}
+    with torch.device("meta"):
+        theirs = build_segmenter("vit_tiny_patch16_224", 2, head=head, **kwargs)
+        ours = build_segmenter("evit_deit_small_patch16_224", 2, head=head, **kwargs)
+    assert not segments_any_size(theirs) and segments_any_size(ours)
 
 
 def _as_file(module: nn.Module, answer: Any) -> Check:

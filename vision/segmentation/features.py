@@ -34,7 +34,10 @@ def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
             more |= {"dynamic_img_size": True, "dynamic_img_pad": True}
     elif len(blocks) > LEVELS:
         more["out_indices"] = list(range(len(blocks)))[-LEVELS:]
-    return timm.create_model(name, features_only=True, **(more | dict(arguments)))
+    features: Any = timm.create_model(name, features_only=True, **(more | dict(arguments)))
+    if "dynamic_img_pad" in more:
+        features.exports_free_sizes = False  # timm counts the patches by math.ceil, which no file can hold
+    return features
 
 
 def sketch(name: str, arguments: Mapping[str, Any]) -> Any:
