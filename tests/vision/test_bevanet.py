@@ -173,6 +173,8 @@ def test_bad_input() -> None:
         timm.create_model("bevanet_s", depths=(2, 2, 3))
     with pytest.raises(ValueError, match=r"needed the features of a BEVANet .*; got VAN"):
         build_segmenter("van_b0", 3, head=HEAD, depths=(1, 1, 1, 1), dims=(4, 4, 4, 4))
+    with pytest.raises(ValueError, match=r"bevanet has no dropout; got 0\.5"):
+        build_segmenter("bevanet_s", 3, head={**HEAD, "dropout": 0.5})
     with pytest.raises(ValueError, match=r"cannot be fetched by a program; download https://drive\.google\.com"):
         build_segmenter("bevanet_s", 3, head=HEAD, pretrained=True)
     torch_names = from_published({"sem_loss.criterion.weight": torch.ones(1), "conv1.0.weight": torch.ones(1)})

@@ -61,6 +61,8 @@ def build_segmenter(
     """
     options = _read(head)
     if options.name == "bevanet":  # whole: its head goes on from two branches, not from feature maps
+        if options.dropout not in (0, HeadOptions.dropout):
+            raise ValueError(f"the head bevanet has no dropout; got {options.dropout:g}; leave it out, or give 0")
         widths = {"channels": options.channels, "neck_channels": options.neck_channels, **options.kwargs}
         auxiliary = options.auxiliary is not False
         return build_bevanet(name, num_classes, auxiliary=auxiliary, checkpoint=checkpoint, **widths, **model_kwargs)
