@@ -124,6 +124,7 @@ VARIANTS = """
 model: {name: nat_mini, kwargs: {depths: [1]}}
 data: digits
 augment: {mixup: 0.8}
+loss: {class_weights: [1, 2], auxiliary_weight: 0.3}
 variants:
   nat_*: {model: {kwargs: {drop_path_rate: 0.2}}, optim: {lr: 1e-2}}
   nat_tiny: {model: {kwargs: {drop_path_rate: 0.3}}, augment: {mixup: 0.1}}
@@ -145,9 +146,11 @@ def test_variants_are_settings_for_the_model_that_is_chosen(with_variants: Path)
     assert other.model.kwargs == {} and (other.optim.lr, other.augment.mixup) == (1e-3, 0.8)
 
 
-def test_arguments_win_over_variants_and_another_data_set_drops_their_augmentation(with_variants: Path) -> None:
+def test_arguments_win_over_variants_and_another_data_set_drops_what_is_of_theirs(with_variants: Path) -> None:
     config = load(["model=nat_tiny", "data=fashion_mnist", "model.kwargs.drop_path_rate=0"], with_variants)
     assert config.model.kwargs == {"drop_path_rate": 0} and config.augment.mixup == 0 and config.optim.lr == 1e-2
+    assert (config.loss.class_weights, config.loss.auxiliary_weight) == ([], 0.3)
+    assert load(["model=nat_tiny"], with_variants).loss.class_weights == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ SIZES = ((40, 56), (56, 40), (30, 90), (48, 48), (64, 33))
 @pytest.fixture(scope="module")
 def settings(repository: Path) -> Settings:
     """Those of the recipe, for a tiny model, with changes `section.key=value`. Loading takes longer than most tests."""
-    usual = load(["recipe=segmentation", *TINY], repository / "configs")
+    usual = load(["recipe=segmentation", "loss.class_weights=[]", *TINY], repository / "configs")
 
     def change(*arguments: str) -> Config:
         config = copy.deepcopy(usual)

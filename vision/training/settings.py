@@ -5,7 +5,7 @@ Unusual:
 
 * A name given for a model starts from that model's own defaults: arguments that a recipe passes to its own model
   (`stem_stride`, `dims`) mean nothing to another, so they are dropped with the recipe's name. So are a recipe's picture
-  size and augmentation where another data set is named.
+  size and augmentation where another data set is named, and the weights of its classes.
 * A recipe may hold `variants`, shell patterns of model names with settings for these: what authors change from one
   size of a model to the next. It stands beside the recipe's own model and applies to whichever model is chosen.
 * A value for a key of type str is taken as it stands. YAML would turn a model called `1e5` into 100000.0.
@@ -184,10 +184,19 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
     _check_choice("data", data, names)
     trees = [(origin, tree), *parts]
     usual = tree.get("data", {}).get("name", data)
-    if data != usual and not {data, usual} <= set(_PHOTOS):
-        trees = [(place, {k: v for k, v in part.items() if k not in ("data", "augment")}) for place, part in trees]
+    if data != usual:
+        alike = {data, usual} <= set(_PHOTOS)
+        trees = [(place, _for_other_data(part, alike=alike)) for place, part in trees]
     [data_tree] = _read(folder / "data" / f"{data}.yaml")
     return [data_tree, *trees, (origin, {"recipe": recipe, "data": {"name": data}})]
+
+
+def _for_other_data(part: Mapping[str, Any], *, alike: bool) -> dict[str, Any]:
+    """A recipe's settings without those of its own data set; where both are `alike`, only the weights of classes."""
+    rest = {name: value for name, value in part.items() if alike or name not in ("data", "augment")}
+    if isinstance(loss := rest.get("loss"), dict):
+        rest["loss"] = {name: value for name, value in loss.items() if name != "class_weights"}
+    return rest
 
 
 def _place(data: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
