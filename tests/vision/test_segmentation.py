@@ -62,6 +62,9 @@ def test_what_is_no_head_is_refused() -> None:
 def test_maps_of_stride_two_stay_out_unless_asked_for() -> None:
     model = _segmenter("test_resnet", "segformer")
     assert model.backbone.feature_info.reduction() == [4, 8, 16, 32]
+    with torch.device("meta"):
+        model = build_segmenter("bevanet_s", 5, head={"name": "segformer", "channels": 8})
+    assert model.backbone.feature_info.reduction() == [4, 8, 16, 32]  # of two maps at 1/32 the last
     asked = build_segmenter("test_resnet", 5, head={"name": "segformer", "channels": 8}, out_indices=(0, 4))
     assert len(asked.decode_head.convs) == 2  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="there is one map; set auxiliary=False"):

@@ -17,7 +17,7 @@ from torch import nn
 
 LEVELS = 4
 """Maps that a segmenter takes: where all have one size, those of a quarter, a half, … of the blocks; of a pyramid the
-coarsest, so that ResNet's map of stride 2 stays out, as in all published models."""
+coarsest, the last one of each stride, so that ResNet's map of stride 2 stays out, as in all published models."""
 
 
 def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -33,7 +33,8 @@ def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         if getattr(getattr(drawn, "model", None), "dynamic_img_size", True) is False:
             more |= {"dynamic_img_size": True, "dynamic_img_pad": True}
     elif len(blocks) > LEVELS:
-        more["out_indices"] = list(range(len(blocks)))[-LEVELS:]
+        last = {level["reduction"]: index for index, level in enumerate(blocks)}  # BEVANet has two maps at 1/32
+        more["out_indices"] = list(last.values())[-LEVELS:]
     features: Any = timm.create_model(name, features_only=True, **(more | dict(arguments)))
     if "dynamic_img_pad" in more:
         features.exports_free_sizes = False  # timm counts the patches by math.ceil, which no file can hold

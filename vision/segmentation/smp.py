@@ -94,7 +94,7 @@ def _is_architecture(kind: Any) -> bool:
 
 def _check_strides(architecture: str, name: str, encoder: Mapping[str, Any]) -> None:
     """smp looks at a model without the arguments that it is made with, and does not see what they change."""
-    strides = [level["reduction"] for level in sketch(name, encoder).feature_info.info]
+    strides = list(dict.fromkeys(level["reduction"] for level in sketch(name, encoder).feature_info.info))
     if strides[-4:] != [4, 8, 16, 32]:
         raise ValueError(
             f"smp:{architecture} needs maps of strides 4, 8, 16 and 32; those of {name} are {strides}; take one of our "
