@@ -57,6 +57,11 @@ def test_what_is_no_head_is_refused() -> None:
         _segmenter(width=8)
     with pytest.raises(ValueError, match="a head has name, channels, "):
         build_segmenter("test_convnext", 5, head={"channels": 8})
+    wrong: Any = "upernet"
+    with pytest.raises(ValueError, match=r"described as in head=\{'name': 'upernet'\}; got 'upernet'"):
+        build_segmenter("test_convnext", 5, head=wrong)
+    with pytest.raises(ValueError, match="needs classes; got num_classes=0"):
+        build_segmenter("test_convnext", 0, head={"name": "upernet"})
 
 
 def test_maps_of_stride_two_stay_out_unless_asked_for() -> None:

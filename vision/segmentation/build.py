@@ -60,6 +60,8 @@ def build_segmenter(
         model_kwargs: arguments of the backbone.
     """
     options = _read(head)
+    if num_classes < 1:
+        raise ValueError(f"a segmenter needs classes; got num_classes={num_classes}")
     if options.name == "bevanet":  # whole: its head goes on from two branches, not from feature maps
         if options.dropout not in (0, HeadOptions.dropout):
             raise ValueError(f"the head bevanet has no dropout; got {options.dropout:g}; leave it out, or give 0")
@@ -82,6 +84,8 @@ def build_segmenter(
 
 
 def _read(head: Mapping[str, Any]) -> HeadOptions:
+    if not isinstance(head, Mapping):
+        raise ValueError(f"a head is described as in head={{'name': 'upernet'}}; got {head!r}")
     try:
         options = HeadOptions(**head)
     except TypeError as error:
