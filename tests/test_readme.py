@@ -212,7 +212,9 @@ def _small(words: list[str], folder: Path) -> list[str]:
                 return [sys.executable, *words[1:], *PUBLISHED]
             if "recipe=token_reduction" in arguments:
                 return [sys.executable, *words[1:], *REDUCED]
-            data = ["data.scenes=8", "data.download=false"] if "recipe" in names else [] if names & {"data", "resume"} else ["data=digits"]
+            data = [] if names & {"data", "resume"} else ["data=digits"]
+            if "recipe" in names:
+                data = ["data.scenes=8", "data.download=false"]
             resumed = ["train.epochs=4"] if "resume" in names else ["train.epochs=1", *data, *TRAIN]
             return [sys.executable, *words[1:], *resumed]
         case ["python", "-m", "pytest", *_]:
