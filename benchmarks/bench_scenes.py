@@ -200,7 +200,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def describe(rows: Sequence[Row], config: Config, command: str) -> Iterator[str]:
+def describe(rows: Sequence[Row], missing: Sequence[str], config: Config, command: str) -> Iterator[str]:
     """The lines between the markers: what was done, and the table."""
     size, scenes = config.data.size, config.data.scenes
     dates = sorted({row.date for row in rows})
@@ -212,6 +212,8 @@ def describe(rows: Sequence[Row], config: Config, command: str) -> Iterator[str]
     yield "that was best in validation."
     yield ""
     yield from write_table(rows)
+    if missing:
+        yield from ("", f"Not trained: {', '.join(FAMILIES.get(model, model) for model in missing)}.")
 
 
 def insert(path: Path, name: str, lines: Sequence[str]) -> None:
@@ -243,6 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="keep the runs here, and take those that are finished")
     parser.add_argument("--only", nargs="+", default=list(FAMILIES), metavar="NAME", help="these models alone")
     parser.add_argument("--jobs", type=int, default=1, help="models that are trained side by side, a thread each")
+    parser.add_argument("--table", action="store_true", help="train nothing: a table of the rows that are finished")
     parser.add_argument("--quick", action="store_true", help="a dry run, which says nothing of accuracy")
     parser.add_argument("--markdown", type=Path, default=Path("docs/segmentation.md"))
     parser.add_argument("--picture", type=Path, default=Path("docs/pictures/scenes.png"))
@@ -253,15 +256,18 @@ def main() -> int:
     arguments = parse_arguments()
     more = (*(QUICK if arguments.quick else ()), *arguments.settings)
     jobs = {model: Job(model, arguments.out / model, more) for model in arguments.only}
-    rows = make_all(list(jobs.values()), arguments.jobs)
+    if arguments.table:
+        rows = [row for row in map(finished, jobs.values()) if row is not None]
+    else:
+        rows = make_all(list(jobs.values()), arguments.jobs)
     if not rows:
         raise SystemExit("no row is finished: there is no table to write")
-    command = shlex.join(["python", "benchmarks/bench_scenes.py", *sys.argv[1:]])
-    config = next(iter(jobs.values())).config()
-    insert(arguments.markdown, "python benchmarks/bench_scenes.py", list(describe(rows, config, command)))
     made = {model: jobs[model] for model in jobs if model in {row.model for row in rows}}
+    missing = [model for model in jobs if model not in made]
+    command = shlex.join(["python", "benchmarks/bench_scenes.py", *(a for a in sys.argv[1:] if a != "--table")])
+    lines = list(describe(rows, missing, next(iter(jobs.values())).config(), command))
+    insert(arguments.markdown, "python benchmarks/bench_scenes.py", lines)
     draw({model: made[model] for model in SHOWN if model in made} or made, arguments.picture)
-    missing = sorted(jobs.keys() - made.keys())
     print(f"missing: {', '.join(missing)}" if missing else "all rows are there")
     return 1 if missing else 0
 

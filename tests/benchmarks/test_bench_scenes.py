@@ -37,13 +37,15 @@ def test_the_table_stands_in_the_page_best_first(bench: Any, tmp_path: Path) -> 
     page.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     rows = [row(bench, "van_b0", 0.301), row(bench, "nat_mini", 0.42)]
     config = bench.Job("nat_mini", tmp_path, ()).config()
-    bench.insert(page, "x", list(bench.describe(rows, config, "the command")))
+    bench.insert(page, "x", list(bench.describe(rows, ["litv2_s"], config, "the command")))
     lines = page.read_text().splitlines()
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", start, end, "after") and "old" not in lines
     assert lines[2].startswith("`the command`: 2 models, 5 minutes of the processor")
-    assert lines[-4:-2] == [
+    assert lines[-6:-2] == [
         "| NAT | `nat_mini` | 42.0 | 1.23 | 0.045 | 2.3 | 101 |",
         "| VAN | `van_b0` | 30.1 | 1.23 | 0.045 | 2.3 | 101 |",
+        "",
+        "Not trained: LITv2.",
     ]
     page.write_text("nothing")
     with pytest.raises(SystemExit, match=r"page\.md has no lines <!-- scenes: x --> and .* to write the table between"):
@@ -106,4 +108,6 @@ def test_a_dry_run_trains_and_goes_on(
     assert picture.read_bytes()[:4] == b"\x89PNG" and "| NAT | `nat_mini` |" in page.read_text()
     first = page.read_text()
     monkeypatch.setattr(bench, "run", lambda _: pytest.fail("the row is there"))
+    assert bench.main() == 0 and page.read_text() == first
+    sys.argv.append("--table")
     assert bench.main() == 0 and page.read_text() == first
