@@ -416,7 +416,7 @@ def test_evit_warms_up_from_scratch_only(settings: Load) -> None:
 
 TRAINED_ON_PICTURES = [name for name in RECIPES if "_" in name and name not in (*TRAINED_ON_MASKS, "token_reduction")]
 SAMPLE = ("nat_imagenet", "unireplknet_finetune", "tome_mae_finetune", "evit_imagenet", *DECIDING)
-SAMPLE += ("vim_segmentation", "van_segmentation", "mobilemamba_distill")
+SAMPLE += ("vim_segmentation", "van_segmentation", "nat_segmentation", "bevanet_camvid", "mobilemamba_distill")
 """Between them: every setting that some recipe has. The others are trained by `make test-exhaustive`."""
 
 
