@@ -1,7 +1,8 @@
 """What a segmenter says of whole pictures: at once or through a sliding window, at several sizes, mirrored or not.
 
 The definition is that of mmsegmentation (`slide_inference`, `whole_inference` and its test-time augmentation), by which
-the published numbers of the zoo's families were made; https://github.com/open-mmlab/mmsegmentation.
+the published numbers of the zoo's families were made; https://github.com/open-mmlab/mmsegmentation. Scales multiply the
+shorter side, as in its versions 0.x; the mirror image is turned back before logits are resized, as in 1.x.
 
 Unusual:
 

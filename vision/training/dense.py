@@ -1,6 +1,6 @@
 """What is particular to training a segmenter: its loss, how its pictures are judged, and settings that contradict it.
 
-Unusual: the loss of validation is the plain cross entropy of every labelled pixel at the picture's own size, whatever
+Unusual: the loss of validation is the cross entropy of every labelled pixel at the picture's own size, whatever
 training lowers: it does not depend on how pictures are put into batches or spread over processes.
 """
 
