@@ -41,8 +41,13 @@ SAMPLE += ["gla-wide-float", "evidence-64-row-half", "evidence-64-sums-half", "t
 pytestmark = pytest.mark.skipif(not _runtime.HAS_TRITON, reason="Triton is not installed on this platform")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", SHARED_MEMORY)
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name == "sm80" else pytest.mark.slow)
+        for name in SHARED_MEMORY
+    ],
+)
 def test_kernels_compile_without_spills_within_shared_memory_on_tensor_cores(target: str) -> None:
     _check(target, ["--case", *SAMPLE])
 

@@ -3,6 +3,7 @@
 It costs a minute a model, so the slow tests take a sample of the groups; the others have the mark "exhaustive".
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from backbones import FIRST, SAMPLE, assert_near, minimal, picture, training_pic
 from mixerzoo.vision.backbones import TokenReducedViT
 
 
-def _expensive(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.slow if name in SAMPLE else pytest.mark.exhaustive)
+def _expensive(name: str, sample: Collection[str] = SAMPLE) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow if name in sample else pytest.mark.exhaustive)
 
 
 @pytest.fixture(params=[_expensive(name) for name in FIRST])
@@ -49,6 +50,8 @@ DYNAMIC = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.ex
 UNTRACED = [(1, 64, 64), (3, 113, 75), (2, 224, 160)]  # a map of one position cannot be a symbol
 
 
+# NAT's files with free sizes are those of test_export.py.
+@pytest.mark.parametrize("sampled", [_expensive(name, SAMPLE - {"nat_mini"}) for name in FIRST])
 @torch.no_grad()
 def test_exports_with_dynamic_sizes(sampled: str, tmp_path: Path) -> None:
     """As a program, and as ONNX from the same trace: tracing is what takes long."""
