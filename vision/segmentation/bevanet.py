@@ -61,7 +61,6 @@ _PUBLISHED = [
     (r"seghead_ds\.", "auxiliary_head."),
     (r"seghead_db\.", "boundary_head."),
 ]
-_CLASSIFIERS = ("decode_head.head.conv2.", "auxiliary_head.conv2.")
 
 
 class PredictionHead(nn.Module):
@@ -192,7 +191,9 @@ def build_bevanet(
         auxiliary=auxiliary,
     )
     if state is not None:
-        load_segmenter(model, _fitting(state, model, checkpoint), source=str(checkpoint))
+        if not auxiliary:  # load_segmenter leaves the other head that learns alone out
+            state = {name: tensor for name, tensor in state.items() if not name.startswith("boundary_head.")}
+        load_segmenter(model, state, source=str(checkpoint))
     elif model_kwargs.get("pretrained"):
         parts = "the last stage of the context (stages.4), last_conv and the classifier"
         _log.info("BEVANet begins with a classifier's weights; not used of them: %s; new: all heads", parts)
@@ -214,16 +215,3 @@ def from_published(state: Mapping[str, Tensor]) -> StateDict:
     """The authors' names of a segmenter to ours, without the buffers of their losses."""
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(("sem_loss.", "boundary_loss."))}
     return rename({rename_parts(name): tensor for name, tensor in kept.items()}, _PUBLISHED)
-
-
-def _fitting(state: StateDict, model: BEVANetSegmenter, source: Any) -> StateDict:
-    """Without the heads that the caller does not want, and with new classifiers if the file's are of other classes."""
-    own = model.state_dict()
-    if model.auxiliary_head is None:
-        spared = ("auxiliary_head.", "boundary_head.")
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(spared)}
-    weight = f"{_CLASSIFIERS[0]}weight"
-    if weight not in state or len(state[weight]) == len(own[weight]):
-        return state
-    _log.info("%s has %d classes; those of %d begin anew", source, len(state[weight]), len(own[weight]))
-    return {name: own.get(name, t) if name.startswith(_CLASSIFIERS) else t for name, t in state.items()}

@@ -23,6 +23,8 @@ StateDict = dict[str, Tensor]
 
 _WHOLE = ("decode_head.", "network.")
 """What a backbone's names do not begin with; `network.` is smp's model in `SmpSegmenter`."""
+_CLASSIFIERS = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.", "decode_head.head.conv2.", "auxiliary_head.conv2.")
+"""Of mmsegmentation's heads and of BEVANet's."""
 _OUR_OWN = ("backbone.", "network.")
 _PYRAMIDS = {f"neck.{theirs}.": f"neck.fpn{i + 1}." for i, theirs in enumerate(("upsample_4x", "upsample_2x"))}
 """Parts of a pyramid in mmsegmentation's Feature2Pyramid, and in ours, which has Vim's names."""
@@ -88,11 +90,13 @@ def _from_published(model: nn.Module, state: StateDict, source: str | Path) -> S
 
 def _with_new_classifiers(state: StateDict, own: Mapping[str, Tensor], source: str | Path) -> StateDict:
     """Without the file's classifiers of pixels, but with the model's, if the file's are of other classes."""
-    weight = "decode_head.conv_seg.weight"
-    if weight not in state or weight not in own or len(state[weight]) == len(own[weight]):
+    weight = next((f"{part}weight" for part in _CLASSIFIERS if f"{part}weight" in state), "")
+    if weight not in own or len(state[weight]) == len(own[weight]):
         return state
     _log.info("%s has %d classes; those of %d begin anew", source, len(state[weight]), len(own[weight]))
-    return {name: own[name] if name in own and ".conv_seg." in name else tensor for name, tensor in state.items()}
+    return {
+        name: own[name] if name in own and name.startswith(_CLASSIFIERS) else tensor for name, tensor in state.items()
+    }
 
 
 def _some(names: list[str]) -> str:
