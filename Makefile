@@ -36,7 +36,8 @@ $(STAMP): pyproject.toml $(NATIVE)
 train: $(STAMP)  ## train the default recipe on the embedded images; ARGS="model=dinat_mini optim.lr=1e-3"
 	$(BIN)/python train.py $(ARGS)
 
-test: test-fast test-slow  ## run the whole test suite
+test: $(STAMP)  ## run the whole test suite, in one go: workers that are started once
+	$(PYTEST) -m "not exhaustive" $(ARGS)
 
 test-fast: $(STAMP)  ## run the tests that take seconds; ARGS="-k export"
 	$(PYTEST) $(ARGS)

@@ -227,7 +227,7 @@ def insert(path: Path, name: str, lines: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def draw(jobs: Mapping[str, Job], path: Path, count: int = 4) -> None:
+def draw(jobs: Mapping[str, Job], path: Path, count: int = 3) -> None:
     """Test scenes with the truth and what some of the models make of them."""
     config = next(iter(jobs.values())).config()
     splits = load_data(config)

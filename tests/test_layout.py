@@ -142,6 +142,7 @@ import timm, timm.models, torch
 
 names = set(timm.list_models())
 stems = {module.name for module in pkgutil.iter_modules(timm.models.__path__)}
+before = set(sys.modules)
 warnings.simplefilter("error")  # timm only warns when a name is registered over another
 import mixerzoo.vision, mixerzoo.vision.backbones as backbones
 
@@ -150,6 +151,7 @@ print(json.dumps(dict(
     lost=sorted(names - set(timm.list_models())),
     clashes=sorted(stems & {module.name for module in pkgutil.iter_modules(backbones.__path__)}),
     cuda=torch.cuda.is_initialized(),
+    loaded=sorted(set(sys.modules) - before),
 )))
 """
 
@@ -161,3 +163,5 @@ def test_import_is_light_and_takes_no_name_from_timm() -> None:
     found = json.loads(done.stdout)
     assert found["new"], "no model was registered"
     assert (found["lost"], found["clashes"], found["cuda"]) == ([], [], False)
+    assert {name.split(".")[0] for name in found["loaded"]} <= {"mixerzoo", *sys.stdlib_module_names}
+    assert not [name for name in found["loaded"] if "_triton" in name], "kernels are defined when they are first needed"

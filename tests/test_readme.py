@@ -206,8 +206,8 @@ def _small(words: list[str], folder: Path) -> list[str]:
             return [sys.executable, *words[1:]]
         case ["python", "train.py", *arguments]:
             names = {argument.split("=")[0] for argument in arguments}
-            if "train.devices" in names:
-                return []  # tests/vision/test_distributed.py starts several processes
+            if "train.devices" in names or importlib.import_module("mixerzoo.vision.training.sweep").plan(arguments):
+                return []  # tests of their own start several processes: test_distributed.py, test_sweep.py
             if any(argument.startswith("recipe=") and argument.endswith("_imagenet") for argument in arguments):
                 return [sys.executable, *words[1:], *PUBLISHED]
             if "recipe=token_reduction" in arguments:
@@ -217,8 +217,14 @@ def _small(words: list[str], folder: Path) -> list[str]:
                 data = ["data.scenes=8", "data.download=false"]
             resumed = ["train.epochs=4"] if "resume" in names else ["train.epochs=1", *data, *TRAIN]
             return [sys.executable, *words[1:], *resumed]
-        case ["python", "-m", "pytest", *_]:
-            return [sys.executable, *words[1:], "--collect-only", "-q", "-p", "no:cacheprovider"]
+        case ["python", "-m", "pytest", *_] | [
+            "python",
+            "-m",
+            "mixerzoo.vision.visualize",
+            "--output",
+            "docs/pictures",
+        ]:
+            return []  # this very suite; tests/vision/test_visualize.py draws them all
         case ["python", "-m", "mixerzoo.vision.export", *arguments]:
             trained = "--checkpoint" in arguments or arguments[0].startswith("runs/")
             tiny = [] if trained else [f"{key}={value}" for key, value in TINY.items()]

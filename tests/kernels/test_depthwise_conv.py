@@ -40,12 +40,14 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 IMPLEMENTATIONS = ["AVX2", "DEFAULT", "plain", "triton"]
 
+_COMPILED = [(name, layout) for name in IMPLEMENTATIONS[:3] for layout in FORMATS]
 in_each_format = pytest.mark.parametrize(
-    ("implementation", "memory_format"),
-    [(name, layout) for name in IMPLEMENTATIONS[:3] for layout in FORMATS] + [("triton", "channels_last")],
-    indirect=["implementation"],
+    ("implementation", "memory_format"), [*_COMPILED, ("triton", "channels_last")], indirect=["implementation"]
 )
 """Triton's copies the map first if it must, which `test_any_strides` sees; interpreted it is slow."""
+
+LONG = {"large kernel", "stage of van", "columns"}
+"""Cases that take the interpreter more than six seconds."""
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -87,8 +89,12 @@ def definition(case: Case) -> Callable[..., Tensor]:
     return lambda x, w, b: F.conv2d(x, w, b, padding=padding, dilation=case.dilation, groups=case.channels)
 
 
-@in_each_format
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "implementation", "memory_format"),
+    [(name, *how) for name in CASES for how in _COMPILED]
+    + [pytest.param(name, "triton", "channels_last", marks=pytest.mark.slow if name in LONG else ()) for name in CASES],
+    indirect=["implementation"],
+)
 def test_equals_the_definition(name: str, memory_format: str, implementation: str, poisoned_memory: None) -> None:
     case = CASES[name]
     *inputs, grad = make_inputs(case, FORMATS[memory_format])
@@ -365,7 +371,11 @@ def test_backward_operators_pass_opcheck(memory_format: str, implementation: str
             torch.library.opcheck(torch.ops.mixerzoo.large_kernel_attention_backward.default, arguments)
 
 
-@in_each_format
+@pytest.mark.parametrize(
+    ("implementation", "memory_format"),
+    [*_COMPILED, pytest.param("triton", "channels_last", marks=pytest.mark.slow)],
+    indirect=["implementation"],
+)
 def test_operators_pass_opcheck(memory_format: str, implementation: str) -> None:
     inputs = [tensor.float() for tensor in make_attention(2, 3, (3, 4))]
     inputs[0] = inputs[0].contiguous(memory_format=FORMATS[memory_format])

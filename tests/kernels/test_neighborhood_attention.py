@@ -275,6 +275,7 @@ class Attend(torch.nn.Module):
         return na2d(x, x + 1, x * 2, 3, dilation=(1, 2))
 
 
+@pytest.mark.slow
 def test_the_compiled_graph_holds_the_operator_and_the_exported_one_does_not() -> None:
     x = torch.randn(2, 8, 9, 2, 4)
     graphs = []

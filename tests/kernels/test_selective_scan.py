@@ -27,6 +27,12 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return request.param
 
 
+triton_takes_long = pytest.mark.parametrize(
+    "implementation", ["native", "plain", pytest.param("triton", marks=pytest.mark.slow)], indirect=True
+)
+"""Five seconds and more in the interpreter."""
+
+
 # The definition, one step after the other.
 
 
@@ -199,6 +205,7 @@ def test_the_plain_form_and_its_written_out_gradients_are_exact(name: str, monke
     assert_close(run(by_operator, inputs, torch.float64), expected, 1e-12)
 
 
+@triton_takes_long
 def test_states_are_saved_before_each_chunk_and_after_the_last(implementation: str) -> None:
     for length in (31, 32, 65):
         u, delta = torch.randn(2, 5, length), torch.rand(2, 5, length)
@@ -245,6 +252,7 @@ def test_half_precision_sums_in_float32(dtype: torch.dtype, implementation: str)
     assert_close(results, expected, step * 2)
 
 
+@triton_takes_long
 def test_strong_decay_and_long_memory_stay_finite(implementation: str) -> None:
     """What breaks scans that divide by products of decays or add up their logarithms."""
     length = 70
@@ -272,6 +280,7 @@ def test_nan_reaches_the_steps_after_it_and_no_other_channel(implementation: str
     assert torch.equal(found, expected)
 
 
+@triton_takes_long
 def test_any_strides(implementation: str) -> None:
     t = {name: value.float() for name, value in draw_map(CROSS, (2, 3), dim=4).items()}
     expected = run(selective_scan_2d, t, torch.float32)
@@ -412,6 +421,7 @@ def test_float64_is_differentiable_twice() -> None:
     assert torch.autograd.gradgradcheck(function, tuple(t.values()))
 
 
+@triton_takes_long
 def test_operators_pass_opcheck(implementation: str) -> None:
     t = {k: value.float().requires_grad_() for k, value in draw_map(BIDIRECTIONAL, (2, 2), dim=3, batch=1).items()}
     x, projected = t["x"].flatten(1, 2).unsqueeze(2), t["projected"].flatten(1, 2)

@@ -404,6 +404,7 @@ def test_export_holds_standard_operators_and_the_parameters() -> None:
     assert dict(program.named_parameters()).keys() == dict(module.named_parameters()).keys()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

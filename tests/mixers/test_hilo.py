@@ -128,7 +128,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert got.dtype == dtype and (got.float() - want).norm() < 0.02 * want.norm()
 
 
-@pytest.mark.parametrize(("alpha", "window_size"), SPLITS)
+@pytest.mark.parametrize(
+    ("alpha", "window_size"), [SPLITS[0], *(pytest.param(*split, marks=pytest.mark.slow) for split in SPLITS[1:])]
+)
 @torch.no_grad()
 def test_scripted_and_compiled(alpha: float, window_size: int) -> None:
     mixer = HiLo(16, 4, alpha=alpha, window_size=window_size).eval()

@@ -111,7 +111,8 @@ class _OtherWhenExported(nn.Module):
         return x * 1.001 if torch.compiler.is_exporting() else x
 
 
-@pytest.mark.parametrize("format", ["onnx", pytest.param("pt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
 def test_wrong_file_is_not_written(format: Any, tmp_path: Path) -> None:
     model = timm.create_model("test_convnext2")
     file = tmp_path / f"model.{format}"

@@ -418,11 +418,11 @@ def test_deployed_onnx(tmp_path: Path) -> None:
     assert_near(torch.from_numpy(got), model(x))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_model_follows_train_and_eval(backend: str) -> None:
+@pytest.mark.slow
+def test_compiled_model_follows_train_and_eval() -> None:
     torch._dynamo.reset()
     model = tiny(drop_path_rate=0.0)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert_near(compiled(x), model(x), 1e-4)
