@@ -90,12 +90,14 @@ class Blocks:
 
     windows: Windows
     axes: tuple[_Axis, ...]
+    shape: tuple[int, int, int]
+    """Blocks, queries of a block, keys of a block."""
     query: Tensor
-    """[blocks, queries]: token of each query of a block."""
+    """[blocks * queries]: token of each query, block after block."""
     key: Tensor
-    """[blocks, keys]: token of each key of a block."""
+    """[blocks * keys]: token of each key, likewise."""
     slot: Tensor
-    """[tokens]: where each token stands in the flattened `query`."""
+    """[tokens]: where each token stands in `query`."""
 
     @classmethod
     def cut(cls, spatial: Sequence[int], windows: Windows, device: torch.device, *, symbolic: bool = False) -> "Blocks":
@@ -121,16 +123,19 @@ class Blocks:
             tile, place = _divmod(point, queries)
             token_block = token_block * counts[a] + lattice * per_lattice[a] + tile
             token_place = token_place * queries + place
-        slot = token_block * query.shape[1] + token_place
-        return cls(windows, tuple(axes), query, key, slot)
+        shape = (block.shape[0], query.shape[1], key.shape[1])
+        slot = token_block * shape[1] + token_place
+        return cls(windows, tuple(axes), shape, query.flatten(), key.flatten(), slot)
 
     def cut_queries(self, tensor: Tensor) -> Tensor:
         """[batch, tokens, heads, dim] -> [batch, heads, blocks, queries, dim]."""
-        return tensor.index_select(1, self.query.flatten()).unflatten(1, self.query.shape).permute(0, 3, 1, 2, 4)
+        blocks, queries, _ = self.shape
+        return tensor.index_select(1, self.query).unflatten(1, (blocks, queries)).permute(0, 3, 1, 2, 4)
 
     def cut_keys(self, tensor: Tensor) -> Tensor:
         """[batch, tokens, heads, dim] -> [batch, heads, blocks, keys, dim]."""
-        return tensor.index_select(1, self.key.flatten()).unflatten(1, self.key.shape).permute(0, 3, 1, 2, 4)
+        blocks, _, keys = self.shape
+        return tensor.index_select(1, self.key).unflatten(1, (blocks, keys)).permute(0, 3, 1, 2, 4)
 
     def join_queries(self, tensor: Tensor) -> Tensor:
         """[batch, heads, blocks, queries, dim] -> [batch, tokens, heads, dim], each token's own row."""
@@ -140,7 +145,7 @@ class Blocks:
         """[batch, heads, blocks, keys, dim] -> [batch, tokens, heads, dim], summed over all copies of a token."""
         rows = tensor.permute(0, 2, 3, 1, 4).flatten(1, 2)
         shape = (rows.shape[0], self.slot.shape[0], *rows.shape[2:])
-        return rows.new_zeros(shape).index_add_(1, self.key.flatten(), rows)
+        return rows.new_zeros(shape).index_add_(1, self.key, rows)
 
     def mask(self, *, own_only: bool = False) -> Tensor:
         """[blocks, queries, keys]: whether each pair attends.
@@ -158,7 +163,7 @@ class Blocks:
         return self._flatten_pairs(index)
 
     def _flatten_pairs(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, self.query.shape[1], self.key.shape[1])
+        return tensor.reshape(self.shape)
 
 
 @functools.lru_cache(maxsize=256)

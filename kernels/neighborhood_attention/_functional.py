@@ -68,11 +68,11 @@ def _check_rpb(rpb: Tensor, heads: int, windows: Windows) -> None:
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Output and log-sum-exp by the operator, or by plain operators where the caller needs those."""
     if _runtime.wants_plain_ops():
-        return _plain.forward(query, key, value, rpb, windows, scale)
+        return _plain.forward(query, key, value, rpb, windows, scale, with_lse=with_lse)
     missing = 3 - len(windows)
     windows = (Window(1, 1, 1, False),) * missing + windows
     three_axes = [tensor[(slice(None), *[None] * missing)] for tensor in (query, key, value)]
@@ -159,12 +159,13 @@ def _neighborhood_attention(
     repeats, widest = heads // key.shape[-2], max(head_dim, value_dim)
     key, value = _repeat_heads(key, repeats), _repeat_heads(value, repeats)
 
-    if not with_lse and extra is None and _prefers_dense(query, windows):
+    with_lse = with_lse or extra is not None
+    if not with_lse and _prefers_dense(query, windows):
         return _attend_densely(query, key, value, rpb, windows, scale), None
     wide_query, wide_key, wide_value = (_widen(tensor, widest) for tensor in (query, key, value))
-    out, lse = _attend(wide_query, wide_key, wide_value, rpb, windows, scale)
+    out, lse = _attend(wide_query, wide_key, wide_value, rpb, windows, scale, with_lse=with_lse)
     out = out if value_dim == widest else out[..., :value_dim]
-    if extra is None:
+    if extra is None or lse is None:
         return out, lse
     extra_keys, extra_values = (_repeat_heads(tensor, repeats) for tensor in extra)
     return _merge((out, lse), _attend_additional(query, extra_keys, extra_values, scale))

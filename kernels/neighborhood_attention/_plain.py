@@ -33,7 +33,7 @@ def _bias(rpb: Tensor | None, mask: Tensor, index: Tensor, dtype: torch.dtype) -
     if rpb is None:
         bias = torch.zeros((1, *mask.shape), dtype=dtype, device=mask.device)
     else:
-        bias = rpb.to(dtype).flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
+        bias = rpb.to(dtype).flatten(1)[:, index]
     return bias.masked_fill(~mask, float("-inf"))
 
 
@@ -51,19 +51,21 @@ def _traced_blocks(spatial: Sequence[int], windows: Windows, device: torch.devic
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """Output [batch, *spatial, heads, head_dim] and natural log-sum-exp [batch, *spatial, heads], differentiable.
 
-    Sizes may be symbols, as while exporting.
+    Sizes may be symbols, as while exporting. What is not asked for is not computed: tracing it would take its time.
     """
     spatial, dtype = query.shape[1:-2], torch.promote_types(query.dtype, torch.float32)
     blocks, mask, index = _traced_blocks(spatial, windows, query.device)
     q, k, v = (_tokens(tensor, dtype) for tensor in (query, key, value))
     scores = _scores(blocks, q, k, scale) + _bias(rpb, mask, index, dtype)
-    lse = scores.logsumexp(-1, keepdim=True)
-    out = blocks.join_queries((scores - lse).exp() @ blocks.cut_keys(v))
-    return out.to(query.dtype).unflatten(1, spatial), blocks.join_queries(lse).squeeze(-1).unflatten(1, spatial)
+    out = blocks.join_queries(scores.softmax(-1) @ blocks.cut_keys(v)).to(query.dtype).unflatten(1, spatial)
+    if not with_lse:
+        return out, None
+    lse = blocks.join_queries(scores.logsumexp(-1, keepdim=True))
+    return out, lse.squeeze(-1).unflatten(1, spatial)
 
 
 def forward_by_image(
