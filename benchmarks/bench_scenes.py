@@ -64,6 +64,8 @@ FAMILIES = {
     "deit_tiny_patch16_224": "DeiT (timm)",
     "dynamicvit_deit_small_patch16_224": "DynamicViT on DeiT",
     "vig_tiny": "ViG",
+    "eet_vit_small": "EET",
+    "spatten_deit_tiny_patch16_224": "SpAtten",
 }
 """What is trained, in this order, by the name of the model that the recipe has settings for."""
 

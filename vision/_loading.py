@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ._reading import one_line, read_checkpoint
 from .label_sets import LABEL_SETS, class_list
 from .segmentation import build_segmenter
+from .segmentation.evaluation import published_evaluation
 from .segmentation.features import takes_any_size
 
 _Number = TypeVar("_Number", int, float)
@@ -146,18 +147,21 @@ def load_segmenter(
     *,
     head: Mapping[str, Any],
     checkpoint: Path | None = None,
-    size: int = 512,
+    size: int | None = None,
     **model_kwargs: Any,
 ) -> Trained:
     """A segmenter by the names of its backbone and its head, with the weights of a published file or random ones.
 
-    Its pictures are normalised as ImageNet's and have a shorter side of `size`, as in the published evaluations.
+    Its pictures are normalised as ImageNet's, and judged as published for its classes (segmentation/evaluation.py).
+    `size` is for models that are built for one size; others take any.
     """
     if not timm.is_model(name.split(".")[0]):
         raise ValueError(no_model(name))
     arguments = dict(model_kwargs)
+    judged = published_evaluation(name, str(head.get("name")), classes)
     if takes_one_size(name, arguments):
-        arguments.setdefault("img_size", size)
+        judged |= {"size": size or judged["size"], "short_side": None}
+        arguments.setdefault("img_size", judged["size"])
     try:
         model = build_segmenter(name, len(classes), head=head, checkpoint=checkpoint, **arguments)
         if checkpoint is not None:
@@ -166,18 +170,20 @@ def load_segmenter(
         weights = f" with the weights of {checkpoint}" if checkpoint is not None else ""
         raise ValueError(f"cannot build {name} under {head.get('name')}{weights}: {one_line(error)}") from error
     facts = {"model": name, "model_kwargs": model_kwargs, "head": dict(head), "classes": list(classes), "in_chans": 3}
-    facts |= {"size": size, "mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+    facts |= {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD), **judged}
     return Trained(model.eval(), facts, checkpoint)
 
 
 def _refuse_new_head(model: nn.Module, checkpoint: Path) -> None:
     """Training may begin with a backbone alone, or with other classes than the file's; what is used may not."""
     known = {_fingerprint(tensor) for tensor in _tensors(read_checkpoint(checkpoint, segmenters=True)[0])}
-    parts = ((name, weight) for name, weight in model.named_parameters() if name.startswith("decode_head."))
     new = [
         f"{name} {list(weight.shape)}"
-        for name, weight in parts
-        if weight.ndim > 1 and _fingerprint(weight) not in known
+        for name, weight in model.named_parameters()
+        if name.startswith(("decode_head.", "network."))  # `network` is smp's model
+        and not name.startswith("network.encoder.")
+        and weight.ndim > 1
+        and _fingerprint(weight) not in known
     ]
     if new:
         raise ValueError(f"it has nothing for {new[0]}: it is of a backbone alone, or of another number of classes")
@@ -265,7 +271,7 @@ def add_head_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_under_head(arguments: argparse.Namespace, size: int | None) -> Trained:
-    """The segmenter that these options name. `size` is 512 or, of Cityscapes, 1024 where it is None."""
+    """The segmenter that these options name; `size` as in `load_segmenter`."""
     if arguments.pretrained:
         raise ValueError("--pretrained fetches classifiers; a segmenter's weights come from --checkpoint FILE")
     return load_segmenter(
@@ -273,7 +279,7 @@ def load_under_head(arguments: argparse.Namespace, size: int | None) -> Trained:
         class_list(arguments.classes),
         head={"name": arguments.head, **arguments.head_kwargs},
         checkpoint=arguments.checkpoint,
-        size=size or (1024 if arguments.classes == "cityscapes" else 512),
+        size=size,
         **arguments.model_kwargs,
     )
 

@@ -89,16 +89,22 @@ def label_set(name: str) -> LabelSet:
 
 
 def published_colours(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...] | None:
-    """Those of the data set that has these classes, if it is known here.
+    """Those of the data set that has these classes, if it is known here."""
+    name = published_name(classes)
+    return None if name is None else LABEL_SETS[name].colours
+
+
+def published_name(classes: Sequence[str]) -> str | None:
+    """The data set that has these classes, if it is known here.
 
     Some go by more than one name, or with others behind a comma: one in ten may be called otherwise.
     """
     given = [name.replace(";", ",").partition(",")[0].strip().lower() for name in classes]
-    for known in LABEL_SETS.values():
+    for data, known in LABEL_SETS.items():
         if len(given) == len(known.names):
             agreeing = sum(name == other for name, other in zip(given, known.names, strict=True))
             if agreeing >= 0.9 * len(given):
-                return known.colours
+                return data
     return None
 
 

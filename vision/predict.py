@@ -7,11 +7,14 @@
 The model is a run folder or checkpoint of `train.py`, a timm name with `--pretrained` or `--checkpoint`, under a
 segmentation head with `--head`, or a folder that `… export --format safetensors` wrote. Pictures may have any size,
 shape and colour mode; each is prepared as the model's evaluation did it. A segmenter sees the whole picture as its run
-was tested (`evaluate.…`), or as `--mode`, `--window`, `--stride`, `--scales` and `--flip` say, and answers at the
-picture's own size.
+was tested (`evaluate.…`), one of a timm name as was published, or as `--mode`, `--window`, `--stride`, `--scales` and
+`--flip` say, and answers at the picture's own size.
 
-Unusual: a picture that cannot be read, or not be segmented, is named and left out, and the exit code is 1, so that a
-script can tell.
+Unusual:
+
+* A picture that cannot be read, or not be segmented, is named and left out, and the exit code is 1, so that a script
+  can tell.
+* Before anything is predicted it is known what will be written where; nothing is written over a picture it reads.
 """
 
 from __future__ import annotations
@@ -56,11 +59,11 @@ OVERLAY = ".overlay.png"
 WIDEST_NAME = 30  # of a class in the table
 
 
-def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
+def find_pictures(arguments: Sequence[str], *, masks: Path | None = None) -> list[tuple[Path, Path]]:
     """(file, a name below the folder or pattern it was found by), each once, for files, folders and patterns.
 
     Folders are searched to the bottom for what torchvision's ImageFolder takes for pictures. What this tool wrote
-    itself is left out.
+    itself is left out: overlays, and PNG files in `masks` where that lies in a folder that is searched.
     """
     found: dict[Path, Path] = {}
     taken: set[Path] = set()
@@ -75,6 +78,8 @@ def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             files = [Path(file) for file in glob.glob(argument, recursive=True)]
         files = sorted(file for file in files if not file.name.endswith(OVERLAY) and not file.is_dir())
+        if masks is not None and _lies_in(masks, root) and masks.resolve() != root.resolve():
+            files = [file for file in files if file.suffix != ".png" or not _lies_in(file.parent, masks)]
         if not files:
             raise ValueError(
                 f"{argument}: there are no pictures; give files, folders or patterns such as 'photos/*.jpg'"
@@ -84,6 +89,10 @@ def find_pictures(arguments: Sequence[str]) -> list[tuple[Path, Path]]:
                 found[file] = _new_name(file.relative_to(root), taken)
                 taken.add(found[file].with_suffix(""))
     return list(found.items())
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _new_name(name: Path, taken: Collection[Path]) -> Path:
@@ -260,10 +269,7 @@ def seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predict
     if told.get("mode", own.mode) == "whole":
         own = dataclasses.replace(own, mode="whole", window=None, stride=None)
     elif "window" in told or own.window is None:
-        if "window" not in told and not own.short_side:
-            raise ValueError("--mode slide: give a --window H,W, too; this run has none")
-        side = own.short_side  # that of training, unless told
-        told = {"mode": "slide", "window": (side, side), "stride": None, **told}
+        told = {"mode": "slide", "window": (predictor.side, predictor.side), "stride": None, **told}
     return dataclasses.replace(predictor, inference=dataclasses.replace(own, **told))
 
 
@@ -285,11 +291,31 @@ def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
         raise ValueError("--folder and --masks are for segmenters; a classifier writes a table, and --sheet")
 
 
+def _refuse_overwriting(arguments: argparse.Namespace, files: Sequence[tuple[Path, Path]], *, dense: bool) -> None:
+    pictures = {file.resolve() for file, _ in files}
+    written = [("--output", arguments.output), ("--sheet", arguments.sheet)]
+    for file, name in files if dense else ():
+        overlay, mask = _places(arguments, file, name)
+        written += [("--folder", overlay), ("--masks", mask)]
+    for option, path in written:
+        if path is not None and path.resolve() in pictures:
+            raise ValueError(f"{option} would write over {path}, a picture to predict; give another place")
+
+
+def _places(arguments: argparse.Namespace, file: Path, name: Path) -> tuple[Path, Path | None]:
+    """Where the overlay of a picture goes and, if it is wanted, its mask."""
+    # The whole name, suffix included: a.jpg and a.png may lie side by side.
+    base = file if arguments.folder is None else arguments.folder / name
+    mask = None if arguments.masks is None else (arguments.masks / name).with_suffix(".png")
+    return base.with_name(f"{base.name}{OVERLAY}"), mask
+
+
 def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = _load(arguments)
     _check(arguments, predictor)
     predictor = seen_as_told(predictor, arguments)
-    files = find_pictures(arguments.images)
+    files = find_pictures(arguments.images, masks=arguments.masks)
+    _refuse_overwriting(arguments, files, dense=predictor.dense)
     sheet: Path | None = arguments.sheet
     failures: list[str] = []
     predictions: list[Prediction] = []
@@ -323,13 +349,10 @@ def _run_cli(arguments: argparse.Namespace) -> int:
 def _write_pictures(
     arguments: argparse.Namespace, predictor: Predictor, file: Path, name: Path, picture: Image.Image, mask: Tensor
 ) -> Path:
-    # The whole name, suffix included: a.jpg and a.png may lie side by side.
-    base = file if arguments.folder is None else arguments.folder / name
-    base.parent.mkdir(parents=True, exist_ok=True)
-    overlay = base.with_name(f"{base.name}{OVERLAY}")
+    overlay, path = _places(arguments, file, name)
+    overlay.parent.mkdir(parents=True, exist_ok=True)
     draw_overlay(overlay, picture, mask, predictor.classes)
-    if arguments.masks is not None:
-        path = (arguments.masks / name).with_suffix(".png")
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_mask(path, mask, predictor.classes)
     return overlay

@@ -27,13 +27,15 @@ from .segmentation.inference import Inference, label_map, of_settings
 class Predictor:
     """A model in eval mode, the names of its classes, and what makes its input [C, H, W] of an RGB picture.
 
-    A segmenter has an `inference`, which says at what sizes and in what pieces it sees the picture.
+    A segmenter has an `inference`, which says at what sizes and in what pieces it sees the picture; `side` is that of
+    the squares it was trained with, and of windows that are not told.
     """
 
     model: nn.Module
     classes: Sequence[str]
     prepare: Callable[[Image.Image], Tensor]
     inference: Inference | None = None
+    side: int = 0
     trained: bool = True
 
     @property
@@ -68,16 +70,24 @@ class Predictor:
 
 
 def of_run(trained: Trained, size: int | None = None) -> Predictor:
-    """With the preparation of its own evaluation; `size` in place of that of the training."""
+    """With the preparation of its own evaluation; `size` in place of that of the training.
+
+    Of a segmenter that is the picture's shorter side. Windows stay those of the run, unless the model takes one size.
+    """
     facts = trained.facts
     side: int = size or facts["size"]
     mean, std = facts["mean"], facts["std"]
     if trained.dense:
         short_side = facts.get("short_side") if size is None else size
         fixed = takes_one_size(facts["model"], facts["model_kwargs"])
-        inference = of_settings(facts.get("evaluate") or {}, size=side, short_side=short_side, fixed=fixed)
-        weights = trained.checkpoint is not None
-        return Predictor(trained.model, facts["classes"], _Whole(tuple(mean), tuple(std)), inference, trained=weights)
+        evaluate = dict(facts.get("evaluate") or {})
+        if not fixed:
+            side = facts["size"]
+        elif side != facts["size"]:
+            evaluate |= {"window": None, "stride": None}
+        inference = of_settings(evaluate, size=side, short_side=short_side, fixed=fixed)
+        prepare, weights = _Whole(tuple(mean), tuple(std)), trained.checkpoint is not None
+        return Predictor(trained.model, facts["classes"], prepare, inference, side, trained=weights)
     if facts["in_chans"] == 1:  # grey pictures are those that are held in memory, see data/classification.py
         return Predictor(trained.model, facts["classes"], _Framed(side, mean[0], std[0]))
     return of_timm(trained.model, size=size)

@@ -228,6 +228,28 @@ def test_a_wrong_mask_is_named_before_training(spoil: Callable[[Path], None], me
         _load_masks(_masks(tmp_path, spoil))
 
 
+@pytest.mark.parametrize("kind", ["annotations", "images"])
+def test_what_a_model_is_judged_by_must_be_readable_before_training(kind: str, tmp_path: Path) -> None:
+    def spoil(root: Path) -> None:
+        for file in (root / kind / "validation" / "2.png", root / kind / "training" / "1.png"):
+            file.write_bytes(file.read_bytes()[:20])
+
+    with pytest.raises(DataError, match=rf"^\S*{kind}/validation/2\.png cannot be read: .+ lists all such files$"):
+        _load_masks(_masks(tmp_path, spoil))
+
+
+def test_masks_of_which_one_cannot_be_read_are_checked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("mixerzoo.vision.data.mask_files._LONG", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = _masks(tmp_path / "data", lambda root: (root / "annotations/training/2.png").write_bytes(b""))
+    for _ in range(2):
+        _load_masks(root)
+    assert caplog.messages.count("checking 8 masks") == 2
+
+
 def test_masks_that_took_long_to_check_are_remembered_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -98,8 +98,11 @@ def test_voc_is_read_by_its_lists_and_its_palette_is_numbers(place: str, tmp_pat
     splits = _load("voc", tmp_path)
     assert (len(splits.train), len(splits.val), len(splits.classes)) == (2, 1, 21)
     assert _labels(splits.val) == [0, 3, IGNORE_INDEX] and splits.classes[3] == "bird"
-    assert len(_load("voc", tmp_path, train_split="trainval").train) == 3
-    with pytest.raises(ValueError, match=r"no .*trainvall\.txt; .* among: train, trainval, val, trainaug"):
+    lists = tmp_path / place / "ImageSets" / "Segmentation"
+    (lists / "mine.txt").write_text("d\n")
+    _mask(tmp_path / place / "SegmentationClass" / "d.png", [0, 4], palette=True)
+    assert len(_load("voc", tmp_path, train_split="trainval", val_split="mine").train) == 3
+    with pytest.raises(ValueError, match=r"no .*trainvall\.txt; .* among: mine, train, trainval, val, trainaug"):
         _load("voc", tmp_path, train_split="trainvall")
 
 
@@ -165,6 +168,33 @@ def test_camvid_in_each_of_its_forms(lay_out, tmp_path: Path) -> None:
     assert (splits.classes[0], splits.classes[10]) == ("bicyclist", "tree")
     both = _load("camvid", tmp_path, train_split="trainval", val_split="test")
     assert len(both.train) == 2 and both.test is both.val
+
+
+def test_pictures_of_training_are_none_to_judge_by(tmp_path: Path) -> None:
+    _voc(tmp_path / "voc")
+    message = (
+        r"^1 of the 1 validation pictures are trained on too, such as .*c\.jpg: .* data\.train_split \(now trainval\) "
+        r"and data\.val_split \(now null, the usual one\)$"
+    )
+    for limit in (None, 2):  # whether or not the very picture is drawn
+        with pytest.raises(ValueError, match=message):
+            _load("voc", tmp_path / "voc", train_split="trainval", limit=limit)
+    _camvid_lists(tmp_path / "camvid")
+    with pytest.raises(ValueError, match=r"1 of the 1 validation .*data\.val_split \(now val\)"):
+        _load("camvid", tmp_path / "camvid", train_split="trainval", val_split="val")
+    with pytest.raises(ValueError, match=r"1 of the 2 test .*data\.test_split \(now trainval\)"):
+        _load("camvid", tmp_path / "camvid", test_split="trainval")
+
+
+def test_a_list_that_is_not_in_utf8_is_named(tmp_path: Path) -> None:
+    _voc(tmp_path / "voc")
+    (tmp_path / "voc" / "ImageSets" / "Segmentation" / "val.txt").write_bytes(b"\xe9t\xe9\n")
+    with pytest.raises(ValueError, match=r"val\.txt is not in UTF-8 \(.* at byte 0\)"):
+        _load("voc", tmp_path / "voc")
+    _camvid_lists(tmp_path / "camvid")
+    (tmp_path / "camvid" / "list" / "camvid" / "val.lst").write_bytes(b"images/\xe9.png labels/1.png\n")
+    with pytest.raises(ValueError, match=r"val\.lst is not in UTF-8"):
+        _load("camvid", tmp_path / "camvid")
 
 
 def test_lists_that_name_what_is_not_there_are_refused(tmp_path: Path) -> None:

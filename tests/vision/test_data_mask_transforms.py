@@ -168,8 +168,13 @@ def test_a_distortion_is_what_it_is_called(change: dict[str, float], expected, f
     [
         ({"crop": [32]}, r"augment\.crop=\[32\]: a crop has two sides"),
         ({"crop": [32, 64], "sizes": {0: 16}}, r"augment\.sizes changes the side of square crops"),
+        ({"resize": [2.0, 0.5]}, r"augment\.resize=\[2\.0, 0\.5\]: .* two numbers above 0, \[lowest, highest\]"),
+        ({"resize": [0.5]}, r"augment\.resize=\[0\.5\]: .* two numbers above 0"),
+        ({"resize": [0.5, 1.0, 2.0]}, r"augment\.resize=\[0\.5, 1\.0, 2\.0\]: "),
+        ({"resize": [0.0, 1.0]}, r"augment\.resize=\[0\.0, 1\.0\]: "),
+        ({"resize": [0.5, float("nan")]}, r"augment\.resize=\[0\.5, nan\]: "),
     ],
 )
-def test_crops_that_cannot_be_meant_are_refused(augment: dict, message: str) -> None:
+def test_crops_and_sizes_that_cannot_be_meant_are_refused(augment: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MaskTransforms(32, AugmentConfig(**augment))

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from mixerzoo.vision.data.loading import Request
+from mixerzoo.vision.data.mask_files import Labels, read_mask
 from mixerzoo.vision.data.module import SOURCES, ZooData
+from mixerzoo.vision.data.pictures import DataError
 from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits
 from mixerzoo.vision.training.config import AugmentConfig, DataConfig
 from PIL import Image
@@ -127,6 +129,28 @@ def test_names_of_classes_come_from_a_file(save: Save) -> None:
         _load(root, classes=3)
 
 
+@pytest.mark.parametrize("name", ["classes.txt", "objectInfo150.txt"])
+def test_names_that_are_not_in_utf8_are_an_error_with_the_file(name: str, save: Save) -> None:
+    root = save("one", _mask())
+    save("two", _mask())
+    lines = "Name\nmur\nplanch\u00e9\nciel\n"
+    (root / name).write_text(lines, encoding="utf-8-sig")  # as an editor of Windows does
+    assert _load(root, classes=None, ignore_zero=True).classes[-2:] == ("planch\u00e9", "ciel")
+    (root / name).write_text(lines, encoding="latin-1")
+    with pytest.raises(DataError, match=rf"{name} is not in UTF-8 \(.* at byte 15\); save it in UTF-8"):
+        _load(root, classes=None, ignore_zero=True)
+
+
+def test_whole_numbers_of_a_float_mask_are_labels_and_others_are_refused(tmp_path: Path) -> None:
+    labels = Labels(("a", "b"), {0: 0, 1: 1, 255: IGNORE_INDEX}, "there are 2 classes")
+    values = np.array([[0, 1, 255]], np.float32)
+    Image.fromarray(values).save(tmp_path / "mask.tif")
+    assert read_mask(tmp_path / "mask.tif", labels).tolist() == [[0, 1, 255]]
+    Image.fromarray(np.array([[0.5, 1, np.nan, np.inf]], np.float32)).save(tmp_path / "mask.tif")
+    with pytest.raises(DataError, match=r"mask\.tif holds labels 0\.5, inf, nan, but there are 2 classes"):
+        read_mask(tmp_path / "mask.tif", labels)
+
+
 def test_ade20k_brings_its_names(save: Save) -> None:
     root = save("one", _mask())
     save("two", _mask())
@@ -142,7 +166,8 @@ def test_ade20k_brings_its_names(save: Save) -> None:
     [
         ({"classes": None}, r"data.classes is not set, and there is no .*classes.txt"),
         ({"root": None}, r"data.root=None: there is no such folder"),
-        ({"classes": 300}, "2 to 255 classes; got 300"),
+        ({"classes": 300}, r"counted from 0 can hold 2 to 255 classes, .* got 300; correct data\.classes or .*classes"),
+        ({"classes": 255, "ignore_zero": True}, "counted from 1 can hold 2 to 254 classes, as 255 is none; got 255"),
     ],
 )
 def test_unusable_settings_are_named(settings: dict, message: str, save: Save) -> None:

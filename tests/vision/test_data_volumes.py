@@ -144,9 +144,9 @@ def _colin(folder: Path, atlas: np.ndarray | None = None) -> Path:
     return folder
 
 
-def _load(source: str, **settings: object) -> Splits:
+def _load(source: str, *, seed: int = 0, **settings: object) -> Splits:
     augment = AugmentConfig(resize=[1.0, 1.0], hflip=0.0)
-    return SOURCES[source](DataConfig(**{"size": 64, "short_side": 0, "download": False, **settings}), augment, 0)
+    return SOURCES[source](DataConfig(**{"size": 64, "short_side": 0, "download": False, **settings}), augment, seed)
 
 
 def test_the_regions_of_an_atlas_become_lobes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,7 +168,15 @@ def test_slices_of_the_parts_are_apart(tmp_path: Path) -> None:
     for name, part in parts.items():
         others = [index for other, indices in parts.items() if other != name for index in indices]
         assert min(abs(index - other) for index in part for other in others) > volumes.GAP
-    assert len(_load("colin27", root=str(tmp_path), limit=7).train) == 7
+
+
+def test_a_limit_draws_training_slices_by_the_seed(tmp_path: Path) -> None:
+    root = str(_colin(tmp_path))
+    whole = list(_load("colin27", root=root).train.indices)
+    drawn = [list(_load("colin27", root=root, seed=seed, limit=7).train.indices) for seed in (0, 0, 1)]
+    assert all(len(part) == len({*part} & {*whole}) == 7 for part in drawn)
+    assert drawn[0] == drawn[1] != drawn[2] and whole[:7] not in drawn
+    assert list(_load("colin27", root=root, seed=3, limit=500).train.indices) == whole
 
 
 def test_tissues_are_what_is_likelier_than_not(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mixerzoo.vision._loading import load_run, load_segmenter
+from mixerzoo.vision._loading import Trained, load_run, load_segmenter
 from mixerzoo.vision.label_sets import LABEL_SETS
 from mixerzoo.vision.predict import main, parser, seen_as_told
 from mixerzoo.vision.predictors import of_run
@@ -137,10 +138,9 @@ def test_a_published_segmenter_is_named_by_its_parts(tmp_path: Path, capsys: pyt
     command = ["test_convnext", str(tmp_path / "a.png"), *parts, "--masks", str(tmp_path / "m"), "--format", "csv"]
     assert main([*command, "--checkpoint", str(tmp_path / "weights.pth")]) == 0
     assert capsys.readouterr().err == ""
-    trained = load_segmenter(
-        "test_convnext", LABEL_SETS["voc"].names, head=HEAD, checkpoint=tmp_path / "weights.pth", size=64
-    )
+    trained = load_segmenter("test_convnext", LABEL_SETS["voc"].names, head=HEAD, checkpoint=tmp_path / "weights.pth")
     images = of_run(trained).prepare(Image.open(tmp_path / "a.png"))[None]
+    assert of_run(trained).inference == Inference(short_side=512, least=32)  # but for --input-size
     want = infer(model, images, Inference(short_side=64, least=32))[0].argmax(0)
     assert np.array_equal(np.array(Image.open(tmp_path / "m" / "a.png")), want.numpy())
     assert main(command) == 0  # without weights
@@ -164,6 +164,77 @@ def test_options_that_contradict_each_other_are_refused(write_run: Callable[...,
     assert told == Inference("slide", (40, 40), (20, 30), short_side=48, least=32)
 
 
+@pytest.mark.parametrize("evaluate", [{"mode": "slide", "stride": [42, 42]}, {}])
+def test_the_input_size_is_the_pictures_and_windows_stay_the_runs(
+    evaluate: dict[str, Any], write_run: Callable[..., Path]
+) -> None:
+    trained = load_run(write_run(evaluate=evaluate, size=64))
+    for size in (24, 200):
+        told = ["--mode", "slide", "--stride", "42"]
+        inference = seen_as_told(of_run(trained, size), parser().parse_args(["run", "a.png", *told])).inference
+        assert inference == Inference("slide", (64, 64), (42, 42), short_side=size, least=min(size, 32))
+
+
+def test_a_model_of_one_size_slides_windows_of_the_size_it_is_built_for() -> None:
+    facts: dict[str, Any] = {
+        "model": "swin_tiny_patch4_window7_224",
+        "model_kwargs": {},
+        "head": HEAD,
+        "classes": CITIES,
+    }
+    facts |= {"size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "evaluate": {"mode": "slide", "stride": [42, 42]}}
+    for size, window, stride in ((None, 64, [42, 42]), (64, 64, [42, 42]), (32, 32, None)):
+        inference = of_run(Trained(torch.nn.Identity(), facts, None), size).inference
+        assert inference == Inference("slide", (window, window), stride, short_side=size or 64, least=32, fixed=True)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--masks", "PHOTOS"], "--masks would write over"),
+        (["--masks", "OTHER"], "--masks would write over"),
+        (["--output", "PHOTOS/a.png"], "--output would write over"),
+    ],
+)
+def test_no_picture_is_written_over(
+    options: list[str], named: str, write_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photos = write_run(), tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        _picture(60, 40).save(photos / name)
+    (tmp_path / "other").symlink_to(photos)  # the same by another name
+    places = {"PHOTOS": str(photos), "OTHER": str(tmp_path / "other")}
+    before = _bytes(photos)
+    command = [re.sub("|".join(places), lambda match: places[match[0]], word) for word in options]
+    assert main([str(run), str(photos), *command]) == 2
+    assert named in (err := capsys.readouterr().err) and "a.png, a picture to predict; give another" in err
+    assert _bytes(photos) == before  # not even an overlay
+
+
+def test_masks_among_the_pictures_are_not_predicted(
+    write_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photos = write_run(), tmp_path / "photos"
+    (photos / "m").mkdir(parents=True)
+    _picture(60, 40).save(photos / "a.png")
+    _picture(60, 40).save(photos / "m" / "c.jpg")  # no mask: those are PNG files
+    before: dict[str, bytes] = {}
+    for pictures in (photos, photos, photos / "**" / "*.*g"):
+        assert main([str(run), str(pictures), "--masks", str(photos / "m"), "--format", "csv"]) == 0
+        rows = capsys.readouterr().out.splitlines()[1:]
+        assert [Path(row.split(",")[0]).name for row in rows] == ["a.png", "c.jpg"]
+        assert _bytes(photos) == (before or _bytes(photos))
+        before = _bytes(photos)
+    assert {"m/a.png", "m/m/c.png"} < before.keys()
+    # A picture of the folder itself is one as ever, and its mask has no place.
+    assert main([str(run), str(photos / "m" / "a.png"), "--masks", str(photos / "m")]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -176,6 +247,7 @@ def test_options_that_contradict_each_other_are_refused(write_run: Callable[...,
         (["test_convnxt", "--head", "segformer", "--classes", "3"], "did you mean test_convnext"),
         (["test_convnext", "--head", "segformer", "--classes", "3", "--pretrained"], "come from --checkpoint FILE"),
         (["test_convnext", "--head", "segformer", "--classes", "3", "--checkpoint", "BACKBONE"], "of a backbone alone"),
+        (["test_convnext", "--head", "smp:FPN", "--classes", "3", "--checkpoint", "BACKBONE"], "of a backbone alone"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -183,6 +255,8 @@ def test_what_cannot_be_done_is_said_in_one_line(
 ) -> None:
     import timm
 
+    if "smp:FPN" in options:
+        pytest.importorskip("segmentation_models_pytorch")
     run = write_run() if "RUN" in options else tmp_path
     _picture(60, 40).save(tmp_path / "a.png")
     if "BACKBONE" in options:

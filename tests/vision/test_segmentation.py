@@ -57,6 +57,10 @@ def test_what_is_no_head_is_refused() -> None:
         _segmenter(width=8)
     with pytest.raises(ValueError, match="a head has name, channels, "):
         build_segmenter("test_convnext", 5, head={"channels": 8})
+    with pytest.raises(ValueError, match="no head is called None"):
+        build_segmenter("test_convnext", 5, head={"name": None})
+    with pytest.raises(ValueError, match=r"head\.channels is a width, at least 1, or None .* got 0"):
+        _segmenter(channels=0)
     wrong: Any = "upernet"
     with pytest.raises(ValueError, match=r"described as in head=\{'name': 'upernet'\}; got 'upernet'"):
         build_segmenter("test_convnext", 5, head=wrong)

@@ -117,6 +117,32 @@ def test_what_smp_cannot_take_is_said() -> None:
         build_segmenter("nat_mini", 5, head={"name": "smp:FPN"}, stem_stride=2)
     with pytest.raises(ValueError, match=r"head\.channels is of our own heads"):
         _segmenter(channels=8)
+    with pytest.raises(ValueError, match=r"aux_params adds a classifier of whole pictures.*leave it out"):
+        _segmenter(kwargs={"aux_params": {"classes": 3}})
+    with pytest.raises(ValueError, match=r"smp:FPN around nat_mini: .*'width'; see head\.kwargs"):
+        _segmenter(kwargs={"width": 3})
+
+
+@pytest.mark.parametrize("architecture", ["DeepLabV3", "DeepLabV3Plus", "PAN"])
+def test_architectures_that_dilate_the_backbone_name_those_that_do_not(architecture: str) -> None:
+    message = rf"smp:{architecture} needs a backbone .* dilated.*, which van_b0 is not; take one of (.*)"
+    with pytest.raises(ValueError, match=message) as caught:
+        build_segmenter("van_b0", 5, head={"name": f"smp:{architecture}"}, **THIN)
+    named = str(caught.value).rpartition("one of ")[2].split(", ")
+    assert set(ARCHITECTURES) <= set(named) and not {"DeepLabV3", "DeepLabV3Plus", "PAN"} & set(named)
+
+
+@pytest.mark.parametrize("architecture", ["FPN", "DPT"])
+def test_a_classifier_of_other_classes_begins_anew(architecture: str, tmp_path: Path) -> None:
+    head = {"name": f"smp:{architecture}"}
+    five: Any = build_segmenter("van_b0", 5, head=head, **THIN)
+    torch.save(five.state_dict(), tmp_path / "five.pth")
+    seven: Any = build_segmenter("van_b0", 7, head=head, checkpoint=tmp_path / "five.pth", **THIN)
+    before = five.state_dict()
+    new = {name for name, tensor in seven.state_dict().items() if not torch.equal(tensor, before[name])}
+    last = "head.4" if architecture == "DPT" else "0"
+    assert new == {f"network.segmentation_head.{last}.{part}" for part in ("weight", "bias")}
+    assert seven.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7, 64, 64)
 
 
 def test_without_smp_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,11 @@ class Labels:
         return table
 
     def of_values(self, values: np.ndarray) -> np.ndarray:
-        """int16 [H, W]: the labels of integers [H, W], -1 where there is none."""
+        """int16 [H, W]: the labels of numbers [H, W], -1 where there is none."""
         inside = (values >= 0) & (values < 256)
-        return np.where(inside, self._of_byte[np.where(inside, values, 0)], _UNKNOWN)
+        if values.dtype.kind == "f":  # as a TIFF may hold; fractions are no labels
+            inside &= values == np.floor(values)
+        return np.where(inside, self._of_byte[np.where(inside, values, 0).astype(np.uint8)], _UNKNOWN)
 
     def of_colours(self, colours: np.ndarray) -> np.ndarray:
         """The same of RGB [H, W, 3]."""
@@ -150,9 +152,11 @@ def _check_sizes(mask_file: Path, mask: tuple[int, ...], picture: tuple[int, ...
         raise DataError(f"{mask_file} is {list(mask)}, its picture {list(picture)}; sizes must agree")
 
 
-def check_all(pairs: Sequence[Pair], labels: Labels) -> None:
-    """Refuses masks that cannot be meant, before training finds them after hours. Reads each once: where that takes
-    long, the cache folder remembers that these very files were right."""
+def check_all(train: Sequence[Pair], judged: Sequence[Pair], labels: Labels) -> None:
+    """Refuses masks that cannot be meant, before training finds them after hours, and unreadable ones among those that
+    a model is judged by; in training others take their place. Reads each once: where that takes long, the cache folder
+    remembers that these very files were right."""
+    pairs = [*train, *judged]
     for picture, mask in pairs:
         if not picture.is_file():
             raise ValueError(f"{picture} is not there, but a list of the data set names it")
@@ -168,12 +172,13 @@ def check_all(pairs: Sequence[Pair], labels: Labels) -> None:
     started = time.monotonic()
     _log.info("checking %d masks", len(pairs))
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        found = pool.map(lambda pair: problem_of(pair, labels), pairs)
-        wrong = [error for error in found if error is not None and not isinstance(error, UnreadableError)]
+        found = list(pool.map(lambda pair: problem_of(pair, labels), pairs))
+    wrong = [error for error in found[: len(train)] if error is not None and not isinstance(error, UnreadableError)]
+    wrong += [error for error in found[len(train) :] if error is not None]
     if wrong:
         more = f" ({len(wrong)} such masks; `{CHECK_COMMAND} …` lists them)" if len(wrong) > 1 else ""
         raise DataError(f"{wrong[0]}{more}")
-    if time.monotonic() - started > _LONG:
+    if time.monotonic() - started > _LONG and not any(found):  # of what was unreadable nothing is known yet
         with contextlib.suppress(OSError):
             known.parent.mkdir(parents=True, exist_ok=True)
             known.touch()

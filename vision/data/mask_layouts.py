@@ -34,6 +34,7 @@ from .classification import split_indices
 from .items import SeededItems
 from .mask_files import Labels, Pair, PicturesWithMasks, check_all
 from .mask_transforms import MaskTransforms
+from .pictures import read_lines
 from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
@@ -80,21 +81,23 @@ def load_masks(layout: Layout, config: DataSettings, augmentation: Augmentation,
     if not val:
         chosen, kept = split_indices(len(train), config.held_out, seed)
         train, val = [train[index] for index in chosen], [train[index] for index in kept]
+    for name, judged in (("val", val), ("test", files.test)):
+        _refuse_shared(train, judged, name, config)
     order = np.random.default_rng(seed).permutation(len(train))[: config.limit]
     train = [train[index] for index in order]
-    check_all([*train, *val, *files.test], files.labels)
     augmented = MaskTransforms(config.size, augmentation, config.short_side)
+    check_all(train, [*val, *files.test], files.labels)
 
-    def judged(pairs: Sequence[Pair]) -> SeededItems:
+    def whole(pairs: Sequence[Pair]) -> SeededItems:
         return SeededItems(PicturesWithMasks(pairs, files.labels), transforms=MaskTransforms(config.size, None))
 
-    validation = judged(val)
+    validation = whole(val)
     if not files.test:
         _log.warning("the final numbers are those of the validation pictures: there are no others with public masks")
     return Splits(
         train=SeededItems(PicturesWithMasks(train, files.labels), transforms=augmented, max_bad=config.max_bad),
         val=validation,
-        test=judged(files.test) if files.test else validation,
+        test=whole(files.test) if files.test else validation,
         classes=files.labels.classes,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
@@ -102,6 +105,19 @@ def load_masks(layout: Layout, config: DataSettings, augmentation: Augmentation,
         origin=f"pictures and masks in {files.root}",
         dense=True,
         whole=True,
+    )
+
+
+def _refuse_shared(train: Sequence[Pair], judged: Sequence[Pair], name: str, config: DataSettings) -> None:
+    """`judged` is the split that `data.<name>_split` says."""
+    learned = {picture for picture, _ in train}
+    if not (shared := [picture for picture, _ in judged if picture in learned]):
+        return
+    given = {"val": config.val_split, "test": config.test_split}[name]
+    raise ValueError(
+        f"{len(shared)} of the {len(judged)} {'validation' if name == 'val' else 'test'} pictures are trained on too, "
+        f"such as {shared[0]}: a model would be judged by what it has seen; choose splits that share no picture, by "
+        f"data.train_split (now {config.train_split}) and data.{name}_split (now {given or 'null, the usual one'})"
     )
 
 
@@ -124,8 +140,8 @@ def mask_folder(config: DataSettings) -> MaskFiles:
     list of ADE20K) `data.classes` says how many there are. Where 0 is none, as in ADE20K, `data.ignore_zero` counts
     from 1."""
     root = _root(config, ["images"], "the pictures belong in ROOT/images/training, their masks in ROOT/annotations/…")
-    names = class_names(root, config.classes)
     first = int(config.ignore_zero)
+    names = class_names(root, config.classes, first)
     of_value = {0: IGNORE_INDEX, **{first + label: label for label in range(len(names))}, 255: IGNORE_INDEX}
     meaning = (
         f"there are {len(names)} classes, counted from {first}; check data.classes and data.ignore_zero (now "
@@ -149,16 +165,14 @@ def mask_folder(config: DataSettings) -> MaskFiles:
     return MaskFiles(root, Labels(names, of_value, meaning), found["train"], found.get("val", []), mask_folders=folders)
 
 
-def class_names(root: Path, count: int | None) -> tuple[str, ...]:
+def class_names(root: Path, count: int | None, first: int) -> tuple[str, ...]:
+    """Of a folder's classes, the first of which is `first` in its masks."""
     file = root / "classes.txt"
-    names = tuple(line for line in file.read_text().splitlines() if line.strip()) if file.is_file() else None
+    names = tuple(read_lines(file)) if file.is_file() else None
     if names is None and (root / _ADE20K_NAMES).is_file():
         # A table with a line of headings; the last column holds a name and others for the same.
-        lines = (root / _ADE20K_NAMES).read_text().splitlines()[1:]
-        names, file = (
-            tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()),
-            root / _ADE20K_NAMES,
-        )
+        file = root / _ADE20K_NAMES
+        names = tuple(line.split("\t")[-1].split(",")[0].strip() for line in read_lines(file)[1:])
     if names is None and count is None:
         raise ValueError(
             f"data.classes is not set, and there is no {file} with a name a line: how many classes there are is not "
@@ -169,8 +183,12 @@ def class_names(root: Path, count: int | None) -> tuple[str, ...]:
             f"data.classes={count}, but {file} names {len(names)}; set data.classes=null or correct the file"
         )
     names = names or tuple(str(index) for index in range(count or 0))
-    if not 2 <= len(names) <= IGNORE_INDEX:
-        raise ValueError(f"masks can hold 2 to {IGNORE_INDEX} classes; got {len(names)}")
+    most = IGNORE_INDEX - first
+    if not 2 <= len(names) <= most:
+        raise ValueError(
+            f"masks counted from {first} can hold 2 to {most} classes, as {IGNORE_INDEX} is none; got {len(names)}; "
+            f"correct data.classes or {file}"
+        )
     return names
 
 
@@ -227,7 +245,7 @@ def _voc_names(root: Path, split: str) -> list[str]:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
         raise ValueError(f"there is no {file}; data.train_split and data.val_split are among: {known}, trainaug")
-    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(file)]
 
 
 def _sbd_masks(root: Path, sbd: str | None) -> dict[str, Path]:
@@ -267,7 +285,7 @@ def camvid(config: DataSettings) -> MaskFiles:
 def _camvid_pairs(root: Path, split: str, *, needed: bool = True) -> list[Pair]:
     lists = [root / f"{split}.lst", root / "list" / "camvid" / f"{split}.lst"]
     if (file := next((file for file in lists if file.is_file()), None)) is not None:
-        lines = [line.split() for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in read_lines(file)]
         if odd := [" ".join(line) for line in lines if len(line) != 2]:
             raise ValueError(
                 f"{file}: each line names a picture and its mask, below {root}; this one does not: {odd[0]}"

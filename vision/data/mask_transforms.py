@@ -39,7 +39,15 @@ class MaskTransforms:
 
     def __post_init__(self) -> None:
         augmentation = self.augmentation
-        if augmentation is None or augmentation.crop is None:
+        if augmentation is None:
+            return
+        factors = augmentation.resize
+        if len(factors) != 2 or not 0 < factors[0] <= factors[1] < float("inf"):
+            raise ValueError(
+                f"augment.resize={list(factors)}: pictures are resized by a factor between two numbers above 0, "
+                "[lowest, highest], such as [0.5, 2.0]"
+            )
+        if augmentation.crop is None:
             return
         if len(augmentation.crop) != 2:
             raise ValueError(f"augment.crop={augmentation.crop}: a crop has two sides, [height, width]")

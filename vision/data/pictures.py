@@ -1,4 +1,5 @@
 """Reading one picture: what a camera, a scanner or a web page left there, as RGB of 8 bits, or the reason why not.
+Lists that lie beside pictures are read here, too.
 
 Unusual:
 
@@ -74,6 +75,15 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     elif picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")
     return picture.convert("RGB")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list in UTF-8, without the empty ones."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors of Windows begin a file with its mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8") from error
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def reason_of(source: object, error: Exception) -> str:

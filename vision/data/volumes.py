@@ -27,6 +27,7 @@ from .fetching import fetch_debian_package, fetch_wheel, folder_of_package, usua
 from .items import SeededItems
 from .mask_transforms import MaskTransforms
 from .nifti import read_nifti
+from .pictures import read_lines
 from .splits import Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def load_colin27(config: DataSettings, augmentation: Augmentation, seed: int) ->
         folder = fetch_debian_package("mricron-data", _COLIN_FOLDER, "colin27", size="16 MB")
     if folder is None:
         raise _missing(config.root, _COLIN_FILES, "apt-get install mricron-data")
-    return _splits(_read_colin27(folder), config, augmentation)
+    return _splits(_read_colin27(folder), config, augmentation, seed)
 
 
 def load_mni_tissue(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
@@ -88,7 +89,7 @@ def load_mni_tissue(config: DataSettings, augmentation: Augmentation, seed: int)
         folder = fetch_wheel("nilearn", inside, "mni_tissue", size="12 MB")
     if folder is None:
         raise _missing(config.root, _MNI_FILES, "pip install nilearn")
-    return _splits(_read_mni(folder), config, augmentation)
+    return _splits(_read_mni(folder), config, augmentation, seed)
 
 
 def _find(root: str | None, files: Sequence[str], further: Sequence[Path], name: str) -> Path | None:
@@ -106,10 +107,9 @@ def _read_colin27(folder: Path) -> Volume:
     head, atlas = read_nifti(folder / _COLIN_FILES[0]), read_nifti(folder / _COLIN_FILES[1])
     of_region = np.zeros(256, np.uint8)
     numbers = list(LOBES)
-    for line in (folder / _COLIN_FILES[2]).read_text().splitlines():
-        if fields := line.split():
-            region, number = int(fields[0]), int(fields[2])
-            of_region[region] = 1 + numbers.index(number // 1000)
+    for line in read_lines(folder / _COLIN_FILES[2]):
+        region, _, number = line.split()[:3]
+        of_region[int(region)] = 1 + numbers.index(int(number) // 1000)
     known = np.flatnonzero(of_region)
     if unknown := sorted(set(np.unique(atlas).tolist()) - {0, *known.tolist()}):
         raise ValueError(
@@ -127,7 +127,7 @@ def _read_mni(folder: Path) -> Volume:
     return Volume(head, labels, TISSUES, f"the mean brain of MNI, from {folder}")
 
 
-def _splits(volume: Volume, config: DataSettings, augmentation: Augmentation) -> Splits:
+def _splits(volume: Volume, config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
     if volume.brightness.shape != volume.labels.shape:
         raise ValueError(f"{volume.origin}: {volume.brightness.shape} and {volume.labels.shape} are no pair of volumes")
     light = np.percentile(volume.brightness[volume.brightness > 0], 99.5)
@@ -138,12 +138,14 @@ def _splits(volume: Volume, config: DataSettings, augmentation: Augmentation) ->
         volume.origin,
     )
 
+    drawn = np.random.default_rng(seed).permutation(parts["train"])[: config.limit]
+
     def judged(part: str) -> SeededItems:
         return SeededItems(slices, parts[part], transforms=MaskTransforms(config.size, None))
 
     transforms = MaskTransforms(config.size, augmentation, config.short_side)
     return Splits(
-        train=SeededItems(slices, parts["train"][: config.limit], transforms=transforms),
+        train=SeededItems(slices, sorted(drawn.tolist()), transforms=transforms),
         val=judged("val"),
         test=judged("test"),
         classes=volume.classes,

@@ -90,8 +90,12 @@ def _read(head: Mapping[str, Any]) -> HeadOptions:
         options = HeadOptions(**head)
     except TypeError as error:
         raise ValueError(f"a head has {', '.join(HeadOptions.__dataclass_fields__)}; got {dict(head)}") from error
-    if options.name not in HEADS and not options.name.startswith(SMP):
-        near = difflib.get_close_matches(options.name, HEADS, n=1, cutoff=0.4)
+    for name in ("channels", "neck_channels"):
+        width = getattr(options, name)
+        if width is not None and width < 1:
+            raise ValueError(f"head.{name} is a width, at least 1, or None for the published one; got {width}")
+    if options.name not in HEADS and not str(options.name).startswith(SMP):
+        near = difflib.get_close_matches(str(options.name), HEADS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"no head is called {options.name!r}; {hint}There are {', '.join(HEADS)} and smp:ARCHITECTURE")
     return options

@@ -106,7 +106,7 @@ def of_settings(
         flip=evaluate.get("flip", False),
         short_side=size if short_side is None else short_side,
         divisor=evaluate.get("divisor", 1),
-        least=min(COARSEST, size),
+        least=min(COARSEST, size, short_side or size),
         fixed=fixed,
     )
 

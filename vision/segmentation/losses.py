@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 IGNORED = 255
 """Label of pixels that take no part."""
 
-CITYSCAPES_WEIGHTS = (
-    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
-    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
-)
-"""Of its 19 classes in the order of their training ids, as HRNet, PIDNet and BEVANet are trained with."""
-
 _TAN_22 = 13573
 """tan(22.5 degrees) in steps of 2 ** -15."""
 

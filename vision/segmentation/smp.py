@@ -1,4 +1,4 @@
-"""The architectures of segmentation_models_pytorch as heads: `head.name=smp:Unet`, `smp:FPN`, `smp:DeepLabV3Plus`, …
+"""The architectures of segmentation_models_pytorch as heads: `head.name=smp:Unet`, `smp:FPN`, `smp:PSPNet`, …
 
 P. Iakubovskii: Segmentation Models Pytorch, https://github.com/qubvel-org/segmentation_models.pytorch; version 0.6 is
 tested. An optional dependency, imported where it is asked for.
@@ -8,13 +8,15 @@ Unusual:
 * It takes pictures whose sides are multiples of 32: others are padded below and to the right, with zeros, which are
   the mean colour of a picture, and the logits cropped.
 * Its encoders need maps of strides 4, 8, 16 and 32 (or 2 besides). Backbones whose maps have one size have none.
+* DeepLabV3, DeepLabV3Plus and PAN dilate the last stages of a backbone (timm's `output_stride`). Some of timm's can do
+  that, none of ours.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from .features import layers_of, sketch, spared_of
 
 MULTIPLE = 32
+STRIDE = "output_stride"
 
 
 class SmpSegmenter(nn.Module):
@@ -61,6 +64,11 @@ def build_smp(
     model_kwargs: Mapping[str, Any],
 ) -> SmpSegmenter:
     """`architecture` around the timm model `name`; `kwargs` are the architecture's, `model_kwargs` timm's."""
+    if kwargs.get("aux_params") is not None:
+        raise ValueError(
+            "head.kwargs.aux_params adds a classifier of whole pictures, but a segmenter answers for pixels alone; "
+            "leave it out"
+        )
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
@@ -80,16 +88,27 @@ def build_smp(
         "in_channels": encoder.pop("in_chans", 3),
         "classes": num_classes,
     }
-    if "decoder_dropout" in inspect.signature(kind).parameters:
+    if "decoder_dropout" in _parameters(kind):
         settings["decoder_dropout"] = dropout
     _check_strides(architecture, name, encoder)
-    return SmpSegmenter(kind(**(settings | dict(kwargs) | encoder)))
+    try:
+        return SmpSegmenter(kind(**(settings | dict(kwargs) | encoder)))
+    except TypeError as error:
+        if STRIDE not in str(error):
+            raise ValueError(f"smp:{architecture} around {name}: {error}; see head.kwargs and model.kwargs") from error
+        free = [other for other in known.values() if f"encoder_{STRIDE}" not in _parameters(getattr(smp, other))]
+        raise ValueError(
+            f"smp:{architecture} needs a backbone whose last stages can be dilated ({STRIDE}), which {name} is not; "
+            f"take one of {', '.join(free)}"
+        ) from error
 
 
 def _is_architecture(kind: Any) -> bool:
-    return (
-        inspect.isclass(kind) and issubclass(kind, nn.Module) and "encoder_name" in inspect.signature(kind).parameters
-    )
+    return inspect.isclass(kind) and issubclass(kind, nn.Module) and "encoder_name" in _parameters(kind)
+
+
+def _parameters(kind: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(kind).parameters.keys()
 
 
 def _check_strides(architecture: str, name: str, encoder: Mapping[str, Any]) -> None:

@@ -23,8 +23,11 @@ StateDict = dict[str, Tensor]
 
 _WHOLE = ("decode_head.", "network.")
 """What a backbone's names do not begin with; `network.` is smp's model in `SmpSegmenter`."""
-_CLASSIFIERS = ("decode_head.conv_seg.", "auxiliary_head.conv_seg.", "decode_head.head.conv2.", "auxiliary_head.conv2.")
-"""Of mmsegmentation's heads and of BEVANet's."""
+_CLASSIFIERS = (
+    *("decode_head.conv_seg.", "auxiliary_head.conv_seg.", "decode_head.head.conv2.", "auxiliary_head.conv2."),
+    *("network.segmentation_head.0.", "network.segmentation_head.head.4."),
+)
+"""Of mmsegmentation's heads, of BEVANet's, and of smp's, of which DPT is unlike the others."""
 _OUR_OWN = ("backbone.", "network.")
 _PYRAMIDS = {f"neck.{theirs}.": f"neck.fpn{i + 1}." for i, theirs in enumerate(("upsample_4x", "upsample_2x"))}
 """Parts of a pyramid in mmsegmentation's Feature2Pyramid, and in ours, which has Vim's names."""

@@ -31,6 +31,7 @@ from ..data.pictures import DataError
 from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
 from ..segmentation.inference import infer
+from ..segmentation.losses import PixelCrossEntropy
 from .callbacks import KeepRateWarmup
 from .checkpoints import refuse_another
 from .config import Config
@@ -154,8 +155,7 @@ class Task(pl.LightningModule):
         smoothing = self.config.augment.label_smoothing
         if self.dense_loss is None:
             return F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
-        return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+        return PixelCrossEntropy(label_smoothing=smoothing)(logits, targets)
 
     def on_train_epoch_end(self) -> None:
         rates = [group["lr"] for group in self.trainer.optimizers[0].param_groups]
