@@ -161,7 +161,7 @@ def test_import_is_light_and_takes_no_name_from_timm() -> None:
     done = subprocess.run([sys.executable, "-c", _LIGHT_IMPORT], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["new"], "no model was registered"
+    assert len(found["new"]) >= 23, "models were not registered"
     assert (found["lost"], found["clashes"], found["cuda"]) == ([], [], False)
     assert {name.split(".")[0] for name in found["loaded"]} <= {"mixerzoo", *sys.stdlib_module_names}
     assert not [name for name in found["loaded"] if "_triton" in name], "kernels are defined when they are first needed"

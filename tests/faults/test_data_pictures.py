@@ -238,24 +238,26 @@ def test_what_a_model_is_judged_by_must_be_readable_before_training(kind: str, t
         _load_masks(_masks(tmp_path, spoil))
 
 
-def test_masks_of_which_one_cannot_be_read_are_checked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def every_check_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """So long that what was right is remembered, in a cache of this test's own."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("mixerzoo.vision.data.mask_files._LONG", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("every_check_takes_long")
+def test_masks_of_which_one_cannot_be_read_are_checked_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = _masks(tmp_path / "data", lambda root: (root / "annotations/training/2.png").write_bytes(b""))
     for _ in range(2):
         _load_masks(root)
     assert caplog.messages.count("checking 8 masks") == 2
 
 
+@pytest.mark.usefixtures("every_check_takes_long")
 def test_masks_that_took_long_to_check_are_remembered_until_they_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr("mixerzoo.vision.data.mask_files._LONG", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = _masks(tmp_path / "data", lambda root: None)
     for _ in range(2):
         _load_masks(root)

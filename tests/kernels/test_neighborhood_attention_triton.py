@@ -56,12 +56,13 @@ CASES = {
     "smallest": Case((1,), (1,), heads=1, batch=2),
     "row": Case((67,), (7,), dilation=3),
     "row-causal-strided": Case((70,), (9,), stride=4, is_causal=True, heads=1),
-    "map": Case((9, 10), (7, 5), heads=1),
+    "map": Case((9, 10), (7, 5)),
     "one-window": Case((7, 7), (7, 7), heads=3),
     "two-tiles": Case((8, 16), (3, 3)),
     "prime": Case((13, 11), (5, 5), heads=1, head_dim=20),
     "even-window": Case((9, 10), (4, 6), rpb=False),
-    "dilated": Case((10, 11), (3, 5), dilation=(3, 2), heads=1),
+    "dilated": Case((11, 13), (3, 5), dilation=(3, 2), heads=1, batch=2),
+    "dilated-once": Case((10, 11), (3, 5), dilation=(3, 2), heads=1),
     "dilation-groups-of-one-window": Case((14, 14), (7, 7), dilation=2, heads=1),
     "blocks": Case((7, 9), (3, 3), heads=1),
     "strided": Case((15, 12), (5, 6), stride=(2, 3), rpb=False),
@@ -98,7 +99,10 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / max(float(want.norm()), 0.25 * math.sqrt(want.numel())))
 
 
-LONG = {"causal-strided-dilated", "dilation-groups-of-one-window", "volume", "volume-mixed", "window-wider-than-a-tile"}
+LONG = {
+    *("causal-strided-dilated", "dilated", "dilation-groups-of-one-window", "map"),
+    *("volume", "volume-mixed", "window-wider-than-a-tile"),
+}
 """Cases that take the interpreter more than four seconds."""
 
 

@@ -66,6 +66,12 @@ def test_segmentation_is_trained_and_judged_as_published(
     assert loss is not None and loss.auxiliary_weight == 0.4 and loss.main is loss.pixels  # not the hardest alone
 
 
+CITYSCAPES_WEIGHTS = (
+    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
+    *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
+)
+"""Of its 19 classes in the order of their training ids, as HRNet, PIDNet and BEVANet are trained with."""
+
 SW = (
     "model.kwargs.depths=[2,2,3,2,2] optim.lr=0.01 optim.weight_decay=1e-3 train.batch_size=10 train.total_batch=10 "
     "train.epochs=484"
@@ -100,5 +106,5 @@ def test_bevanet_learns_boundaries_and_hard_pixels(
     assert loss is not None and isinstance(loss.main, OhemCrossEntropy)
     assert (loss.main.threshold, loss.main.kept) == (0.9, 131_072)
     assert (loss.auxiliary_weight, loss.boundary_weight, loss.boundary_labels_weight) == (0.4, 20, 1)
-    assert len(config.loss.class_weights) == (classes if classes == 19 else 0)
+    assert (tuple(config.loss.class_weights) == CITYSCAPES_WEIGHTS) == (classes == 19)
     assert not config.augment.photometric and config.augment.cat_max_ratio == 1
