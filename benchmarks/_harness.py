@@ -1,10 +1,10 @@
-"""What the benchmarks share: timing in turns, memory of one call, the line that names the machine, tables; and LKA by
-PyTorch's convolutions, which two of them measure ours against.
+"""Tools of the benchmarks: timing in turns, memory of one call, a description of the machine, tables, and LKA by
+PyTorch's convolutions, the baseline of two benchmarks.
 
     from _harness import describe_machine, lka_chain, markdown_table, peak_memory, time_calls
 
-Methods take turns within each round, so that a disturbance meets all of them, and the median over rounds counts. Memory
-is the growth of the resident peak (VmHWM) during one call, in a process forked for it alone.
+Methods take turns within each round, so that a disturbance affects all of them alike, and the median over rounds is
+reported. Memory is the growth of the resident peak (VmHWM) during one call, in a process forked for that call.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from mixerzoo.kernels import _native
+from mixerzoo.vision._machine import cpu_name
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,9 +47,9 @@ def time_rounds(
     least_seconds: float = 0.0,
     around: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round; short ones repeat within a turn until `least_seconds` pass.
+    """Measure the seconds of each call in each round; short calls repeat within a turn until `least_seconds` pass.
 
-    `around(name)` is entered for each turn, outside the time that counts.
+    `around(name)` is entered for each turn and is not timed.
     """
     repeats = {}
     for name, call in calls.items():
@@ -70,24 +71,24 @@ def time_calls(
     least_seconds: float = 0.0,
     around: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """Median seconds of each call, as `time_rounds` measures them."""
+    """Return the median seconds of each call over the rounds of `time_rounds`."""
     times = time_rounds(calls, rounds=rounds, least_seconds=least_seconds, around=around)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How many times as fast ours is, as the median over rounds: what slows a whole round down does not count."""
+    """Return the speedup of ours as the median over rounds, which cancels what slows down a whole round."""
     return statistics.median(other / own for own, other in zip(ours, theirs, strict=True))
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, or `VmHWM` at the peak since `forget_peak`."""
+    """Return the resident bytes of this process: `VmRSS` now, or `VmHWM` at the peak since `forget_peak`."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) * 1024
 
 
 def forget_peak() -> int:
-    """Give back what is free, count the peak from here, and return the bytes that are resident."""
+    """Release free memory, reset the resident peak, and return the bytes that are resident."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # or the next call would reuse what earlier ones left in the heap
     Path("/proc/self/clear_refs").write_text("5")
@@ -106,9 +107,9 @@ def _measure_memory(connection: Connection, build: Callable[[], Call | None]) ->
 
 
 def peak_memory(name: str, build: Callable[[], Call | None]) -> int | None:
-    """Bytes by which one call of `build()` raises the resident peak; None where `build` returns none.
+    """Return the bytes by which one call of `build()` raises the resident peak, or None if `build` returns None.
 
-    To be called before this process has started any thread, since it forks.
+    It forks, so it must be called before this process has started any thread.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -124,13 +125,9 @@ def peak_memory(name: str, build: Callable[[], Call | None]) -> int | None:
 
 
 def describe_machine(threads: int, *more: str) -> str:
-    """Processor, threads, versions, whatever else is given, and the date."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    """Describe the processor, threads, versions, `more` facts and the date in one line."""
     facts = [
-        f"{cpu} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {threads} threads",
+        f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {threads} threads",
         f"torch {torch.__version__}, Python {platform.python_version()}",
         *more,
         str(datetime.date.today()),
@@ -139,7 +136,7 @@ def describe_machine(threads: int, *more: str) -> str:
 
 
 def describe_native() -> str:
-    """Which build of the native kernels this process has loaded."""
+    """Name the build of the native kernels that this process has loaded."""
     library = _native.library() if _native.is_available() else None
     return f"native kernels: {Path(library._name).name.split('.')[0] if library else 'none'}"
 
@@ -147,15 +144,21 @@ def describe_native() -> str:
 def lka_chain(
     x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
 ) -> Tensor:
-    """Large kernel attention by PyTorch's convolutions, in the format of `x`; without the copy of `x` that the
-    authors' code makes."""
+    """Compute large kernel attention by PyTorch's convolutions, in the memory format of `x`, without the copy of `x` in
+    the authors' code."""
     channels = x.shape[1]
     middle = F.conv2d(x, w5, b5, padding=2, groups=channels)
     return x * F.conv2d(F.conv2d(middle, w7d3, b7d3, padding=9, dilation=3, groups=channels), w1, b1)
 
 
+def digits(value: float, count: int = 3) -> str:
+    """Format a number with `count` significant digits and without an exponent: 1240, 5.61, 0.586."""
+    rounded = float(f"{value:.{count}g}")
+    return f"{rounded:.0f}" if abs(rounded) >= 10**count else f"{rounded:.{count}g}"
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table."""
+    """Yield the lines of a Markdown table."""
     yield f"| {' | '.join(header)} |"
     yield "|---" * len(header) + "|"
     for row in rows:

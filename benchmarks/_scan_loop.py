@@ -1,9 +1,9 @@
-"""The selective scan as its authors define it on machines without their CUDA code, which two benchmarks measure ours
-against: a loop over the steps of sequences that have been laid out, with one state each in memory for every step.
+"""The selective scan by its authors' reference for machines without CUDA, the baseline of two benchmarks: a loop over
+the steps of materialised sequences, with the state of every step in memory.
 
 The algorithm is that of `selective_scan_ref` (github.com/state-spaces/mamba) and, for maps, of VMamba's forward pass
-around it (github.com/MzeroMiko/VMamba). Steps are taken apart all at once; the original indexes them one by one, and
-its backward pass makes a whole tensor of zeros for each, which takes minutes for the longest sequence here.
+around it (github.com/MzeroMiko/VMamba). Steps are split by `unbind`; the original indexes them one by one, and its
+backward pass allocates a full tensor of zeros for each, which takes minutes for the longest sequence here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 
 class Sequences(NamedTuple):
-    """Arguments of Mamba's function, with groups of channels that share B and C."""
+    """The arguments of Mamba's function, with groups of channels that share B and C."""
 
     u: Tensor
     """[batch, dim, length]"""
@@ -36,7 +36,7 @@ class Sequences(NamedTuple):
     """[dim]"""
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Decay and input of every step and state [batch, dim, length, state], and C [batch, dim, state, length]."""
+        """Return decay and input of every step [batch, dim, length, state], and C [batch, dim, state, length]."""
         precise = torch.promote_types(self.u.dtype, torch.float32)
         u, delta, A, B, C, _, delta_bias = (tensor.to(precise) for tensor in self)
         B, C = (tensor.repeat_interleave(u.shape[1] // B.shape[1], 1) for tensor in (B, C))
@@ -46,7 +46,7 @@ class Sequences(NamedTuple):
 
 
 def scan_loop(sequences: Sequences) -> Tensor:
-    """[batch, dim, length], one step after the other."""
+    """Compute the scan step by step; returns [batch, dim, length]."""
     decay, value, C = sequences.coefficients()
     state = value.new_zeros(value.shape[0], value.shape[1], value.shape[3])
     outputs = []
@@ -66,11 +66,11 @@ def lay_out(
     D: Tensor,
     paths: Sequence[ScanPath] = CROSS,
 ) -> Sequences:
-    """The arguments of `selective_scan_2d` as sequences: every scan's channels, steps and coefficients in memory."""
+    """Materialise the sequences of `selective_scan_2d`: channels, steps and coefficients of every scan."""
     scans, rank, state = len(paths), dt_weight.shape[2], A.shape[2]
 
     def along(tensor: Tensor, slots: int) -> Tensor:
-        """[batch, height, width, (slots,) channels] to [batch, scans, channels, length]."""
+        """Scan [batch, height, width, (slots,) channels] into [batch, scans, channels, length]."""
         if slots == 1:
             return cross_scan(tensor, paths).transpose(2, 3)
         each = [cross_scan(tensor[:, :, :, i], paths[i : i + 1]) for i in range(slots)]
@@ -84,7 +84,7 @@ def lay_out(
 
 
 def put_back(y: Tensor, size: tuple[int, int], paths: Sequence[ScanPath] = CROSS) -> Tensor:
-    """[batch, scans * dim, length] to [batch, height, width, dim], the scans added."""
+    """Merge [batch, scans * dim, length] into [batch, height, width, dim] by adding the scans."""
     return cross_merge(y.unflatten(1, (len(paths), -1)).transpose(2, 3), size, paths)
 
 
@@ -98,6 +98,6 @@ def scan_loop_2d(
     *,
     paths: Sequence[ScanPath] = CROSS,
 ) -> Tensor:
-    """`selective_scan_2d` by the loop."""
+    """Compute `selective_scan_2d` by the loop."""
     y = scan_loop(lay_out(x, projected, dt_weight, dt_bias, A, D, paths))
     return put_back(y, (x.shape[1], x.shape[2]), paths)

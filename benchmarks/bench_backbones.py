@@ -1,4 +1,4 @@
-"""Backbones on the CPU: images per second and memory, beside timm's usual ones and beside their own official layouts.
+"""Benchmarks backbones on the CPU, images per second and memory, against timm's models and official implementations.
 
     python benchmarks/bench_backbones.py --markdown table.md
     python benchmarks/bench_backbones.py --quick
@@ -39,7 +39,7 @@ from unittest import mock
 import mixerzoo.vision  # noqa: F401  registers the models
 import timm
 import torch
-from _harness import describe_machine, describe_native, forget_peak, lka_chain, markdown_table, resident
+from _harness import describe_machine, describe_native, digits, forget_peak, lka_chain, markdown_table, resident
 from _scan_loop import scan_loop_2d
 from mixerzoo.kernels import conv_mlp, depthwise_conv, selective_scan
 from mixerzoo.kernels.neighborhood_attention import _native as native_attention
@@ -99,14 +99,14 @@ class Case(NamedTuple):
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int | tuple[int, int] = 1) -> Tensor:
-    """`depthwise_conv2d` by PyTorch's convolution."""
+    """Compute `depthwise_conv2d` by PyTorch's convolution."""
     steps = (dilation, dilation) if isinstance(dilation, int) else dilation
     padding = [step * (side // 2) for step, side in zip(steps, weight.shape[2:], strict=True)]
     return F.conv2d(x, weight, bias, padding=padding, dilation=steps, groups=weight.shape[0])
 
 
 def _modules_with(function: Callable) -> Iterator[tuple[Any, str]]:
-    """Every loaded module of ours that may call `function`, with the name it has there."""
+    """Yield every loaded module of ours that refers to `function`, with its name there."""
     for name, module in list(sys.modules.items()):
         if name.startswith("mixerzoo."):
             yield from ((module, key) for key, value in vars(module).items() if value is function)
@@ -114,7 +114,7 @@ def _modules_with(function: Callable) -> Iterator[tuple[Any, str]]:
 
 @contextlib.contextmanager
 def plain(layout: str) -> Iterator[None]:
-    """Our models as the same networks in plain PyTorch; in "plain, NCHW" every convolution gets its map so."""
+    """Run our models in plain PyTorch; in the layout "plain, NCHW" every convolution gets an NCHW map."""
     convolve = nn.Conv2d._conv_forward
     contiguous = Tensor.contiguous
 
@@ -147,7 +147,7 @@ def plain(layout: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reference_scan() -> Iterator[None]:
-    """Every selective scan over a map by the loop of the authors' reference; nothing else is changed."""
+    """Replace every selective scan over a map by the loop of the authors' reference."""
     with contextlib.ExitStack() as stack:
         for module, name in _modules_with(selective_scan.selective_scan_2d):
             stack.enter_context(mock.patch.object(module, name, scan_loop_2d))
@@ -161,7 +161,8 @@ def in_layout(layout: str) -> contextlib.AbstractContextManager:
 
 
 def build(case: Case) -> tuple[nn.Module, Tensor]:
-    """The same weights and picture for every layout and mode; residual branches that count."""
+    """Build a model and picture with fixed seeds, so that they are equal for all layouts, with open residual
+    branches."""
     torch.manual_seed(0)
     arguments = {"img_size": case.size} if case.model.startswith("swin") else {}
     model = timm.create_model(case.model, **arguments).eval()
@@ -176,7 +177,7 @@ def build(case: Case) -> tuple[nn.Module, Tensor]:
 
 
 def prepare(case: Case) -> Callable[[], Tensor]:
-    """One forward pass of the case, warm, compared with the plain version of the same network."""
+    """Return the warm forward pass of a case, after comparing its output with the plain version of the network."""
     model, x = build(case)
     run: Any = torch.compile(model) if case.mode == "compiled" else model
 
@@ -201,8 +202,8 @@ def prepare(case: Case) -> Callable[[], Tensor]:
 
 
 def time_turn(forward: Callable[[], Tensor]) -> float:
-    """Seconds of a pass. The first one of a turn finds the caches full of other processes' data, so only if it alone
-    takes long is it the one that counts."""
+    """Return the seconds of a pass. The first pass of a turn starts with caches full of other processes' data, so it
+    counts only if it fills the turn alone."""
     start = time.perf_counter()
     forward()
     first = time.perf_counter() - start
@@ -216,7 +217,8 @@ def time_turn(forward: Callable[[], Tensor]) -> float:
 
 
 def work(connection: Connection, turn: Semaphore, case: Case, threads: int) -> None:
-    """A process of one model: prepares, then answers "time" with seconds and "memory" with bytes, until "end"."""
+    """Run the process of one model: prepare it, then answer "time" with seconds and "memory" with bytes, until
+    "end"."""
     torch.set_num_threads(threads)
     try:
         with turn:
@@ -235,7 +237,7 @@ def work(connection: Connection, turn: Semaphore, case: Case, threads: int) -> N
 
 
 def measure(cases: Sequence[Case], *, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Seconds and bytes of each case; to be called before this process has started any thread, since it forks."""
+    """Measure seconds and bytes of each case. It forks, so it must precede the first thread of this process."""
     context = multiprocessing.get_context("fork")
     turn = context.Semaphore(2 if cases[0].mode == "compiled" else 1)  # a compilation is one thread for the most part
     processes, ends = [], []
@@ -270,13 +272,13 @@ def measure(cases: Sequence[Case], *, rounds: int, threads: int) -> list[dict[st
 
 
 def write_models(results: list[dict]) -> Iterator[str]:
-    """A row a model and layout, a column a size, batch and mode: images per second and megabytes."""
+    """Format images per second and megabytes, a row per model and layout, a column per size, batch and mode."""
     shown = [row for row in results if row["layout"] not in (*PLAIN, LOOP)]
     columns = list(dict.fromkeys((row["size"], row["batch"], row["mode"]) for row in shown))
     cells: dict[str, dict] = {}
     for row in shown:
         name = row["model"] + (", channels_last" if row["layout"] == "channels_last" else "")
-        value = f"{row['batch'] / row['seconds']:.3g} ({row['bytes'] / 1e6:.0f} MB)"
+        value = f"{digits(row['batch'] / row['seconds'])} ({row['bytes'] / 1e6:.0f} MB)"
         cells.setdefault(name, {})[row["size"], row["batch"], row["mode"]] = value
     header = ["images/s (peak memory)", *(f"{size} px, batch {batch}, {mode}" for size, batch, mode in columns)]
     return markdown_table(
@@ -285,7 +287,7 @@ def write_models(results: list[dict]) -> Iterator[str]:
 
 
 def write_layouts(results: list[dict]) -> Iterator[str]:
-    """A row a model, size and batch: images per second of ours and of both plain layouts, and how many times those."""
+    """Format images per second of ours and of both plain layouts, with speedups, a row per model, size and batch."""
     rows = []
     eager = {
         tuple(row[key] for key in ("model", "size", "batch", "layout")): row
@@ -297,15 +299,15 @@ def write_layouts(results: list[dict]) -> Iterator[str]:
             continue
         own = eager[model, size, batch, "ours"]
         others = [eager[model, size, batch, layout] for layout in PLAIN]
-        speeds = [f"**{batch / own['seconds']:.3g}**"]
-        speeds += [f"{batch / row['seconds']:.3g} ({row['seconds'] / own['seconds']:.2f}x)" for row in others]
+        speeds = [f"**{digits(batch / own['seconds'])}**"]
+        speeds += [f"{digits(batch / row['seconds'])} ({row['seconds'] / own['seconds']:.2f}x)" for row in others]
         rows.append([model, f"{size}", f"{batch}", *speeds, *(f"{row['bytes'] / 1e6:.0f}" for row in (own, *others))])
     header = ["model", "pixels", "batch", "ours, images/s", *(f"{layout} (ours is faster by)" for layout in PLAIN)]
     return markdown_table([*header, "ours, MB", *(f"{layout}, MB" for layout in PLAIN)], rows)
 
 
 def write_scans(results: list[dict]) -> Iterator[str]:
-    """A row a model and size: images per second of ours and with the loop, and how many times that."""
+    """Format images per second of ours and of the loop, with speedups, a row per model and size."""
     measured = {Case(*(row[key] for key in Case._fields)): row for row in results}
     rows = []
     for case, loop in measured.items():
@@ -313,14 +315,14 @@ def write_scans(results: list[dict]) -> Iterator[str]:
             continue
         own = measured[case._replace(layout="ours")]
         speeds = [case.batch / own["seconds"], case.batch / loop["seconds"]]
-        cells = [f"**{speeds[0]:.3g}**", f"{speeds[1]:.3g} ({speeds[0] / speeds[1]:.2f}x)"]
+        cells = [f"**{digits(speeds[0])}**", f"{digits(speeds[1])} ({speeds[0] / speeds[1]:.2f}x)"]
         rows.append([case.model, f"{case.size}", *cells, *(f"{row['bytes'] / 1e6:.0f}" for row in (own, loop))])
     header = ["model", "pixels", "ours, images/s", f"{LOOP} (ours is faster by)", "ours, MB", f"{LOOP}, MB"]
     return markdown_table(header, rows)
 
 
 def list_missed(results: list[dict]) -> list[str]:
-    """A line for each promised speedup that the measured ones do not reach."""
+    """Return a line for each speedup of `REQUIRED` that was not reached."""
     seconds = {Case(*(row[key] for key in Case._fields)): row["seconds"] for row in results}
     missed = []
     for case, plain_time in seconds.items():
@@ -334,7 +336,7 @@ def list_missed(results: list[dict]) -> list[str]:
 
 
 def list_cases(args: argparse.Namespace) -> list[list[Case]]:
-    """Cases that are measured against each other, together."""
+    """Return groups of cases that are measured in turns."""
     own = [(model, "ours") for model in FAMILIES] + list(PEERS)
     own = [(model, layout) for model, layout in own if model in args.models]
     both = [(model, layout) for model in WITH_PLAIN if model in args.models for layout in PLAIN]

@@ -1,4 +1,4 @@
-"""Pictures per second of BEVANet's segmenters, one at a time: what is published, and what a user waits for.
+"""Benchmarks BEVANet's segmenters at batch 1, as published and with all steps that a user needs.
 
     python benchmarks/bench_bevanet.py --threads 2 --markdown table.md
     python benchmarks/bench_bevanet.py --device cuda
@@ -38,7 +38,7 @@ class Configuration(NamedTuple):
     classes: int
     size: tuple[int, int]
     published: float | None
-    """Pictures per second on an RTX 3090, by the authors."""
+    """The authors' pictures per second on an RTX 3090."""
     head: Mapping[str, int] = MappingProxyType({})
     kwargs: Mapping[str, Any] = MappingProxyType({})
 
@@ -71,7 +71,7 @@ def make_segmenter(configuration: Configuration, device: str) -> BEVANetSegmente
 
 @contextlib.contextmanager
 def plain_convolutions() -> Iterator[None]:
-    """PyTorch's own depth-wise convolutions."""
+    """Replace our depth-wise convolutions by PyTorch's."""
     ours = DepthwiseConv2d.forward
     DepthwiseConv2d.forward = nn.Conv2d.forward
     try:
@@ -90,7 +90,7 @@ def require_equal(model: BEVANetSegmenter, images: Tensor, name: str) -> None:
 
 
 def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
-    """A call that returns when the device is through with it."""
+    """Return a call that waits until the device has finished."""
     if device == "cpu":
         return call
 
@@ -137,7 +137,7 @@ def rows(
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:
-    """Lines of the table."""
+    """Yield the lines of the table."""
     device: str = arguments.device
     more = (torch.cuda.get_device_name(),) if device == "cuda" else (describe_native(),)
     rounds = f"float32, median of {arguments.rounds} rounds taken in turns"

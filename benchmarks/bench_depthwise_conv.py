@@ -1,4 +1,4 @@
-"""Depth-wise convolution beside PyTorch's in both memory formats, and LKA beside its chain, on the CPU.
+"""Benchmarks depth-wise convolution against PyTorch's in both memory formats, and LKA against its chain, on the CPU.
 
     python benchmarks/bench_depthwise_conv.py --markdown table.md
     python benchmarks/bench_depthwise_conv.py --rule       # is the choice among PyTorch's ways still the best one?
@@ -75,7 +75,7 @@ def ours(problem: Problem) -> Method:
 
 
 def plain(problem: Problem, method: _plain.Method) -> Method:
-    """One of PyTorch's ways, with the result in the format of the map, as the operator gives it."""
+    """Return one of PyTorch's methods with its result in the memory format of the map, as the operator returns it."""
     dilation = (problem.dilation, problem.dilation)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def make_inputs(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def measure(problem: Problem, methods: dict[str, Method], rounds: int, *, backward: bool = False) -> dict[str, float]:
-    """Seconds of each method in each format, by "method, format"."""
+    """Measure the seconds of each method in each format, by "method, format"."""
     x, weight, bias = make_inputs(problem)
     exact = conv2d(problem)(x.double(), weight.double(), bias.double())
     calls = {}
@@ -127,7 +127,7 @@ def _call(method: Method, leaves: list[Tensor], grad: Tensor | None) -> Callable
 
 
 def compare(problem: Problem, rounds: int, *, backward: bool = False) -> tuple[list[str], float, float]:
-    """A row of the table, the speedup over the best direct call, and the least over the same format's call."""
+    """Return a row of the table, the speedup over the best direct call, and the least one over the same format's."""
     methods = {"conv2d": conv2d(problem), "ours": ours(problem), "no compiler": ours(problem)}
     seconds = measure(problem, methods, rounds, backward=backward)
     best = {name: min(seconds[f"{name}, {layout}"] for layout in LAYOUTS) for name in methods}
@@ -147,7 +147,7 @@ HEADER = [
 def section(
     title: str, problems: list[Problem], rounds: int, missed: list[str], *, least: float = 0.0, backward: bool = False
 ) -> Iterator[str]:
-    """Lines of a table, in milliseconds; what is slower than PyTorch or falls short of `least` goes to `missed`."""
+    """Yield a table in milliseconds; add what is slower than PyTorch or below `least` to `missed`."""
     yield f"\n**{title}** Milliseconds; the last column is the best direct call over the better of ours."
     yield ""
     rows = []
@@ -188,7 +188,7 @@ def attention_section(batch: int, rounds: int) -> Iterator[str]:
 
 
 def check_rule(rounds: int) -> int:
-    """Print how the methods of `_plain` do on dense and dilated kernels, and how much the rule loses; 1 if too much."""
+    """Print the times of the methods of `_plain` and the loss by its choice; return 1 if that is too large."""
     rows, worst = [], 1.0
     problems = [square(c, side, k) for c, side in DENSE_STAGES for k in DENSE_KERNELS]
     problems += [square(c, side, k, d) for c, side in DENSE_STAGES for k, d in DILATED]

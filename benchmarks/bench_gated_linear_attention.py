@@ -1,4 +1,4 @@
-"""Gated linear attention in both directions on the CPU, beside PyTorch's attention and the recurrence token by token.
+"""Benchmarks bidirectional gated linear attention on the CPU against attention and the token-by-token recurrence.
 
     python benchmarks/bench_gated_linear_attention.py --threads 2 --markdown table.md --picture growth.png
 
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _harness import Call, describe_machine, markdown_table, peak_memory, time_calls
+from _harness import Call, describe_machine, digits, markdown_table, peak_memory, time_calls
 from mixerzoo.kernels.gated_linear_attention import bidirectional_gated_linear_attention
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,7 +41,7 @@ Function = Callable[[list[Tensor]], Tensor]
 
 
 def make_inputs(tokens: int, name: str = NAMES[0]) -> list[Tensor]:
-    """Query, key, value, and the log gates of both directions as a fresh ViG has them; no gates for attention."""
+    """Make query, key, value, and the log gates of both directions as in an untrained ViG; none for attention."""
     if name == "attention":
         return [torch.randn(1, tokens, HEADS, VALUE_DIM) for _ in range(3)]
     query, key, *gates = (torch.randn(1, tokens, HEADS, HEAD_DIM) for _ in range(4))
@@ -74,7 +74,7 @@ FUNCTIONS: dict[str, Function] = dict(zip(NAMES, (ours, attention, recurrence), 
 
 
 def call_of(function: Function, inputs: list[Tensor], which: str) -> Call:
-    """One pass of a method over inputs of its own."""
+    """Return one pass of a method over its own inputs."""
     if which == "forward":
 
         def forward() -> object:
@@ -97,7 +97,7 @@ def require_right_results() -> None:
 
 
 class Result(NamedTuple):
-    """Of one method, pass and number of tokens: seconds, and bytes."""
+    """A measurement of one method, pass and number of tokens: seconds and bytes."""
 
     seconds: float
     memory: int
@@ -107,7 +107,7 @@ Results = dict[tuple[str, str, int], Result]
 
 
 def measure(rounds: int, threads: int) -> Results:
-    """All methods; memory first, since it takes processes forked before any thread has started."""
+    """Measure all methods; memory comes first, since its processes must be forked before any thread starts."""
     memory: dict[tuple[str, str, int], int] = {}
     cases = [
         (name, which, tokens)
@@ -137,13 +137,16 @@ def rows(results: Results, which: str) -> Iterator[list[str]]:
         found = [results.get((name, which, tokens)) for name in NAMES]
         base = found[0]
         assert base is not None
-        cells = [f"**{base.seconds * 1e3:.3g}**"]
-        cells += ["" if r is None else f"{r.seconds * 1e3:.3g} ({r.seconds / base.seconds:.2g}x)" for r in found[1:]]
+        cells = [f"**{digits(base.seconds * 1e3)}**"]
+        cells += [
+            "" if r is None else f"{digits(r.seconds * 1e3)} ({digits(r.seconds / base.seconds, 2)}x)"
+            for r in found[1:]
+        ]
         yield [str(tokens), *cells, *("" if r is None else f"{r.memory / 2**20:.1f}" for r in found)]
 
 
 def report(results: Results, rounds: int, threads: int) -> Iterator[str]:
-    """Lines of the tables."""
+    """Yield the lines of the tables."""
     yield f"{describe_machine(threads)}. float32, one image, median of {rounds} rounds taken in turns."
     header = ["tokens", *(f"{name}, ms" for name in NAMES), *(f"{name}, MiB" for name in NAMES)]
     for which in PASSES:
@@ -152,7 +155,7 @@ def report(results: Results, rounds: int, threads: int) -> Iterator[str]:
 
 
 def draw(results: Results, file: Path) -> None:
-    """Time and memory over tokens on logarithmic axes, where a linear cost rises by one decade in one."""
+    """Plot time and memory over tokens on logarithmic axes, where a linear cost has slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,7 +187,7 @@ def draw(results: Results, file: Path) -> None:
 
 
 def growth(results: Results, which: str) -> float:
-    """How many times as long a token takes among the most tokens as among about a thousand."""
+    """Return the time per token at the most tokens, relative to that at about a thousand."""
     middle = min(TOKENS, key=lambda tokens: abs(tokens - 1024))
     most, base = (results[NAMES[0], which, tokens].seconds / tokens for tokens in (TOKENS[-1], middle))
     return most / base

@@ -1,4 +1,4 @@
-"""HiLo on the CPU beside the attention it was published against, and LITv2's deformable merging beside torchvision's.
+"""Benchmarks HiLo on the CPU against the attention of its paper, and LITv2's deformable merging against torchvision's.
 
     python benchmarks/bench_hilo.py --threads 2 --markdown table.md
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from _harness import describe_machine, markdown_table, time_calls
+from _harness import describe_machine, digits, markdown_table, time_calls
 from mixerzoo.mixers import HiLo
 from mixerzoo.vision.backbones.litv2 import sample_taps
 from timm.layers import Attention
@@ -38,7 +38,7 @@ REQUIRED_WIDTH, REQUIRED_BATCH = 768, 64  # as published
 
 
 class WindowAttention(nn.Module):
-    """Multi-head attention within 7 x 7 windows; [B, H, W, C]."""
+    """Multi-head attention within 7 x 7 windows of [B, H, W, C]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class WindowAttention(nn.Module):
 
 
 def make_mixers(dim: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Each maps [B, 14, 14, dim] to the same."""
+    """Make the mixers, each of which maps [B, 14, 14, dim] to the same shape."""
     hilo = HiLo(dim, HEADS, window_size=WINDOW, alpha=ALPHA)
     reduced = SpatialReductionAttention(dim, HEADS, sr_ratio=WINDOW, linear_attn=False)
     windows, whole = WindowAttention(dim), Attention(dim, HEADS, qkv_bias=True)
@@ -68,7 +68,7 @@ def make_mixers(dim: int) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def definition(hilo: HiLo, x: Tensor) -> Tensor:
-    """HiLo with nothing but products and softmax, window by window."""
+    """Compute HiLo by matrix products and softmax, window by window."""
     scale, dim = hilo.head_dim**-0.5, hilo.head_dim
     high = torch.empty(*x.shape[:3], hilo.h_heads * dim)
     for i in range(0, SIDE, WINDOW):
@@ -92,7 +92,7 @@ def require_equal(what: str, got: Tensor, want: Tensor) -> None:
 
 @torch.no_grad()
 def attention_rows(batches: list[int], rounds: int, missed: list[str]) -> Iterator[list[str]]:
-    """Images per second of each mixer, and how many times as fast HiLo is; too few times go to `missed`."""
+    """Yield images per second of each mixer and HiLo's speedup; add insufficient ones to `missed`."""
     for dim in WIDTHS:
         mixers = make_mixers(dim)
         hilo = mixers["HiLo"]
@@ -115,7 +115,7 @@ def attention_rows(batches: list[int], rounds: int, missed: list[str]) -> Iterat
 
 
 def merging_rows(batches: list[int], rounds: int) -> Iterator[list[str]]:
-    """Milliseconds of the deformable 2 x 2 convolution, both ways, without and with its backward pass."""
+    """Yield milliseconds of both implementations of the deformable 2 x 2 convolution, without and with backward."""
     for side, dim in MERGINGS:
         weight, bias = torch.randn(2 * dim, dim, 2, 2) / (4 * dim) ** 0.5, torch.randn(2 * dim)
 
@@ -142,12 +142,12 @@ def merging_rows(batches: list[int], rounds: int) -> Iterator[list[str]]:
             for name, run in (("forward", forward), ("forward + backward", train)):
                 calls = {"ours": lambda run=run: run(ours), "torchvision": lambda run=run: run(theirs)}
                 s = time_calls(calls, rounds=rounds)
-                ratio = f"{s['torchvision'] * 1e3:.3g} ({s['torchvision'] / s['ours']:.1f}x)"
-                yield [f"{side}x{side}, C {dim}", str(batch), name, f"**{s['ours'] * 1e3:.3g}**", ratio]
+                ratio = f"{digits(s['torchvision'] * 1e3)} ({s['torchvision'] / s['ours']:.1f}x)"
+                yield [f"{side}x{side}, C {dim}", str(batch), name, f"**{digits(s['ours'] * 1e3)}**", ratio]
 
 
 def report(arguments: argparse.Namespace, missed: list[str]) -> Iterator[str]:
-    """Lines of the tables."""
+    """Yield the lines of the tables."""
     yield f"{describe_machine(arguments.threads)}. float32, median of {arguments.rounds} rounds taken in turns."
     published = ", ".join(f"{name} {ratio}x" for name, ratio in PUBLISHED.items())
     yield f"\nImages per second, and how many times as fast HiLo is (published for C 768: {published}):\n"

@@ -1,4 +1,4 @@
-"""Accuracy and throughput against the keep rate: what fewer tokens cost and what they bring, on Fashion-MNIST.
+"""Measures accuracy and throughput against the keep rate of tokens, on Fashion-MNIST.
 
     python benchmarks/bench_keep_rate.py --threads 2
 
@@ -35,11 +35,11 @@ from _harness import describe_machine, describe_native, markdown_table, time_cal
 from mixerzoo.vision.backbones import reduce_tokens
 from mixerzoo.vision.data.loading import EpochBatches
 from mixerzoo.vision.data.splits import Splits
+from mixerzoo.vision.summary import summarize
 from mixerzoo.vision.training.build import build_model
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.run import load_data, run
 from mixerzoo.vision.training.settings import load
-from mixerzoo.vision.training.summary import summarize
 from torch import nn
 
 DENSE, EVIT, DYNAMIC = (f"{kind}deit_small_patch16_224" for kind in ("", "evit_", "dynamicvit_"))
@@ -47,7 +47,7 @@ KEEP_RATES = (0.9, 0.7, 0.5, 0.3)
 BATCH = 256
 FINETUNE = ("train.epochs=1", "train.limit_batches=420")  # half of the pictures
 QUICK = ("data=digits", "data.size=28", "data.limit=64", "train.epochs=1", "train.batch_size=16")
-"""Settings of a dry run, which shows that everything works and says nothing about accuracy."""
+"""Settings of a dry run, which tests the script and measures nothing."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COLOURS = {"dense": "#343a40", "ToMe": "#2ca02c", "EViT": "#1f77b4", "DynamicViT": "#d62728"}
@@ -70,10 +70,13 @@ class Point(NamedTuple):
 
 
 def train(folder: Path, model: str, more: Sequence[str]) -> tuple[nn.Module, float]:
-    """What train.py makes of the recipe and these settings: the model with its best weights, in evaluation mode, and
-    its accuracy on the test pictures. A run that is finished is not made again."""
-    given = ["recipe=token_reduction", f"model={model}", f"out={folder}", "train.progress=false", *more]
-    config = load(given, CONFIGS)
+    """Train a model by the recipe and the settings `more`, unless the run in `folder` is finished.
+
+    Returns:
+        The model with its best weights in eval mode, and its test accuracy.
+    """
+    settings = ["recipe=token_reduction", f"model={model}", f"out={folder}", "train.progress=false", *more]
+    config = load(settings, CONFIGS)
     finished = folder / "results.json"
     results = json.loads(finished.read_text()) if finished.is_file() else run(config)
     print(f"{folder.name}: accuracy {results['test']['accuracy']:.4f} in {results['seconds']:.0f} s", flush=True)
@@ -85,7 +88,7 @@ def train(folder: Path, model: str, more: Sequence[str]) -> tuple[nn.Module, flo
 
 
 def train_all(folder: Path, rates: Sequence[float], splits: Splits, more: Sequence[str]) -> Iterator[Contender]:
-    """The dense model; the same after more steps; then each method at each rate."""
+    """Yield the dense model, the same after further training, and each method at each rate."""
     trained = train(folder / "dense", DENSE, more)
     dense: Any = trained[0]
     yield Contender("dense", 1.0, *trained)
@@ -113,7 +116,7 @@ def require_same(dense: nn.Module, reduced: nn.Module, shape: tuple[int, int, in
 
 
 def merge_like(dense: Any, other: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
-    """ToMe on the dense weights, with the `r` that comes nearest to the other model's multiply-adds."""
+    """Return ToMe on the dense weights, with the `r` whose multiply-adds are closest to the other model's."""
     target = summarize(other, shape).macs
     options = [reduce_tokens(dense, "tome", r=r).eval() for r in range(dense.patch_embed.num_patches // 2)]
     return min(options, key=lambda model: abs(summarize(model, shape).macs - target))

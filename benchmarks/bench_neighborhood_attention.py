@@ -1,4 +1,4 @@
-"""Neighborhood attention on the CPU beside the ways to do without a kernel, at the four stages of nat_tiny.
+"""Benchmarks neighborhood attention on the CPU against methods without a kernel, at the four stages of nat_tiny.
 
     python benchmarks/bench_neighborhood_attention.py --markdown table.md
 
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from _harness import describe_machine, describe_native, markdown_table, peak_memory, time_calls
+from _harness import describe_machine, describe_native, digits, markdown_table, peak_memory, time_calls
 from mixerzoo.kernels.neighborhood_attention import _native, na2d, neighborhood_attention_reference
 from mixerzoo.kernels.neighborhood_attention._geometry import Window
 from torch import Tensor
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """q, k, v [batch, side, side, heads, dim] are views of one projection, as in the module."""
+    """Inputs of a pass: q, k, v [batch, side, side, heads, dim] are views of one projection, as in the module."""
 
     q: Tensor
     k: Tensor
@@ -76,7 +76,7 @@ def make_inputs(problem: Problem, *, trained: bool) -> Inputs:
 
 
 def neighbors(side: int) -> tuple[Tensor, Tensor]:
-    """For each token its keys, and where each pair stands in the flattened bias table: [tokens, keys] both."""
+    """Return each token's keys and the index of each pair in the flattened bias table, both [tokens, keys]."""
     position = torch.arange(side)
     axis = (position - KERNEL_SIZE // 2).clamp(0, side - KERNEL_SIZE)[:, None] + torch.arange(KERNEL_SIZE)
     step = axis - position[:, None] + KERNEL_SIZE - 1
@@ -164,7 +164,7 @@ def without_native(method: str) -> contextlib.AbstractContextManager:
 
 
 def make_call(method: str, problem: Problem, inputs: Inputs, *, trained: bool) -> Callable[[], list[Tensor]] | None:
-    """One forward pass, or forward and backward; None where the method cannot."""
+    """Return one forward pass, or forward and backward, or None if the method does not support it."""
     attend = METHODS[method](problem, inputs, trained=trained)
     if attend is None:
         return None
@@ -205,7 +205,7 @@ def check(methods: list[str], problem: Problem) -> None:
 
 
 def memory_of(method: str, problem: Problem, *, trained: bool) -> int | None:
-    """Bytes that one call of the method takes at its peak; None where it cannot."""
+    """Return the peak bytes of one call of the method, or None if it does not support the problem."""
 
     def build() -> Callable[[], list[Tensor]] | None:
         call = make_call(method, problem, make_inputs(problem, trained=trained), trained=trained)
@@ -222,7 +222,7 @@ def memory_of(method: str, problem: Problem, *, trained: bool) -> int | None:
 
 
 def write_table(results: list[dict], methods: list[str], unit: str, factor: float) -> Iterator[str]:
-    """A row a problem and pass; every method's value and how many times `na2d` it is."""
+    """Format a row per problem and pass, with each method's value and its ratio to `na2d`."""
     rows = []
     for row in results:
         own = row["values"]["na2d"]
@@ -234,9 +234,9 @@ def write_table(results: list[dict], methods: list[str], unit: str, factor: floa
             if value is None:
                 cells.append("-")
             elif method == "na2d":
-                cells.append(f"**{value * factor:.3g}**")
+                cells.append(f"**{digits(value * factor)}**")
             else:
-                cells.append(f"{value * factor:.3g} ({value / own:.2g}x)" if own else f"{value * factor:.3g}")
+                cells.append(f"{digits(value * factor)} ({digits(value / own, 2)}x)" if own else digits(value * factor))
         rows.append(cells)
     return markdown_table(["map", "batch", "bias", "pass", *(f"{method}, {unit}" for method in methods)], rows)
 

@@ -1,4 +1,4 @@
-"""Time and memory of whole models against the side of the picture: where linear and quadratic mixers part.
+"""Measures time and memory of whole models against the picture's side, where linear and quadratic mixers diverge.
 
     python benchmarks/bench_resolution.py --threads 2
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mixerzoo.vision  # noqa: F401  registers the models
 import timm
 import torch
-from _harness import describe_machine, describe_native, forget_peak, markdown_table, resident
+from _harness import describe_machine, describe_native, digits, forget_peak, markdown_table, resident
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def work(connection: Connection, model: str, size: int, threads: int) -> None:
 
 
 def measure(model: str, size: int, threads: int) -> Point | None:
-    """None where the process died, of hunger as a rule. To be called before this process has started any thread."""
+    """Measure in a forked process, before this one starts any thread; return None if it dies, usually out of memory."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(sender, model, size, threads))
@@ -87,17 +87,17 @@ def measure_all(models: Sequence[str], sizes: Sequence[int], limit: float, threa
 
 
 def find_power(points: Sequence[Point], field: str) -> float:
-    """The slope of the last two points on logarithmic axes: the power of the side."""
+    """Return the slope of the last two points on logarithmic axes, the exponent of the side."""
     before, last = points[-2:]
     return math.log(getattr(last, field) / getattr(before, field)) / math.log(last.size / before.size)
 
 
 def write_table(points: Sequence[Point], models: Sequence[str], sizes: Sequence[int], field: str) -> Iterator[str]:
-    scale, digits = (1, 2) if field == "seconds" else (1e-6, 3)
+    scale, precision = (1, 2) if field == "seconds" else (1e-6, 3)
     rows = []
     for model in models:
         own = [point for point in points if point.model == model]
-        values = {point.size: f"{getattr(point, field) * scale:.{digits}g}" for point in own}
+        values = {point.size: digits(getattr(point, field) * scale, precision) for point in own}
         power = f"{find_power(own, field):.1f}" if len(own) > 1 else "-"
         rows.append([model, *(values.get(size, "too slow") for size in sizes), power])
     return markdown_table(["", *(f"{size} px" for size in sizes), "power of the side at the end"], rows)
@@ -131,7 +131,7 @@ def draw(points: Sequence[Point], models: Sequence[str], path: Path) -> None:
 
 
 def _guide(axes: Axes, sizes: Sequence[int], own: Sequence[Point], field: str, scale: float) -> None:
-    """Slopes of 2 and 4, from the quadratic model's first point, to compare the lines with."""
+    """Draw reference lines of slope 2 and 4 from the quadratic model's first point."""
     if not own:
         return
     start = getattr(own[0], field) * scale

@@ -1,4 +1,4 @@
-"""Each family under the same head, trained for a few minutes on composed scenes: a table of mean IoU, size and time.
+"""Trains each family under the same head on composed scenes for a few minutes; tabulates mean IoU, size and time.
 
     python benchmarks/bench_scenes.py --out runs/scenes --jobs 2
 
@@ -67,11 +67,11 @@ FAMILIES = {
     "eet_vit_small": "EET",
     "spatten_deit_tiny_patch16_224": "SpAtten",
 }
-"""What is trained, in this order, by the name of the model that the recipe has settings for."""
+"""The trained models, in this order, by the name of the model that the recipe has settings for."""
 
 SHOWN = ("nat_mini", "van_b0", "litv2_s", "vmamba_tiny_s1l8", "vig_h_tiny", "bevanet_s", "tome_deit_tiny_patch16_224")
 QUICK = ("data.scenes=16", "data.limit=200", "train.epochs=1", "train.batch_size=4")
-"""Settings of a dry run, which shows that everything works and says nothing about accuracy."""
+"""Settings of a dry run, which tests the script and measures nothing."""
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ROW = "row.json"
@@ -91,7 +91,7 @@ class Row(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is needed to make a row, in another process too."""
+    """The input of a row, which can be sent to another process."""
 
     model: str
     folder: Path
@@ -103,7 +103,7 @@ class Job(NamedTuple):
 
 
 def finished(job: Job) -> Row | None:
-    """The row that lies in the job's folder, if it was made with the settings of today."""
+    """Return the row in the job's folder if it was made with the current settings."""
     path = job.folder / ROW
     if not path.is_file():
         return None
@@ -115,7 +115,7 @@ def finished(job: Job) -> Row | None:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """All but where the run is kept, under dotted names."""
+    """Return the settings under dotted names, without the location of the run."""
     flat = {}
     for section, value in json.loads(json.dumps(dataclasses.asdict(config))).items():
         flat |= {f"{section}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {section: value}
@@ -123,7 +123,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def make(job: Job) -> Row:
-    """Trains, and keeps the row when everything is done."""
+    """Train a model and save its row when it is complete."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -147,7 +147,7 @@ def make(job: Job) -> Row:
 
 
 def time_step(config: Config, rounds: int = 5) -> float:
-    """Milliseconds of the processor for forward and backward of a batch."""
+    """Measure the CPU milliseconds of forward and backward for a batch."""
     splits = load_data(config)
     model = build_model(config, splits).train()
     images, masks = splits.train.__getitems__(Request(list(range(config.train.batch_size)), 0))
@@ -163,7 +163,7 @@ def time_step(config: Config, rounds: int = 5) -> float:
 
 
 def attempt(job: Job) -> Row | None:
-    """The row, or None where it fails, which is told and does not stop the others."""
+    """Return the row, or None if it fails, which is reported and does not stop the others."""
     try:
         row = make(job)
     except Exception as error:
@@ -174,7 +174,7 @@ def attempt(job: Job) -> Row | None:
 
 
 def make_all(jobs: Sequence[Job], workers: int) -> list[Row]:
-    """All rows that are there already or can be made, so many at a time."""
+    """Return all rows that exist or can be made, with several processes at a time."""
     kept = {job: finished(job) for job in jobs}
     left = [job for job, row in kept.items() if row is None]
     if workers == 1:
@@ -203,7 +203,7 @@ def cells(row: Row) -> list[str]:
 
 
 def describe(rows: Sequence[Row], missing: Sequence[str], config: Config, command: str) -> Iterator[str]:
-    """The lines between the markers: what was done, and the table."""
+    """Yield the lines between the markers: a description of the runs, and the table."""
     size, scenes = config.data.size, config.data.scenes
     dates = sorted({row.date for row in rows})
     machine = describe_machine(1, f"timm {timm.__version__}", describe_native()).rpartition("; ")[0]
@@ -219,7 +219,7 @@ def describe(rows: Sequence[Row], missing: Sequence[str], config: Config, comman
 
 
 def insert(path: Path, name: str, lines: Sequence[str]) -> None:
-    """Puts the lines between the markers of the page, which must have them."""
+    """Replace the lines between the markers of a page, which must exist."""
     text = path.read_text()
     before, start, rest = text.partition(START.format(name))
     _, end, after = rest.partition(END)
@@ -230,7 +230,7 @@ def insert(path: Path, name: str, lines: Sequence[str]) -> None:
 
 @torch.no_grad()
 def draw(jobs: Mapping[str, Job], path: Path, count: int = 3) -> None:
-    """Test scenes with the truth and what some of the models make of them."""
+    """Draw test scenes with the truth and the predictions of some models."""
     config = next(iter(jobs.values())).config()
     splits = load_data(config)
     images, truth = splits.test.__getitems__(Request(list(range(count)), 0))

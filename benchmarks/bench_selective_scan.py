@@ -1,4 +1,4 @@
-"""The selective scan on the CPU, beside the loop over time that defines it and beside other ways to compute it.
+"""Benchmarks the selective scan on the CPU against the defining loop over time and other implementations.
 
     python benchmarks/bench_selective_scan.py --threads 2 --markdown table.md
     python benchmarks/bench_selective_scan.py --compile
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from _harness import describe_machine, describe_native, markdown_table, peak_memory, time_calls
+from _harness import describe_machine, describe_native, digits, markdown_table, peak_memory, time_calls
 from _scan_loop import Sequences, lay_out, put_back, scan_loop
 from mixerzoo.kernels.cross_scan import CROSS, ScanPath
 from mixerzoo.kernels.selective_scan import _plain, selective_scan, selective_scan_2d
@@ -60,7 +60,7 @@ class Case(NamedTuple):
         return f"{shape}, D {self.dim}, state {self.state}"
 
     def inputs(self, batch: int = 1) -> tuple[Tensor, ...]:
-        """Steps between 0.001 and 0.1 for the most part, decays as Mamba begins with."""
+        """Make inputs with steps mostly between 0.001 and 0.1, and the initial decays of Mamba."""
         torch.manual_seed(0)
         scans, state, dim = len(CROSS) if self.is_map else 1, self.state, self.dim
         A = -torch.arange(1, state + 1).expand(scans, dim, state).float().contiguous()
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
     @property
     def states(self) -> int:
-        """Numbers of one state a chunk, and of the last."""
+        """The number of elements of the stored states, one per chunk and the last."""
         scans, steps = (len(CROSS), self.length**2) if self.is_map else (1, self.length)
         return scans * (-(-steps // _plain.CHUNK) + 1) * self.state * self.dim
 
@@ -91,7 +91,7 @@ def ours(*inputs: Tensor) -> Tensor:
 
 
 def on_sequences(method: Callable[[Sequences], Tensor]) -> Method:
-    """A method for sequences, for maps too."""
+    """Extend a method for sequences to maps."""
 
     def run(*inputs: Tensor) -> Tensor:
         if len(inputs) == len(Sequences._fields):
@@ -102,7 +102,7 @@ def on_sequences(method: Callable[[Sequences], Tensor]) -> Method:
 
 
 def parallel(sequences: Sequences) -> Tensor:
-    """mambapy's scan of all steps at once, with what its own module does around it."""
+    """Compute the scan by mambapy's parallel scan, with the surrounding steps of its module."""
     assert pscan is not None
     decay, value, C = sequences.coefficients()
     states = pscan(decay.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous())
@@ -111,7 +111,7 @@ def parallel(sequences: Sequences) -> Tensor:
 
 
 def plain(sequences: Sequences) -> Tensor:
-    """Our form in standard operators, which the compiler can read."""
+    """Compute the scan by our form in standard operators, which can be compiled."""
     u, delta, A, B, C, D, bias = sequences
     groups = B.shape[1]
     by_group = (groups, u.shape[1] // groups)
@@ -138,14 +138,14 @@ def forward(method: Method, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def train(method: Method, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Output and the gradients of all inputs."""
+    """Return the output and the gradients of all inputs."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     y = method(*leaves)
     return y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
 def require_equal(case: Case, methods: dict[str, Method]) -> None:
-    """Each method's output and gradients beside the loop's in float64."""
+    """Compare each method's output and gradients with those of the loop in float64."""
     inputs = case.inputs()
     wanted = train(on_sequences(scan_loop), [tensor.double() for tensor in inputs])
     for name, method in methods.items():
@@ -158,7 +158,7 @@ def require_equal(case: Case, methods: dict[str, Method]) -> None:
 
 
 def measure_memory(case: Case, methods: dict[str, Method]) -> dict[str, list[int]]:
-    """Bytes of each method's calls, forward and (ours alone, for time) with the backward pass, inputs included."""
+    """Measure the bytes of each method's forward pass, inputs included, and of ours with the backward pass."""
 
     def build(method: Method, run: Callable) -> Callable[[], object]:
         inputs = case.inputs(MEMORY_BATCH)
@@ -174,14 +174,14 @@ def measure_memory(case: Case, methods: dict[str, Method]) -> dict[str, list[int
 
 
 def allowed_memory(case: Case) -> list[float]:
-    """Bytes that ours may take: inputs, outputs (with the backward pass also a gradient each) and a state a chunk."""
+    """Return the bytes that ours may take: inputs, outputs, their gradients with backward, and a state per chunk."""
     inputs = case.inputs(MEMORY_BATCH)
     given, output = sum(tensor.nbytes for tensor in inputs), inputs[0].nbytes
     return [SLACK * (n * given + (2 * n - 1) * output + 4 * MEMORY_BATCH * case.states) for n in (1, 2)]
 
 
 def time_case(case: Case, methods: dict[str, Method], rounds: int) -> list[dict[str, float]]:
-    """Seconds of each method, by pass."""
+    """Measure the seconds of each method, by pass."""
     inputs = case.inputs()
     return [
         time_calls(
@@ -194,7 +194,7 @@ def time_case(case: Case, methods: dict[str, Method], rounds: int) -> list[dict[
 
 
 def list_missed(case: Case, seconds: list[dict[str, float]], memory: dict[str, list[int]]) -> Iterator[str]:
-    """A line for each promise that is not kept."""
+    """Yield a line for each requirement that is not met."""
     for number, name in enumerate(PASSES):
         times, least = seconds[number][LOOP] / seconds[number][OURS], REQUIRED[case.state][number]
         if times < least and not case.is_map:
@@ -205,22 +205,22 @@ def list_missed(case: Case, seconds: list[dict[str, float]], memory: dict[str, l
 
 
 def time_row(case: Case, number: int, seconds: dict[str, float], methods: dict[str, Method]) -> list[str]:
-    cells = [f"{seconds[m] * 1e3:.3g} ({seconds[m] / seconds[OURS]:.1f}x)" for m in methods if m != OURS]
-    return [case.name, PASSES[number], f"**{seconds[OURS] * 1e3:.3g}**", *cells]
+    cells = [f"{digits(seconds[m] * 1e3)} ({seconds[m] / seconds[OURS]:.1f}x)" for m in methods if m != OURS]
+    return [case.name, PASSES[number], f"**{digits(seconds[OURS] * 1e3)}**", *cells]
 
 
 def memory_row(case: Case, number: int, memory: dict[str, list[int]]) -> list[str]:
-    allowed = f"{allowed_memory(case)[number] / 1e6:.3g}"
+    allowed = digits(allowed_memory(case)[number] / 1e6)
     return [
         case.name,
         PASSES[number],
         allowed,
-        *(f"{v[number] / 1e6:.3g}" if number < len(v) else "-" for v in memory.values()),
+        *(digits(v[number] / 1e6) if number < len(v) else "-" for v in memory.values()),
     ]
 
 
 def report(arguments: argparse.Namespace, missed: list[str]) -> Iterator[str]:
-    """Lines of the tables."""
+    """Yield the lines of the tables."""
     cases = [Case(*shape) for shape in SEQUENCES] + [Case(*shape, is_map=True) for shape in MAPS]
     methods = make_methods(compiled=arguments.compile)
     eager = {name: method for name, method in methods.items() if name != COMPILED}

@@ -1,4 +1,4 @@
-"""Vision transformers with fewer tokens on the CPU, beside the same transformer with all of them.
+"""Benchmarks vision transformers with reduced tokens on the CPU against the same transformers with all tokens.
 
     python benchmarks/bench_token_reduction.py --threads 2 --compile --markdown table.md
     python benchmarks/bench_token_reduction.py --quick
@@ -27,12 +27,12 @@ from typing import Any
 import mixerzoo.vision  # noqa: F401  registers the models
 import timm
 import torch
-from _harness import describe_machine, describe_native, markdown_table, median_ratio, peak_memory, time_rounds
+from _harness import describe_machine, describe_native, digits, markdown_table, median_ratio, peak_memory, time_rounds
 from mixerzoo.vision.backbones._token_reduction import ReductionMethod, reduce_tokens
 from mixerzoo.vision.backbones.dynamicvit import DynamicViT
 from mixerzoo.vision.backbones.evit import EViT
 from mixerzoo.vision.backbones.tome import ToMe
-from mixerzoo.vision.training.summary import summarize
+from mixerzoo.vision.summary import summarize
 from torch import Tensor, nn
 
 DENSE = "vit_small_patch16_224"
@@ -78,7 +78,7 @@ Build = Callable[[], nn.Module]
 
 
 def dense(name: str = DENSE) -> nn.Module:
-    """A model of timm, the same weights each time."""
+    """Build a timm model with fixed weights."""
     torch.manual_seed(0)
     return timm.create_model(name).eval()
 
@@ -96,7 +96,7 @@ def require_equal(what: str, got: Tensor, want: Tensor, tolerance: float = TOLER
 
 @torch.no_grad()
 def check(model: nn.Module) -> None:
-    """Every method on `model`, set to reduce nothing, against it."""
+    """Compare every method, set to reduce nothing, with `model`."""
     x = torch.randn(2, *PICTURE)
     want = model(x)
     for method in NOTHING:
@@ -117,7 +117,7 @@ def calls_of(models: Mapping[str, nn.Module], batch: int) -> dict[str, Callable[
 
 
 def compiled_models(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Compiled at the first call, which is made here."""
+    """Compile the dense model and those of `COMPILED`, call each once, and compare it with its eager form."""
     x = torch.randn(COMPILED_BATCH, *PICTURE)
     compiled: dict[str, nn.Module] = {}
     for name in (DENSE, *COMPILED):
@@ -128,7 +128,8 @@ def compiled_models(models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def measure_memory(builds: Mapping[str, Build], batches: Sequence[int], threads: int) -> dict[tuple[str, int], int]:
-    """Peak bytes of a pass; to be called before this process has started any thread, since it forks."""
+    """Measure the peak bytes of a pass per model and batch. It forks, so it must precede this process's first
+    thread."""
 
     def prepare(build: Build, batch: int) -> Callable[[], Callable[[], Tensor]]:
         def prepared() -> Callable[[], Tensor]:
@@ -145,7 +146,7 @@ def measure_memory(builds: Mapping[str, Build], batches: Sequence[int], threads:
 
 
 def count_gmacs(builds: Mapping[str, Build]) -> dict[str, float]:
-    """Of one picture, from shapes alone."""
+    """Count the GMACs of each model for one picture, on the meta device."""
     counted = {}
     for name, build in builds.items():
         with torch.device("meta"):
@@ -154,23 +155,23 @@ def count_gmacs(builds: Mapping[str, Build]) -> dict[str, float]:
 
 
 def gain(name: str, against: str, gmacs: Mapping[str, float]) -> str:
-    """Multiply-adds of a model, and how many times fewer than its counterpart's they are."""
+    """Format the GMACs of a model and their ratio to those of `against`."""
     plain = name.removesuffix(", compiled")
     ratio = "" if plain == against else f" ({gmacs[against] / gmacs[plain]:.2f}x fewer)"
-    return f"{gmacs[plain]:.3g}{ratio}"
+    return f"{digits(gmacs[plain])}{ratio}"
 
 
 def measure(
     models: Mapping[str, nn.Module], against: Mapping[str, str], batch: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each model, and how many times as fast as the one that `against` names it is."""
+    """Return each model's median seconds and its speedup over the model that `against` names."""
     times = time_rounds(calls_of(models, batch), rounds=rounds, least_seconds=LEAST_SECONDS)
     speedups = {name: median_ratio(seconds, times[against[name]]) for name, seconds in times.items()}
     return {name: statistics.median(seconds) for name, seconds in times.items()}, speedups
 
 
 def list_missed(speedups: Mapping[str, float], against: Mapping[str, str], batch: int) -> list[str]:
-    """A line for each promise of `REQUIRED` at this batch that is not kept."""
+    """Return a line for each requirement of `REQUIRED` at this batch that is not met."""
     return [
         f"{name} at batch {batch} is {speedup:.2f} times as fast as {against[name]}, not {REQUIRED[name, batch]}"
         for name, speedup in speedups.items()
@@ -185,7 +186,7 @@ def write_table(
     rounds: int,
     missed: list[str],
 ) -> Iterator[str]:
-    """A row a model, four columns a batch; the models of each batch take turns."""
+    """Yield a row per model with four columns per batch; the models of each batch take turns."""
     gmacs, width = count_gmacs(builds), 1 + 4 * len(models)
     cells: dict[str, list[str]] = {}
     for number, (batch, together) in enumerate(models.items()):
@@ -194,7 +195,7 @@ def write_table(
         missed += list_missed(speedups, against, batch)
         for name, seconds in medians.items():
             row = cells.setdefault(name, [gain(name, against[name], gmacs), *["-"] * 4 * number])
-            row += [f"{seconds * 1e3:.0f}", f"{batch / seconds:.3g}", f"**{speedups[name]:.2f}**"]
+            row += [f"{seconds * 1e3:.0f}", digits(batch / seconds), f"**{speedups[name]:.2f}**"]
             row.append(f"{memory[name, batch] / 1e6:.0f}" if (name, batch) in memory else "-")
     columns = [f"{what}, batch {batch}" for batch in models for what in ("ms", "images/s", "times as fast", "MB")]
     return markdown_table(
@@ -203,7 +204,7 @@ def write_table(
 
 
 def report(arguments: argparse.Namespace, missed: list[str]) -> Iterator[str]:
-    """Lines of the tables. Memory comes first: it is measured by forks, before this process has started any thread."""
+    """Yield the lines of the tables. Memory is measured first, by forks before this process starts any thread."""
     start, batches, rounds = time.monotonic(), arguments.batch, arguments.rounds
     methods: dict[str, Build] = {DENSE: dense}
     methods |= {name: lambda method=method: reduced(method) for name, method in METHODS.items()}

@@ -1,7 +1,8 @@
-"""The private names of torch that the kernels rely on, each with the behaviour assumed of it.
+"""Wrap the private names of torch that the kernels rely on, and state the behaviour assumed of each.
 
-tests/kernels/test_compat.py holds a canary for every function here, so that a torch release that changes one is
-noticed by name and not by a wrong gradient. Those that modules ask are written so that TorchScript can read them.
+tests/kernels/test_compat.py holds a canary test for every function here, so that a torch release that changes one
+fails by name instead of producing a wrong gradient. Functions called inside modules are written so that TorchScript can
+compile them.
 """
 
 from collections.abc import Callable, Hashable
@@ -14,23 +15,23 @@ _T = TypeVar("_T")
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` or the ONNX exporter is tracing.
+    """Return whether `torch.export` or the ONNX exporter is tracing.
 
-    Not `torch.compiler.is_exporting()`: torch 2.11 folds that to True under a plain `torch.compile` as well, and the
-    compiled model would silently lose its fused operators.
+    `torch.compiler.is_exporting()` does not serve: torch 2.11 folds it to True under a plain `torch.compile` as well,
+    and the compiled model would silently lose its fused operators.
     """
     if torch.jit.is_scripting():
         return False
     else:
-        # The exporter by tracing has no such flag; asking torch.onnx takes longer than a small operator.
+        # The tracing-based ONNX exporter has no such flag. Querying torch.onnx takes longer than a small operator.
         by_tracing = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
         return bool(torch.compiler._is_exporting_flag) or by_tracing
 
 
 def is_differentiated_functionally() -> bool:
-    """Whether a `torch.func` transform or forward-mode differentiation is active.
+    """Return whether a `torch.func` transform or forward-mode differentiation is active.
 
-    A custom operator has no rule for either: forward mode would give tangents of zero without any error.
+    A custom operator has no rule for either: forward mode would silently return zero tangents.
     """
     if torch.jit.is_scripting():
         return False
@@ -39,15 +40,15 @@ def is_differentiated_functionally() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether something sees each operator that is called: a tracer, a counter, a mode of fake tensors."""
+    """Return whether a tracer, an operator counter or a fake-tensor mode intercepts each operator call."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def trace_memo() -> dict[Any, Any] | None:
-    """A dictionary that lives and dies with the graph that `torch.export` is tracing, None outside of a trace.
+    """Return a dictionary that lives as long as the graph that `torch.export` is tracing, None outside of a trace.
 
-    Tensors made while tracing may be used again in the same trace and nowhere else. Dynamo (strict export) is left
-    out: it would have to follow the dictionary.
+    Tensors created while tracing may be reused in the same trace and nowhere else. Dynamo (strict export) gets None,
+    because it would have to trace through the dictionary.
     """
     if torch.compiler.is_dynamo_compiling():
         return None
@@ -56,7 +57,7 @@ def trace_memo() -> dict[Any, Any] | None:
 
 
 def once_a_trace(key: Hashable, make: Callable[[], _T]) -> _T:
-    """What `make` returns; while exporting the same tensors for all layers that ask with an equal key."""
+    """Return `make()`; while exporting, compute it once per key and share the tensors between all layers."""
     memo = trace_memo()
     if memo is None:
         return make()
@@ -66,5 +67,5 @@ def once_a_trace(key: Hashable, make: Callable[[], _T]) -> _T:
 
 
 def size_key(size: int | torch.SymInt) -> Any:
-    """Something hashable that is equal for equal sizes, symbols included."""
+    """Return a hashable value that is equal for equal sizes, including symbolic ones."""
     return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -1,11 +1,11 @@
-"""The compiled CPU kernels of kernels/cpu, where an install built them.
+"""Load the compiled CPU kernels of kernels/cpu, if the install built them.
 
-setuptools compiles those files into one library for AVX2 and one for any processor (pyproject.toml); an install without
-a compiler has neither, and everything else works. The libraries know neither Python nor torch: plain C functions over
-pointers and strides, called through ctypes, which releases the GIL. They use the OpenMP runtime that torch has loaded,
-and so its threads; where that runtime lacks what they need, they do not load.
+setuptools compiles those files into one library for AVX2 and one for any processor (pyproject.toml). An install without
+a compiler has neither library, and everything else works. The libraries depend on neither Python nor torch: they export
+plain C functions over pointers and strides, called through ctypes, which releases the GIL. They use the OpenMP runtime
+that torch has loaded, and therefore its threads; they fail to load if that runtime lacks a symbol they need.
 
-`MIXERZOO_NATIVE=0` in the environment turns them off.
+Set `MIXERZOO_NATIVE=0` in the environment to disable them.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import torch
 _logger = logging.getLogger(__name__)
 
 _BEST = {"AVX512": ["_cpu_avx2"], "AVX2": ["_cpu_avx2"]}
-"""Libraries to try before the baseline, by torch's name for the processor's instructions. There is none for AVX-512: a
+"""Libraries to try before the baseline, keyed by torch's name for the CPU capability. There is no AVX-512 build: a
 window of seven fills eight lanes, not sixteen."""
 
 _pointer, _float = ctypes.c_void_p, ctypes.c_float
@@ -37,12 +37,12 @@ _FUNCTIONS = {
 }
 
 BAD_GEOMETRY, NO_MEMORY = 1, 2
-"""What the functions return if not 0: `Status` in kernels/cpu/memory.h."""
+"""Non-zero return codes of the functions: `Status` in kernels/cpu/memory.h."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The best library for this processor, None where there is none."""
+    """Return the best library for this processor, or None if there is none."""
     if os.environ.get("MIXERZOO_NATIVE", "1") == "0":
         return None
     for name in [*_BEST.get(torch.backends.cpu.get_cpu_capability(), []), "_cpu_baseline"]:
@@ -51,22 +51,22 @@ def library() -> ctypes.CDLL | None:
             if not path.is_file():
                 continue
             try:
-                found = ctypes.CDLL(str(path))
+                loaded = ctypes.CDLL(str(path))
                 for function, arguments in _FUNCTIONS.items():
-                    getattr(found, function).argtypes = arguments
-                    getattr(found, function).restype = ctypes.c_int
+                    getattr(loaded, function).argtypes = arguments
+                    getattr(loaded, function).restype = ctypes.c_int
             except (OSError, AttributeError) as error:
                 _logger.warning("the native kernels of %s cannot be used, plain PyTorch serves: %s", path, error)
                 continue
-            return found
+            return loaded
     return None
 
 
 def is_available() -> bool:
-    """Whether compiled kernels are installed, fit this processor and are not turned off."""
+    """Return whether compiled kernels are installed, run on this processor and are not disabled."""
     return library() is not None
 
 
 def as_words(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
-    """Numbers and addresses as the C structs have them: 64 bits each."""
+    """Pack integers and addresses into an array of 64-bit words, the layout of the C structs."""
     return (ctypes.c_int64 * len(values))(*values)

@@ -1,12 +1,13 @@
-"""The orders in which a scan walks a two-dimensional map, and maps to sequences and back.
+"""Define the orders in which a scan traverses a two-dimensional map, and convert maps to sequences and back.
 
-A one-dimensional recurrence sees a picture only along a path, so visual state space models take several: VMamba the
-rows, the columns and both backwards (Liu et al., arXiv 2401.10166), Vim and MobileMamba the rows both ways (Zhu et al.,
-arXiv 2401.09417; He et al., arXiv 2411.15941), EfficientVMamba four disjoint sub-grids (Pei et al., arXiv 2403.09977).
+A one-dimensional recurrence sees an image only along a path, so visual state space models scan along several: VMamba
+the rows, the columns and both reversed (Liu et al., arXiv 2401.10166), Vim and MobileMamba the rows in both directions
+(Zhu et al., arXiv 2401.09417; He et al., arXiv 2411.15941), EfficientVMamba four disjoint sub-grids (Pei et al., arXiv
+2403.09977).
 
-An order is data: `ScanPath` says by which axis, from which end and over which sub-grid. The kernels of `selective_scan`
-compute the pixel of a step from that and never make the sequences; `cross_scan` and `cross_merge` make them, with
-standard PyTorch operators.
+An order is data: `ScanPath` states the axis, the starting corner and the sub-grid. The kernels of `selective_scan`
+compute the pixel of each step from it and never materialise the sequences; `cross_scan` and `cross_merge` materialise
+them, with standard PyTorch operators.
 """
 
 from collections.abc import Sequence
@@ -18,16 +19,16 @@ from torch.nn import functional as F
 
 
 class ScanPath(NamedTuple):
-    """One order in which a map [height, width] is walked.
+    """Describe one order in which a map [height, width] is traversed.
 
     Attributes:
-        by_columns: down the columns, one after the other, instead of along the rows.
+        by_columns: column-major (down one column after the other) instead of row-major.
         flip_rows: from the last row to the first.
         flip_columns: from the last column to the first.
-        row: the first pixel's.
-        column: the first pixel's.
-        step: distance of the pixels visited, along both axes. Of a map of any size ceil(height / step) by
-            ceil(width / step) positions are visited, wherever the first pixel is; those outside of the map read zeros.
+        row: row of the first pixel.
+        column: column of the first pixel.
+        step: distance between visited pixels, along both axes. A path visits ceil(height / step) by
+            ceil(width / step) positions of a map, regardless of its first pixel; positions outside the map read zero.
     """
 
     by_columns: bool = False
@@ -38,28 +39,28 @@ class ScanPath(NamedTuple):
     step: int = 1
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the sub-grid that is visited."""
+        """Return the rows and columns of the visited sub-grid."""
         return (height + self.step - 1) // self.step, (width + self.step - 1) // self.step
 
     def indices(self, height: int, width: int) -> Tensor:
-        """[steps] the pixel of each step, counted along the rows of the map; -1 outside of it."""
+        """Return [steps] the row-major pixel index of each step, -1 outside the map."""
         pixels = torch.arange(height * width).view(1, height, width) + 1
         return self.sequence(pixels)[0] - 1
 
     def sequence(self, x: Tensor) -> Tensor:
-        """A map [batch, height, width, ...] as [batch, steps, ...], zeros where the path leaves the map."""
+        """Gather a map [batch, height, width, ...] into [batch, steps, ...]; steps outside the map are zero."""
         height, width = x.shape[1], x.shape[2]
         if self.step > 1:
             rows, columns = (torch.arange(n, device=x.device) * self.step for n in self.grid(height, width))
             x = F.pad(x, [0, 0] * (x.ndim - 3) + [0, self.step, 0, self.step])
-            # Not by slices: exporting, they would tie the sizes to being odd or even.
+            # Slicing instead would make the exported program depend on the parity of the sizes.
             x = x.index_select(1, rows + self.row).index_select(2, columns + self.column)
         if self.flips:
             x = x.flip(self.flips)
         return (x.transpose(1, 2) if self.by_columns else x).flatten(1, 2)
 
     def place(self, y: Tensor, height: int, width: int) -> Tensor:
-        """The inverse: [batch, steps, ...] as [batch, height, width, ...], zeros where the path does not come."""
+        """Scatter [batch, steps, ...] to [batch, height, width, ...], the inverse; unvisited pixels are zero."""
         rows, columns = self.grid(height, width)
         y = y.unflatten(1, (columns, rows)).transpose(1, 2) if self.by_columns else y.unflatten(1, (rows, columns))
         if self.flips:
@@ -73,7 +74,7 @@ class ScanPath(NamedTuple):
 
     @property
     def flips(self) -> list[int]:
-        """The axes of [batch, height, width, ...] that are turned round."""
+        """Return the axes of [batch, height, width, ...] that are reversed."""
         return [axis for axis, is_flipped in ((1, self.flip_rows), (2, self.flip_columns)) if is_flipped]
 
 
@@ -83,10 +84,10 @@ CROSS = (
     ScanPath(flip_rows=True, flip_columns=True),
     ScanPath(by_columns=True, flip_rows=True, flip_columns=True),
 )
-"""VMamba: rows, columns, and both from the other end."""
+"""VMamba: rows, columns, and both reversed."""
 
 BIDIRECTIONAL = (CROSS[0], CROSS[2])
-"""MobileMamba, and Vim on a sequence (a map of one row): rows, and rows from the other end."""
+"""MobileMamba, and Vim on a sequence (a map of one row): rows, and rows reversed."""
 
 ATROUS = (
     ScanPath(step=2),
@@ -94,11 +95,11 @@ ATROUS = (
     ScanPath(column=1, step=2),
     ScanPath(by_columns=True, row=1, column=1, step=2),
 )
-"""EfficientVMamba: four disjoint sub-grids, each pixel visited once."""
+"""EfficientVMamba: four disjoint sub-grids that together visit each pixel once."""
 
 
 def check_paths(paths: Sequence[ScanPath]) -> None:
-    """Raise unless the paths have one length and begin inside their steps."""
+    """Raise ValueError unless all paths have the same step and each begins inside its step."""
     if not paths or len({path.step for path in paths}) != 1:
         raise ValueError(f"paths must be one or more ScanPath with the same step; got {list(paths)}")
     for path in paths:
@@ -107,10 +108,10 @@ def check_paths(paths: Sequence[ScanPath]) -> None:
 
 
 def cross_scan(x: Tensor, paths: Sequence[ScanPath] = CROSS) -> Tensor:
-    """A map [batch, height, width, ...] along each path: [batch, paths, steps, ...].
+    """Gather a map [batch, height, width, ...] along each path into [batch, paths, steps, ...].
 
     Raises:
-        ValueError: for paths of different lengths, or one that begins outside of its sub-grid.
+        ValueError: if the paths differ in length, or one begins outside its sub-grid.
     """
     check_paths(paths)
     if x.ndim < 3:
@@ -119,13 +120,13 @@ def cross_scan(x: Tensor, paths: Sequence[ScanPath] = CROSS) -> Tensor:
 
 
 def cross_merge(y: Tensor, size: tuple[int, int], paths: Sequence[ScanPath] = CROSS) -> Tensor:
-    """Sequences [batch, paths, steps, ...] back on the map, added: [batch, height, width, ...]; `cross_scan`'s adjoint.
+    """Sum sequences [batch, paths, steps, ...] into a map [batch, height, width, ...]; the adjoint of `cross_scan`.
 
     Args:
         size: height and width of the map.
 
     Raises:
-        ValueError: for paths as in `cross_scan`, or sequences that do not belong to this size.
+        ValueError: for the paths that `cross_scan` rejects, or sequences that do not match this size.
     """
     check_paths(paths)
     rows, columns = paths[0].grid(*size)

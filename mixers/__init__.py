@@ -1,7 +1,7 @@
-"""Token mixers as modules, the same shape in and out. Norm, residual and drop path belong to the block.
+"""Token mixers as modules that preserve the input shape. Norm, residual and drop path belong to the block.
 
-Attention and scans of maps take [B, *spatial, C], scans of sequences [B, N, C], convolutions [B, C, H, W] in any memory
-format.
+Attention and scans over maps take [B, *spatial, C], scans over sequences [B, N, C], convolutions [B, C, H, W] in any
+memory format.
 """
 
 from .bidirectional_mamba import BidirectionalMamba

@@ -1,11 +1,11 @@
-"""The layers of attention between two sets of tokens, in the names of STViT-R: `q`, `kv`, `proj`."""
+"""Projections for attention between two sets of tokens, named as in STViT-R: `q`, `kv`, `proj`."""
 
 import torch
 from torch import Tensor, nn
 
 
 class CrossProjections(nn.Module):
-    """Queries of one set, keys and values of another, and what goes out; how they meet is the subclass's business."""
+    """Hold the projections of queries, of keys and values, and of the output; the subclass computes the attention."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class CrossProjections(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _heads(self, query: Tensor, key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected tokens [B, N, C] and [B, M, 2 C] to queries, keys and values [B, heads, N or M, head_dim]."""
+        """Split projected tokens [B, N, C] and [B, M, 2 C] into q, k and v of shape [B, heads, N or M, head_dim]."""
         q = query.unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
         k, v = key_value.unflatten(-1, [2, self.num_heads, self.head_dim]).transpose(1, 3).unbind(2)
         return q, k, v

@@ -1,4 +1,4 @@
-"""Vim's mixer: Mamba over a sequence from both ends, with weights of its own for each direction.
+"""Bidirectional Mamba, the mixer of Vim: scans of a sequence in both directions, with separate weights.
 
     x, z = W_in u
     y = scan(SiLU(conv_f x), f) + reverse(scan(SiLU(conv_b reverse x), b))
@@ -9,12 +9,12 @@ Papers: Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with
 2312.00752). Code: github.com/hustvl/Vim, Apache-2.0: `bimamba_type="v2"` with `if_divide_out=True`.
 
 What is unusual:
-* The directions share both projections and the gate. Their convolutions differ and each is causal in its own direction,
+* The directions share both projections and the gate. They have separate convolutions, each causal in its own direction,
   so the two scans read two sequences.
-* Nothing is turned round: a causal convolution of the reversed sequence is one over the coming steps of the sequence
-  itself, and the operator walks the second scan from the end. Both convolutions are two-dimensional, of a map of one
-  row in channels_last: on the CPU that is twice as fast as PyTorch's one-dimensional one or a sum of shifted sequences.
-* `A_log`, `D` and `dt_bias` are to stay float32; see `SelectiveScan2d`.
+* No sequence is reversed: a causal convolution of the reversed sequence is an anti-causal convolution of the sequence
+  itself, and the operator runs the second scan from the end. Both convolutions are two-dimensional, over a map of one
+  row in channels_last: on the CPU this is twice as fast as PyTorch's one-dimensional one or a sum of shifted sequences.
+* `A_log`, `D` and `dt_bias` must stay float32; see `SelectiveScan2d`.
 """
 
 import torch
@@ -29,7 +29,7 @@ from .ss2d import SelectiveScan2d
 
 
 class _TwoScans(SelectiveScan2d):
-    """A scan from each end, of a sequence of its own: [B, N, 2, dim] to [B, N, dim], the sum."""
+    """Scan one sequence from each end, [B, N, 2, dim], and sum the results to [B, N, dim]."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length = x.shape[0], x.shape[1]
@@ -49,13 +49,13 @@ class _TwoScans(SelectiveScan2d):
 
 
 class BidirectionalMamba(nn.Module):
-    """[B, N, C] to the same shape, at any number of tokens; the cost is linear in it.
+    """Mix a sequence [B, N, C] of any length with causal convolutions and scans in both directions, in linear time.
 
     Args:
         dim: channels C.
-        expand: channels of the scans per channel of the tokens.
-        state_dim: size of the state of each channel of the scans.
-        conv_size: steps that a convolution sees, its own and those before it.
+        expand: inner channels of the scans, as a multiple of `dim`.
+        state_dim: state elements per channel of the scans.
+        conv_size: kernel size of the causal convolutions.
         dt_rank: see `SelectiveScan2d`; None for a sixteenth of `dim`, rounded up.
     """
 
@@ -88,7 +88,7 @@ class BidirectionalMamba(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The convolutions, as PyTorch does; the layers have their own."""
+        """Initialise the convolutions as PyTorch does; the layers initialise themselves."""
         bound = self.conv_size**-0.5
         nn.init.uniform_(self.conv_weight, -bound, bound)
         nn.init.uniform_(self.conv_bias, -bound, bound)
@@ -101,7 +101,7 @@ class BidirectionalMamba(nn.Module):
         return self.out_proj(y * (F.silu(gate) * 0.5))
 
     def _convolve(self, x: Tensor) -> Tensor:
-        """SiLU of both convolutions, [B, N, 2, inner_dim]: each of a step and those before it in its direction."""
+        """Return SiLU of the causal and the anti-causal convolution, [B, N, 2, inner_dim]."""
         length, reach = x.shape[1], self.conv_size - 1
         row = x.unsqueeze(1).permute(0, 3, 1, 2)  # a map of one row, channels_last
         weight, bias = self.conv_weight.unsqueeze(2).unsqueeze(2), self.conv_bias
@@ -114,7 +114,7 @@ class BidirectionalMamba(nn.Module):
         else:
             if wants_plain_ops() or needs_operator(past, coming):
                 return torch.stack([F.silu(past), F.silu(coming)], dim=2)
-            both = past.new_empty(2, *past.shape)  # of long sequences a third of the time goes into fresh memory
+            both = past.new_empty(2, *past.shape)  # for long sequences, allocating memory takes a third of the time
             for y, out in zip((past, coming), both, strict=True):
                 torch.ops.aten.silu.out(y, out=out)
             return both.permute(1, 2, 0, 3)
@@ -123,5 +123,5 @@ class BidirectionalMamba(nn.Module):
         return f"{self.dim}, inner_dim={self.inner_dim}, conv_size={self.conv_size}"
 
 
-for _module in (_TwoScans, BidirectionalMamba):  # as a decorator it would hide the classes' types
+for _module in (_TwoScans, BidirectionalMamba):  # not as a decorator, which would hide the classes' types
     register_notrace_module(_module)

@@ -1,4 +1,4 @@
-"""Boundary guided adaptive fusion (BGAF): details where there is a boundary, context elsewhere, and both everywhere.
+"""Boundary guided adaptive fusion (BGAF): favour details at boundaries and context elsewhere, and add both.
 
     p, i = f_p(details), f_i(context)
     out  = f(e * p + (1 - e) * i + p + i)        e = sigmoid(boundary)
@@ -6,8 +6,8 @@
 Paper: "BEVANet" (ICIP 2025, arXiv 2508.07300), after the Bag of PIDNet (CVPR 2023, arXiv 2206.02066). Code:
 github.com/maomao0819/BEVANet (MIT).
 
-What is unusual: each f is batch norm, ReLU, 3 x 3 convolution, in this order; the boundary has a map for each channel,
-and is not the picture of boundaries that the network is asked to draw.
+What is unusual: each f is batch norm, ReLU, 3 x 3 convolution, in this order. The boundary has one map per channel; it
+is not the boundary image that the auxiliary head predicts.
 """
 
 import torch
@@ -17,7 +17,7 @@ from .pyramid_pooling import norm_act_conv
 
 
 class BGAF(nn.Module):
-    """Details, context and boundary, [B, C, H, W] each, to [B, C, H, W]."""
+    """Fuse details, context and boundary, [B, C, H, W] each, into [B, C, H, W]."""
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

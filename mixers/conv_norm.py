@@ -1,7 +1,7 @@
-"""Linear layers with the batch norm that follows them, which `timm.utils.reparameterize_model` makes one layer.
+"""Linear layers followed by a batch norm, which `timm.utils.reparameterize_model` fuses into one layer.
 
-Unusual: `fuse()` keeps data type, device, `requires_grad` and mode. By the running statistics the fused layer does what
-the two do in evaluation, up to rounding, and it is trained and exported like any layer.
+What is unusual: `fuse()` preserves dtype, device, `requires_grad` and training mode. With the running statistics, the
+fused layer equals the two layers in evaluation mode up to rounding, and it trains and exports like any layer.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from .row_conv import RowConv2d
 
 @torch.no_grad()
 def _folded(layer: Any, norm: Any) -> dict[str, nn.Parameter]:
-    """Weight and bias of the layer with the norm in them."""
+    """Return weight and bias of the layer with the norm folded in."""
     old = layer.weight
     weight, bias = fold_norm(old, None, *statistics_of(norm))
     return {
@@ -27,11 +27,11 @@ def _folded(layer: Any, norm: Any) -> dict[str, nn.Parameter]:
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, padded by half its kernel, and a batch norm; [B, C, H, W] in any memory format.
+    """Apply a bias-free convolution, padded by half its kernel, and a batch norm; [B, C, H, W] in any memory format.
 
     Args:
         kernel_size: odd.
-        depthwise: one filter a channel; `dim` and `out_dim` are the same then.
+        depthwise: one filter per channel; `dim` and `out_dim` must be equal.
         norm_weight: initial weight of the norm.
     """
 
@@ -68,14 +68,14 @@ class ConvNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The norm's weight; the layers have their own."""
+        """Initialise the norm's weight; the layers initialise themselves."""
         nn.init.constant_(self.norm.weight, self.norm_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
     def fuse(self) -> nn.Conv2d:
-        """The two as one convolution of the same kind."""
+        """Return one convolution of the same kind with the norm folded in."""
         fused = self.conv
         for name, parameter in _folded(self.conv, self.norm).items():
             setattr(fused, name, parameter)
@@ -83,7 +83,7 @@ class ConvNorm(nn.Module):
 
 
 class LinearNorm(nn.Module):
-    """A linear layer without bias and a batch norm of its outputs; [B, H, W, C]."""
+    """Apply a bias-free linear layer and a batch norm of its outputs; [B, H, W, C]."""
 
     def __init__(
         self,
@@ -101,12 +101,12 @@ class LinearNorm(nn.Module):
         return self.norm(self.linear(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def fuse(self) -> nn.Linear:
-        """The two as one linear layer."""
+        """Return one linear layer with the norm folded in."""
         fused = self.linear
         for name, parameter in _folded(self.linear, self.norm).items():
             setattr(fused, name, parameter)
         return fused
 
 
-for _module in (ConvNorm, LinearNorm):  # as a decorator it would hide the classes' types
+for _module in (ConvNorm, LinearNorm):  # not as a decorator, which would hide the classes' types
     register_notrace_module(_module)

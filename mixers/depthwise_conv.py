@@ -1,7 +1,7 @@
-"""A depth-wise convolution as a module: `torch.nn.Conv2d` with the library's kernel behind it.
+"""A depth-wise convolution module: a `torch.nn.Conv2d` that runs this library's kernel.
 
-Parameters, their initialisation and the state dict are those of `torch.nn.Conv2d(dim, dim, ..., groups=dim)`, so
-either loads the other's weights.
+Parameters, their initialisation and the state dict are those of `torch.nn.Conv2d(dim, dim, ..., groups=dim)`, so the
+two can load each other's weights.
 """
 
 import torch
@@ -13,7 +13,7 @@ from ..kernels.depthwise_conv import depthwise_conv2d
 
 
 def odd_sides(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of a filter that has a centre; raises for any other."""
+    """Return the (rows, columns) of a filter with a centre; raise ValueError for even sides."""
     sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
     if any(side < 1 or side % 2 == 0 for side in sides):
         raise ValueError(f"kernel_size must be odd and at least 1, so that a filter has a centre; got {kernel_size}")
@@ -21,7 +21,7 @@ def odd_sides(kernel_size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]) -> Tensor:
-    """`depthwise_conv2d`; in TorchScript PyTorch's own, so that what is saved loads without this library."""
+    """Call `depthwise_conv2d`; in TorchScript, PyTorch's own convolution, so that saved files load without mixerzoo."""
     if torch.jit.is_scripting():
         padding = [dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)]
         return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=weight.shape[0])
@@ -30,11 +30,13 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: list[int]
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """One filter a channel, stride 1, padded with zeros to the same size; [B, C, H, W] in any memory format.
+    """Convolve each channel with its own filter, with stride 1 and size-preserving zero padding.
+
+    Takes and returns [B, C, H, W] in any memory format.
 
     Args:
         kernel_size: odd, one number or (rows, columns).
-        dilation: likewise.
+        dilation: one number or (rows, columns).
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @classmethod
     def from_weight(cls, weight: Tensor, bias: Tensor | None = None) -> "DepthwiseConv2d":
-        """The module of that filter [C, 1, rows, columns] and bias [C], dilation 1."""
+        """Return a module with the given filter [C, 1, rows, columns] and bias [C], with dilation 1."""
         sides = (weight.shape[2], weight.shape[3])
         conv = cls(weight.shape[0], sides, bias=bias is not None, device="meta")
         conv.weight = nn.Parameter(weight)
@@ -70,4 +72,4 @@ class DepthwiseConv2d(nn.Conv2d):
         return convolve(input, self.weight, self.bias, [self.dilation[0], self.dilation[1]])
 
 
-register_notrace_module(DepthwiseConv2d)  # not as a decorator, whose type would hide the class
+register_notrace_module(DepthwiseConv2d)  # not as a decorator, which would hide the class's type

@@ -1,20 +1,20 @@
-"""Dilated re-parameterised depth-wise convolution: trained as a sum of branches, evaluated as one convolution.
+"""Dilated re-parameterised depth-wise convolution: trained as a sum of branches, evaluated as a single convolution.
 
     train:     y = sum_i BN_i(depthwise(x; W_i, dilation d_i))      the large kernel, then small dilated ones
-    evaluate:  y = depthwise(x; W, b)       W, b: all of that in one kernel, exact but for rounding
+    evaluate:  y = depthwise(x; W, b)       W, b: all branches merged into one kernel, exact up to rounding
 
 Paper: Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series
 and Image Recognition" (CVPR 2024, arXiv 2311.15599); code github.com/AILab-CVC/UniRepLKNet, Apache-2.0.
 
 What is unusual:
-* Whether it runs as branches or merged follows the norms: merged unless one of them takes its statistics from the
-  batch. So `eval()` merges, and so does a `train()` with all norms frozen. Branches that others have changed run as
-  they are: pruned or parametrized ones, wrapped ones, those with hooks.
-* The merged kernel is a differentiable function of the parameters, never a parameter: it is no part of the state dict
-  and cannot go stale. Between evaluations without gradients it is remembered, until a tensor that it was made of is
-  replaced or written to. Only a write through `.data` goes unseen, as it does for autograd; `train()` and `eval()`
-  forget what is remembered.
-* `fuse()` gives the one convolution as a module for good; `timm.utils.reparameterize_model` calls it.
+* The norms determine whether the block runs as branches or merged: merged unless one of them uses batch statistics. So
+  `eval()` merges, and so does `train()` with all norms frozen. Branches that user code has modified are never merged:
+  pruned, parametrized or wrapped ones, and those with hooks.
+* The merged kernel is a differentiable function of the parameters, never a parameter: it is not in the state dict and
+  cannot become stale. In evaluation without gradients it is cached until one of its source tensors is replaced or
+  written to. Only a write through `.data` goes unnoticed, as it does in autograd; `train()` and `eval()` clear the
+  cache.
+* `fuse()` returns the merged convolution as a permanent module; `timm.utils.reparameterize_model` calls it.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from ..kernels._runtime import wants_plain_ops
 from ._compat import has_hooks, tensors_of
 from .depthwise_conv import DepthwiseConv2d, convolve, odd_sides
 
-# kernel_size -> (kernel size, dilation) of the branches beside it, the paper's.
+# kernel_size -> (kernel size, dilation) of the parallel branches, from the paper.
 PUBLISHED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     5: ((3, 1), (3, 2)),
     7: ((5, 1), (3, 2), (3, 3)),
@@ -45,7 +45,7 @@ PUBLISHED_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 def fold_norm(
     weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The weight [C, ...] and bias [C] of a layer with the batch norm that follows folded in; float32 or wider."""
+    """Fold a batch norm into the preceding layer's weight [C, ...] and bias [C]; return both in float32 or wider."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     scale = norm_weight.to(dtype) * (var.to(dtype) + eps).rsqrt()
     offset = -mean.to(dtype) if bias is None else bias.to(dtype) - mean.to(dtype)
@@ -54,22 +54,22 @@ def fold_norm(
 
 
 def spread_taps(weight: Tensor, dilation: int, size: int) -> Tensor:
-    """A dilated kernel [C, 1, K, K] as a dense one [C, 1, size, size]: zeros between its taps and around them."""
+    """Expand a dilated kernel [C, 1, K, K] to a dense one [C, 1, size, size], zero between and around its taps."""
     side = weight.shape[-1] * dilation
     gap = dilation - 1
     dense = F.pad(weight[:, :, :, None, :, None], [0, gap, 0, 0, 0, gap]).reshape(-1, 1, side, side)
     before = (size - side + gap) // 2
-    after = size - side - before  # negative where the last gap reaches out
+    after = size - side - before  # negative if the last gap extends beyond the kernel
     return F.pad(dense, [before, after, before, after])
 
 
 def statistics_of(norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-    """What `fold_norm` takes of a batch norm, frozen and synchronised ones included."""
+    """Return the arguments that `fold_norm` takes from a batch norm, including frozen and synchronised ones."""
     return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
 
 
 class _Branch(nn.Module):
-    """A depth-wise convolution without bias and its norm."""
+    """Apply a bias-free depth-wise convolution and its norm."""
 
     def __init__(self, dim: int, kernel_size: int, dilation: int, **dd: Any) -> None:
         super().__init__()
@@ -80,17 +80,17 @@ class _Branch(nn.Module):
         return self.norm(self.conv(x))
 
     def is_linear(self) -> bool:
-        """Whether its norm goes by running statistics, and no one has changed what the branch does."""
+        """Return whether the norm uses running statistics, and user code has not modified the branch."""
         if not torch.jit.is_scripting():
-            altered = has_hooks(self) or has_hooks(self.conv) or has_hooks(self.norm)
-            if altered or type(self.conv) is not DepthwiseConv2d:  # parametrizations and adapters change the type
+            is_hooked = has_hooks(self) or has_hooks(self.conv) or has_hooks(self.norm)
+            if is_hooked or type(self.conv) is not DepthwiseConv2d:  # parametrizations and adapters change the type
                 return False
         if not hasattr(self.norm, "track_running_stats"):
-            return True  # frozen by torchvision's and timm's class, whatever `training` says
+            return True  # frozen batch norm of torchvision or timm, regardless of `training`
         return not self.norm.training and self.norm.running_mean is not None
 
     def dense(self, size: int) -> tuple[Tensor, Tensor]:
-        """Its part of the merged kernel and bias."""
+        """Return this branch's contribution to the merged kernel and bias."""
         mean, var = self.norm.running_mean, self.norm.running_var
         if mean is None or var is None:
             raise ValueError("merging needs norms with running statistics; this one has track_running_stats=False")
@@ -100,7 +100,7 @@ class _Branch(nn.Module):
 
 @dataclass(frozen=True)
 class _Memo:
-    """A merged kernel with what it was made of. The aliases keep that memory from being handed to other tensors."""
+    """Cache a merged kernel with its sources; the aliases keep their memory from being reused by other tensors."""
 
     key: list[tuple[int, int]]
     aliases: list[Tensor]
@@ -108,11 +108,11 @@ class _Memo:
 
 
 class DilatedReparamBlock(nn.Module):
-    """[B, C, H, W] to the same, in any memory format.
+    """Apply a large depth-wise convolution and its parallel dilated branches to [B, C, H, W] in any memory format.
 
     Args:
         kernel_size: side of the large kernel, odd.
-        branches: (kernel size, dilation) of each branch beside it; None for the paper's, known for 5 to 17.
+        branches: (kernel size, dilation) of each parallel branch; None for the paper's, defined for 5 to 17.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class DilatedReparamBlock(nn.Module):
         super().__init__()
         odd_sides(kernel_size)
         if branches is None and kernel_size not in PUBLISHED_BRANCHES:
-            known = ", ".join(map(str, PUBLISHED_BRANCHES))
-            raise ValueError(f"branches are known for kernel_size {known}; got {kernel_size}: pass `branches`")
+            published = ", ".join(map(str, PUBLISHED_BRANCHES))
+            raise ValueError(f"branches are known for kernel_size {published}; got {kernel_size}: pass `branches`")
         branches = PUBLISHED_BRANCHES[kernel_size] if branches is None else branches
         if len(set(branches)) < len(branches):
             raise ValueError(f"each branch must be there once; got {tuple(branches)}")
@@ -155,26 +155,26 @@ class DilatedReparamBlock(nn.Module):
                 weight, bias = self._remembered_merge()
             return convolve(x, weight, bias, [1, 1])
         if not torch.jit.is_scripting():
-            self._memo = None  # norms write their statistics without being seen, but for the counter of batches
+            self._memo = None  # norms update their statistics without a version bump; only their batch counter gets one
         out = self.large(x)
         for branch in self.small.values():
             out = out + branch(x)
         return out
 
     def merge(self) -> tuple[Tensor, Tensor]:
-        """The kernel [C, 1, K, K] and bias [C] that do by the running statistics what all branches do.
+        """Return the kernel [C, 1, K, K] and bias [C] that equal the sum of all branches with running statistics.
 
-        Differentiable; in float32 where the parameters are narrower.
+        The result is differentiable, and float32 if the parameters are narrower.
         """
         weight, bias = self.large.dense(self.kernel_size)
         for branch in self.small.values():
-            more_weight, more_bias = branch.dense(self.kernel_size)  # pyright: ignore[reportCallIssue]
-            weight, bias = weight + more_weight, bias + more_bias
+            branch_weight, branch_bias = branch.dense(self.kernel_size)  # pyright: ignore[reportCallIssue]
+            weight, bias = weight + branch_weight, bias + branch_bias
         return weight, bias
 
     @torch.no_grad()
     def fuse(self, norm: nn.Module | None = None) -> DepthwiseConv2d:
-        """The one convolution for good, in the parameters' dtype; with the batch norm that follows, if given."""
+        """Return the merged convolution in the parameters' dtype, with the following batch norm folded in if given."""
         weight, bias = self.merge()
         if norm is not None:
             weight, bias = fold_norm(weight, bias, *statistics_of(norm))
@@ -194,7 +194,7 @@ class DilatedReparamBlock(nn.Module):
         return weight.to(dtype), bias.to(dtype)
 
     def _remembered_merge(self) -> tuple[Tensor, Tensor]:
-        """`_cast_merge()`, from memory where nothing has changed and where remembering it is sound."""
+        """Return `_cast_merge()`, from the cache if no source has changed and caching is sound."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or wants_plain_ops():
             return self._cast_merge()
         sources = tensors_of(self)
@@ -202,16 +202,16 @@ class DilatedReparamBlock(nn.Module):
             return self._cast_merge()
         try:
             key = [(source.data_ptr(), source._version) for source in sources]
-        except RuntimeError:  # inference tensors do not count writes, wrappers of tensors have no address
+        except RuntimeError:  # inference tensors have no version counter, wrapper subclasses no address
             return self._cast_merge()
 
         memo = self._memo
         if memo is None or memo.key != key:
-            with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode too
+            with torch.inference_mode(False), torch.no_grad():  # the result must be usable outside inference mode
                 merged = self._cast_merge()
             memo = _Memo(key, [source.detach() for source in sources], merged)
-            ordinary = type(merged[0]) is Tensor and not merged[0].is_meta
-            self._memo = memo if ordinary else None
+            is_plain_tensor = type(merged[0]) is Tensor and not merged[0].is_meta
+            self._memo = memo if is_plain_tensor else None
         return memo.merged
 
     def train(self, mode: bool = True) -> Any:
@@ -219,7 +219,7 @@ class DilatedReparamBlock(nn.Module):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._memo = None  # or the tensors before .to() and its kin would stay in memory
+        self._memo = None  # otherwise the tensors before .to() and similar calls would stay in memory
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -229,4 +229,4 @@ class DilatedReparamBlock(nn.Module):
         return f"{self.dim}, kernel_size={self.kernel_size}"
 
 
-register_notrace_module(DilatedReparamBlock)  # not as a decorator, whose type would hide the class
+register_notrace_module(DilatedReparamBlock)  # not as a decorator, which would hide the class's type

@@ -1,5 +1,4 @@
-"""Bidirectional gated linear attention over the pixels of a map in reading order, mixed with a convolution's view of
-the neighbourhood.
+"""Bidirectional gated linear attention over the pixels of a map in row-major order, gated against a convolution.
 
     local = act(depthwise3x3(x))
     out = gate * rms_norm(attention(local)) + (1 - gate) * rms_norm(local),   gate = sigmoid(W local + b)
@@ -8,13 +7,13 @@ Paper: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated 
 2405.18425). Code: github.com/hustvl/ViG (MIT).
 
 What is unusual:
-* All projections read the convolution's output; nothing else of `x` enters.
-* The paper calls the last line 2-D gating: attention sees a sequence, the convolution rows and columns.
-* Both directions share query, key and value, and have gates of their own, made by one low-rank projection. Its
-  logarithm is divided by 16, so that a fresh layer forgets half in 16 steps.
+* All projections read the convolution's output; `x` enters in no other way.
+* The paper calls the last line 2-D gating: attention sees a sequence, the convolution sees rows and columns.
+* Both directions share query, key and value, and have separate gates, computed by one low-rank projection. The log gate
+  is divided by 16, so that a newly initialised layer forgets half in 16 steps.
 * Queries and keys have half the channels of values.
-* The official evaluation of plain ViG halves the mean of the directions once more. The norm takes that back but for its
-  epsilon, and their training does without; so does this.
+* The official evaluation code of plain ViG halves the mean of the directions once more. The norm cancels that except
+  for its epsilon, and the official training code does not do it; neither does this module.
 """
 
 from functools import partial
@@ -29,12 +28,13 @@ from .depthwise_conv import DepthwiseConv2d
 
 
 class GatedLinearAttention2d(nn.Module):
-    """[B, H, W, C] to the same shape, in time linear in H W.
+    """Mix a map [B, H, W, C] in time linear in H W.
 
     Args:
-        dim: channels C; a head has dim / num_heads of the values, and half as many of queries and keys.
-        gate_rank: channels between the two projections that make the gates.
-        act_layer: after the convolution, and before the last projection: SiLU in plain ViG, none in the hierarchical.
+        dim: channels C; a head has dim / num_heads value channels, and half as many query and key channels.
+        gate_rank: hidden channels of the low-rank projection of the gates.
+        act_layer: activation after the convolution and before the last projection: SiLU in plain ViG, none in the
+            hierarchical variant.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class GatedLinearAttention2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the published code: small projections, since what follows is normalised or a sigmoid."""
+        """Initialise as in the published code: small projections, since a norm or a sigmoid follows each."""
         for module in (self.conv, self.qkv, *self.decay, self.gate, self.proj):
             nn.init.xavier_uniform_(module.weight, gain=2**-2.5)  # pyright: ignore[reportArgumentType]
             if module.bias is not None:
@@ -77,7 +77,7 @@ class GatedLinearAttention2d(nn.Module):
             raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
         local = self.conv_act(self.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         tokens = local.flatten(1, 2)
-        wide = self.norm.weight.dtype  # under autocast float32, so that only the last projection's input is rounded
+        wide = self.norm.weight.dtype  # float32 under autocast, so that only the last projection rounds its input
         attended = self.norm(self._attend(tokens).to(wide))
         neighbours = self.local_norm(tokens.unflatten(-1, [self.num_heads, -1]).to(wide))
         gate = self.gate(tokens).to(wide).sigmoid().unflatten(-1, [self.num_heads, -1])
@@ -85,7 +85,7 @@ class GatedLinearAttention2d(nn.Module):
         return self.proj(self.act(mixed.flatten(-2))).unflatten(1, [x.shape[1], x.shape[2]])
 
     def _attend(self, tokens: Tensor) -> Tensor:
-        """[B, N, C] to [B, N, heads, head channels]."""
+        """Attend over tokens [B, N, C]; return [B, N, heads, head channels]."""
         query, key, value = self.qkv(tokens).split([self.dim // 2, self.dim // 2, self.dim], dim=-1)
         log_gates = F.logsigmoid(self.decay(tokens).to(self.norm.weight.dtype)) / self.gate_divisor
         forward, backward = log_gates.chunk(2, dim=-1)
@@ -100,4 +100,4 @@ class GatedLinearAttention2d(nn.Module):
         return f"{self.dim}, num_heads={self.num_heads}"
 
 
-register_notrace_module(GatedLinearAttention2d)  # as a decorator it would hide the class's type
+register_notrace_module(GatedLinearAttention2d)  # not as a decorator, which would hide the class's type

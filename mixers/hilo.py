@@ -1,4 +1,4 @@
-"""HiLo attention: some heads see small windows (Hi-Fi), the others an average-pooled copy of the whole map (Lo-Fi).
+"""HiLo attention: some heads attend within small windows (Hi-Fi), the others to an average-pooled map (Lo-Fi).
 
 Paper: Pan, Cai and Zhuang, "Fast Vision Transformers with HiLo Attention" (NeurIPS 2022, arXiv 2205.13213). Code:
 github.com/ziplab/LITv2, `hilo.py` (Apache 2.0), whose parameter names are kept: `h_qkv`, `h_proj`, `l_q`, `l_kv`,
@@ -6,14 +6,15 @@ github.com/ziplab/LITv2, `hilo.py` (Apache 2.0), whose parameter names are kept:
 
 What is unusual:
 * The paths share nothing: each has its own projections, and their outputs are concatenated, Hi-Fi's channels first.
-  No position term anywhere; in LITv2 the convolution inside the MLP supplies it.
-* `int(num_heads * alpha)` heads are Lo-Fi's, truncated as in the official code: 12 heads at 0.9 give 10 and not 11.
-* `window_size` 1 is plain attention: a pool of one position keeps the map, so every head becomes Lo-Fi's and `alpha`
-  means nothing.
-* A map that is no multiple of the window is padded with zeros below and on the right, as in the official segmentation
-  and detection code: the zeros enter the last windows as tokens (with the projection's bias as key and value) and the
-  average of the last pooled positions. The official classification code refuses such maps, and with alpha 1 silently
-  drops their last rows and columns; that is not reproduced. Maps that divide evenly get the same numbers from all.
+  There is no positional encoding; in LITv2 the convolution inside the MLP supplies the positions.
+* `int(num_heads * alpha)` heads are Lo-Fi, truncated as in the official code: 12 heads at 0.9 give 10, not 11.
+* `window_size` 1 is plain attention: pooling over one position is the identity, so every head becomes Lo-Fi and
+  `alpha` has no effect.
+* A map whose size is not a multiple of the window is zero-padded at the bottom and on the right, as in the official
+  segmentation and detection code: the zeros enter the last windows as tokens (with the projection's bias as key and
+  value) and the average of the last pooled positions. The official classification code rejects such maps, and with
+  alpha 1 silently drops their last rows and columns; that is not reproduced. All variants agree on maps that divide
+  evenly.
 """
 
 import torch
@@ -25,12 +26,12 @@ from ..kernels._runtime import is_exporting
 
 
 class HiLo(nn.Module):
-    """HiLo attention, [B, H, W, C] to the same shape, at any height and width.
+    """Apply HiLo attention to a map [B, H, W, C] of any height and width.
 
     Args:
         dim: channels C, a multiple of `num_heads`.
-        window_size: side of Hi-Fi's windows and of Lo-Fi's pool.
-        alpha: part of the heads that are Lo-Fi's, from 0 (windows only) to 1 (pooled map only).
+        window_size: side of the Hi-Fi windows and of the Lo-Fi pooling.
+        alpha: fraction of Lo-Fi heads, from 0 (windows only) to 1 (pooled map only).
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class HiLo(nn.Module):
         self.h_heads = num_heads - self.l_heads
 
         def linear(inputs: int, outputs: int, bias: bool) -> nn.Module:
-            # A path without heads has no parameters; TorchScript wants a module in their place.
+            # A path without heads has no parameters; TorchScript requires a placeholder module.
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype) if outputs else nn.Identity()
 
         h_dim, l_dim = self.h_heads * self.head_dim, self.l_heads * self.head_dim
@@ -85,16 +86,16 @@ class HiLo(nn.Module):
         return self.proj_drop(torch.cat(paths, dim=-1) if len(paths) > 1 else paths[0])
 
     def _high_frequency(self, x: Tensor) -> Tensor:
-        """Attention within each window of the padded map."""
+        """Attend within each window of the padded map."""
         batch, height, width, _ = x.shape
         side, heads = self.window_size, self.h_heads
         rows, columns = height // side, width // side
-        # Projecting first leaves fewer channels to be put into windows.
+        # Project first: fewer channels then have to be partitioned into windows.
         qkv = self.h_qkv(x).reshape(batch, rows, side, columns, side, 3, heads, self.head_dim)
         qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, heads, side * side, self.head_dim)
         query, key, value = qkv.unbind(0)
         if x.device.type == "cpu":
-            # The fused kernel has a price a window, and windows are many and small.
+            # The fused kernel has a fixed cost per window, and windows are many and small.
             scores = (query * self.head_dim**-0.5) @ key.transpose(-2, -1)
             out = scores.softmax(-1) @ value
         else:
@@ -103,7 +104,7 @@ class HiLo(nn.Module):
         return self.h_proj(out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, heads * self.head_dim))
 
     def _low_frequency(self, x: Tensor, whole: Tensor) -> Tensor:
-        """Attention of every position of `x` to the pooled map; `whole` is `x` with its padding."""
+        """Attend from every position of `x` to the pooled map; `whole` is the padded `x`."""
         if self.window_size > 1:
             whole = F.avg_pool2d(whole.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
         query = self.l_q(x).flatten(1, 2).unflatten(-1, [self.l_heads, self.head_dim]).transpose(1, 2)
@@ -116,4 +117,4 @@ class HiLo(nn.Module):
         return f"{self.dim}, heads={self.h_heads} high + {self.l_heads} low, window_size={self.window_size}"
 
 
-register_notrace_module(HiLo)  # as a decorator it would hide the class's type
+register_notrace_module(HiLo)  # not as a decorator, which would hide the class's type

@@ -1,11 +1,11 @@
-"""Inception depth-wise convolution: a small square, a row and a column, each on a few channels, the rest untouched.
+"""Inception depth-wise convolution: small square, row and column filters on a few channels each, the rest unchanged.
 
 Paper: Yu et al., "InceptionNeXt: When Inception Meets ConvNeXt" (CVPR 2024, arXiv 2303.16900); code
-github.com/sail-sg/inceptionnext. The models are timm's (`inception_next_tiny` and others); this is their mixer with
-the names of its parameters, so weights move both ways.
+github.com/sail-sg/inceptionnext. The models are timm's (`inception_next_tiny` and others); this module is their mixer
+with the same parameter names, so weights can be exchanged.
 
-What is unusual: the channels come in the order untouched, square, row, column, and a branch gets the integer part of
-`dim * branch_ratio`. `dilation` spreads the square and both bands.
+What is unusual: the channels are ordered identity, square, row, column, and a branch has the integer part of `dim *
+branch_ratio` channels. `dilation` applies to the square and both bands.
 """
 
 import torch
@@ -15,12 +15,12 @@ from .depthwise_conv import DepthwiseConv2d
 
 
 class InceptionDWConv(nn.Module):
-    """[B, C, H, W] to the same, in any memory format.
+    """Apply square, row and column depth-wise convolutions to parts of the channels of [B, C, H, W], any memory format.
 
     Args:
         square_kernel_size: side of the square filters, odd.
         band_kernel_size: length of the row and column filters, odd.
-        branch_ratio: part of the channels that each of the three branches gets, above 0 and at most 1 / 3.
+        branch_ratio: fraction of the channels in each of the three branches, above 0 and at most 1 / 3.
         dilation: distance between the taps of all filters.
     """
 

@@ -7,10 +7,11 @@ code (github.com/Visual-Attention-Network/VAN-Classification, Apache-2.0): `conv
 
 What is unusual:
 * There is no softmax, no sigmoid and no head: the gate is unbounded and the output quadratic in the input. With filters
-  that keep the size of a signal float16 overflows (65504) from inputs of standard deviation 72 on; the sums inside are
-  float32 and bfloat16 has float32's range. A network must hold its maps below that: VAN does by layer scales of 1e-2,
-  and a fresh van_b3 overflows float16 from 0.1 on.
-* Together the convolutions see 23 x 23 positions; the paper counts 21 x 21, the decomposition of one large kernel.
+  of unit gain, float16 overflows (65504) for inputs of standard deviation 72 or more; internal sums are float32, and
+  bfloat16 has the range of float32. A network must keep its maps below that: VAN does so by layer scales of 1e-2, and a
+  newly initialised van_b3 overflows float16 for layer scales of 0.1 or more.
+* The convolutions together have a receptive field of 23 x 23 positions; the paper counts 21 x 21, the decomposition of
+  one large kernel.
 """
 
 import torch
@@ -23,7 +24,7 @@ from .depthwise_conv import DepthwiseConv2d
 
 @register_notrace_module
 class LargeKernelAttention(nn.Module):
-    """[B, C, H, W] in any memory format to the same shape and format."""
+    """Multiply a map [B, C, H, W] by its large-kernel gate; the memory format is preserved."""
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -1,14 +1,14 @@
-"""Lookup attention: a few compressed tokens gather from many, and give back through the same attention transposed.
+"""Lookup attention: a few compressed tokens attend to many tokens and write back by the transposed attention.
 
 Paper: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens" (ECCV 2024, arXiv
 2407.12753), where the pair is called multi-head bidirectional cross-attention (MHBC). No official code.
 
 What is unusual:
-* The way back has neither queries nor keys of its own: those of the way there change places. Nothing but them has to be
-  kept in between, so that both ways are ordinary fused attention and no matrix of weights is ever made.
-* The paper does not say how the transposed weights are normalised, and the reproductions differ. The default is a
-  softmax of the transposed logits: what a lookup token receives is a mean of compressed tokens. With
-  `renormalize=False` it is the sum weighted by the attention they paid to it, little for a token that nobody looked at.
+* The write-back has no queries and keys of its own: it swaps those of the gathering attention. Only these have to be
+  kept in between, so both steps are ordinary fused attention and no attention matrix is materialised.
+* The paper does not state how the transposed weights are normalised, and the reproductions differ. The default is a
+  softmax of the transposed logits: a lookup token receives an average of compressed tokens. With `renormalize=False` it
+  receives their sum weighted by the attention they paid to it, which is small for a token that none attended to.
 """
 
 import torch
@@ -20,20 +20,20 @@ from ._cross_projections import CrossProjections
 
 
 class GatherAttention(CrossProjections):
-    """Compressed tokens [B, M, C] attend to lookup tokens [B, N, C]."""
+    """Let compressed tokens [B, M, C] attend to lookup tokens [B, N, C]."""
 
     def forward(self, compressed: Tensor, lookup: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is gathered [B, M, C], and the queries [B, heads, M, head_dim] and keys [B, heads, N, head_dim]."""
+        """Return the output [B, M, C], the queries [B, heads, M, head_dim] and the keys [B, heads, N, head_dim]."""
         query, key, value = self._heads(self.q(compressed), self.kv(lookup))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out)), query, key
 
 
 class TransposedAttention(nn.Module):
-    """Compressed tokens [B, M, C] go to lookup tokens [B, N, C] by the attention they gathered with, transposed.
+    """Distribute compressed tokens [B, M, C] to lookup tokens [B, N, C] by the transposed gathering attention.
 
     Args:
-        renormalize: whether the weights of each lookup token are made to sum to one.
+        renormalize: whether to normalise the weights of each lookup token to sum to one.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TransposedAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, compressed: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """`query` and `key` are those that `GatherAttention` returned."""
+        """Write back to the lookup tokens; `query` and `key` are those that `GatherAttention` returned."""
         value = self.v(compressed).unflatten(-1, [self.num_heads, self.head_dim]).transpose(1, 2)
         if self.renormalize:
             out = F.scaled_dot_product_attention(key, query, value)
@@ -69,5 +69,5 @@ class TransposedAttention(nn.Module):
         return f"heads={self.num_heads}, renormalize={self.renormalize}"
 
 
-register_notrace_module(GatherAttention)  # as decorators they would hide the classes' types
+register_notrace_module(GatherAttention)  # not as decorators, which would hide the classes' types
 register_notrace_module(TransposedAttention)

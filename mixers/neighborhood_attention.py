@@ -1,13 +1,15 @@
-"""Neighborhood attention as a module, on sequences, maps and volumes.
+"""Neighborhood attention modules for sequences, maps and volumes.
 
 Papers: Hassani et al., "Neighborhood Attention Transformer" (arXiv 2204.07143); Hassani and Shi, "Dilated Neighborhood
 Attention Transformer" (2209.15001). Parameters have NATTEN's names (github.com/SHI-Labs/NATTEN): `qkv`, `proj`, `rpb`.
 
 What is unusual:
-* A map too small for its window is padded with zeros at the end of each axis *before* the projection to query, key and
-  value, and cropped after the attention: the padded keys and values equal the projection's bias and are attended to. So
-  did NATTEN up to 0.15, with which the published checkpoints were trained; later releases raise an error instead.
-* There is no dropout on the attention weights: the fused operators never hold them, and no published model used it.
+* A map too small for its window is zero-padded at the end of each axis *before* the projection to query, key and value,
+  and cropped after the attention: the padded keys and values equal the projection's bias and take part in the
+  attention. NATTEN did so up to 0.15, the version that trained the published checkpoints; later releases raise an error
+  instead.
+* There is no dropout on the attention weights: the fused operators never materialise them, and no published model used
+  it.
 """
 
 import torch
@@ -20,7 +22,7 @@ from ..kernels.neighborhood_attention import Axes, make_windows, na1d, na2d, na3
 
 
 def _shortfall(length: int, needed: int) -> int:
-    """What an axis lacks; never a branch, since the length may be a symbol while exporting."""
+    """Return how much an axis is too short, without branching: the length may be symbolic while exporting."""
     if torch.jit.is_scripting():
         return max(length, needed) - length
     else:
@@ -28,15 +30,15 @@ def _shortfall(length: int, needed: int) -> int:
 
 
 class _NeighborhoodAttention(nn.Module):
-    """Multi-head neighborhood attention, [B, *spatial, C] to the same shape, at any size of the spatial axes.
+    """Apply multi-head neighborhood attention to [B, *spatial, C], with spatial axes of any size.
 
     Args:
         dim: channels C, a multiple of `num_heads`.
-        kernel_size: keys of a window, for all axes or one value an axis.
-        stride: queries that share a window, from 1 to `kernel_size`; per axis likewise.
-        dilation: step between the keys of a window; per axis likewise.
-        is_causal: whether a query sees only what lies before it; per axis likewise.
-        rpb: whether there is a learned bias per head and relative position; its windows must be odd.
+        kernel_size: keys per window, for all axes or one value per axis.
+        stride: queries that share a window, from 1 to `kernel_size`; one value or one per axis.
+        dilation: step between the keys of a window; one value or one per axis.
+        is_causal: whether a query sees no later position; one value or one per axis.
+        rpb: whether to add a learned bias per head and relative position; the windows must then be odd.
         qk_scale: factor on the scores, (dim / num_heads) ** -0.5 if None.
     """
 
@@ -85,7 +87,7 @@ class _NeighborhoodAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The bias table only; the two projections have their own."""
+        """Initialise the bias table; the two projections initialise themselves."""
         if self.rpb is not None:
             trunc_normal_(self.rpb, std=0.02)
 
@@ -95,7 +97,7 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(f"needed [B, {rank} spatial axes, {self.dim} channels]; got shape {list(x.shape)}")
         lacking = [_shortfall(x.shape[i + 1], self.kernel_size[i] * self.dilation[i]) for i in range(rank)]
         too_small = is_exporting() or max(lacking) > 0
-        ends = [0, 0]  # per axis, last one first, as F.pad takes them
+        ends = [0, 0]  # last axis first, as F.pad takes them
         for i in range(rank):
             ends += [0, lacking[rank - 1 - i]]
         if too_small:
@@ -108,7 +110,7 @@ class _NeighborhoodAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # the operator itself, which always has three axes
+        if torch.jit.is_scripting():  # call the operator itself, which always has three axes
             missing = 3 - len(self.kernel_size)
             rpb = self.rpb
             for _ in range(missing):

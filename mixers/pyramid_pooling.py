@@ -1,4 +1,4 @@
-"""Deep large kernel pyramid pooling (DLKPPM): a map beside itself at four coarser scales and under a large kernel.
+"""Deep large kernel pyramid pooling (DLKPPM): combine a map with four pooled versions of it and large-kernel attention.
 
     y0 = f0(x)
     y1 = p1(up(f1(5 x 5 means, stride 2)) + y0)      y3 = p3(y0 + scale * attention(norm(y0)) + y2)
@@ -11,9 +11,9 @@ github.com/maomao0819/BEVANet (MIT).
 
 What is unusual:
 * Each f, p, compress and shortcut is batch norm, ReLU, convolution, in this order.
-* Means near the rim count the zeros around the map. The quarters overlap by one line where a side is odd, as in
-  torch.nn.AdaptiveAvgPool2d; they are written as slices, so that what is exported takes any size.
-* The mean of all positions goes through batch norm, so training takes two pictures or more.
+* Averages near the border include the zero padding. The quarters overlap by one line if a side is odd, as in
+  torch.nn.AdaptiveAvgPool2d; they are slices, so that exported programs accept any size.
+* The global average passes through batch norm, so training needs at least two images per batch.
 """
 
 import torch
@@ -33,7 +33,7 @@ def norm_act_conv(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Sequential:
-    """Batch norm, ReLU and a convolution that keeps the size of the map, without bias."""
+    """Return batch norm, ReLU and a bias-free convolution that preserves the map size."""
     if kernel_size == 1:
         conv: nn.Conv2d = RowConv2d(in_dim, out_dim, 1, bias=False, device=device, dtype=dtype)
     else:
@@ -50,7 +50,7 @@ def norm_act_conv(
 
 
 def pool_quarters(x: Tensor) -> Tensor:
-    """Means of the quarters of a map: [B, C, H, W] to [B, C, 2, 2], as adaptive average pooling takes them."""
+    """Average each quarter of a map, [B, C, H, W] to [B, C, 2, 2], as adaptive average pooling does."""
     height, width = x.shape[2], x.shape[3]
     upper, lower = x[:, :, : (height + 1) // 2], x[:, :, height // 2 :]
     left, right = (width + 1) // 2, width // 2
@@ -59,7 +59,7 @@ def pool_quarters(x: Tensor) -> Tensor:
 
 
 class DLKPPM(nn.Module):
-    """[B, in_dim, H, W] to [B, out_dim, H, W], of any size.
+    """Apply DLKPPM to a map of any size, [B, in_dim, H, W] to [B, out_dim, H, W].
 
     Args:
         branch_dim: channels of each of the six branches.
@@ -100,11 +100,11 @@ class DLKPPM(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The scale only; the layers have their own."""
+        """Initialise the layer scale; the layers initialise themselves."""
         nn.init.constant_(self.layer_scale, self.init_values)
 
     def _coarser(self, x: Tensor) -> list[Tensor]:
-        """The four pooled maps, [B, branch_dim, H, W] each; that of a single value is left at 1 x 1."""
+        """Return the four pooled maps, upsampled to [B, branch_dim, H, W]; the global average stays 1 x 1."""
         maps = [
             F.avg_pool2d(x, 5, stride=2, padding=2),
             F.avg_pool2d(x, 9, stride=4, padding=4),

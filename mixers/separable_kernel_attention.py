@@ -1,18 +1,18 @@
-"""Large kernel attention from bands: LSKA, and the sparsely decomposed one with kernel selection (SDLSKA, CKS).
+"""Large kernel attention from band filters: LSKA, and its sparse decomposition with kernel selection (SDLSKA, CKS).
 
     LSKA(x)   = x * conv1(d_v(d_h(b_v(b_h(x)))))       bands 1 x n, n x 1, then dilated bands 1 x m, m x 1
     SDLSKA(x) = x * conv1(CKS(s, d_h(s), d_v(s)))      with s = n x n, all depth-wise; conv1 is 1 x 1
-    CKS(maps) = sum over the maps of map * c * p       c: sigmoid for each channel, p: sigmoid for each position
+    CKS(maps) = sum over the maps of map * c * p       c: sigmoid per channel, p: sigmoid per position
 
 Papers: Lau et al., "Large Separable Kernel Attention" (ESWA 2024, arXiv 2309.01439), whose parameter names LSKA has;
 "BEVANet" (ICIP 2025, arXiv 2508.07300), which SDLSKA and CKS are from. Code: github.com/maomao0819/BEVANet (MIT).
 
 What is unusual:
-* As in `LargeKernelAttention` the gate is unbounded, so the output is quadratic in the input.
-* A kernel of k x k is made of an n and a dilated m that reach at least as far; which, is a table (`BANDS`).
-* CKS looks at all positions at once: its channel gates come from the mean over the whole map. They go through 3 x 3
-  filters there, of which a map of 1 x 1 only ever sees the middle, and through batch norm and ReLU before the sigmoid.
-  So a channel's gate lies between 1/2 and 1, and training takes two pictures or more.
+* As in `LargeKernelAttention`, the gate is unbounded, so the output is quadratic in the input.
+* A kernel of k x k is decomposed into an n and a dilated m that cover at least k; a table lists them (`BANDS`).
+* CKS has a global receptive field: its channel gates come from the global average. They pass through 3 x 3 filters, of
+  which a 1 x 1 map only uses the centre tap, and through batch norm and ReLU before the sigmoid. So a channel's gate is
+  between 1/2 and 1, and training needs at least two images per batch.
 """
 
 import torch
@@ -23,7 +23,7 @@ from .depthwise_conv import DepthwiseConv2d
 from .row_conv import RowConv2d, RowGELU
 
 BANDS = {7: (3, 3, 2), 11: (3, 5, 2), 23: (5, 7, 3), 35: (5, 11, 3), 41: (5, 13, 3), 53: (5, 17, 3)}
-"""Side of the kernel -> side of the first convolution; taps of the dilated bands; their dilation."""
+"""Side of the kernel -> side of the first convolution, taps of the dilated bands, their dilation."""
 
 
 def _bands(dim: int, kernel_size: int) -> tuple[int, int, int]:
@@ -41,10 +41,10 @@ def _check_map(x: Tensor, dim: int) -> None:
 
 @register_notrace_module
 class LSKA(nn.Module):
-    """Large separable kernel attention: [B, C, H, W] in any memory format to the same shape and format.
+    """Apply large separable kernel attention to [B, C, H, W]; the memory format is preserved.
 
     Args:
-        kernel_size: side of the square that the bands stand for, one of `BANDS`.
+        kernel_size: side of the square kernel that the bands approximate, one of `BANDS`.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class LSKA(nn.Module):
 
 @register_notrace_module
 class CKS(nn.Module):
-    """Comprehensive kernel selection: three maps [B, C, H, W] to their sum, weighted by channel and by position.
+    """Apply comprehensive kernel selection: sum three maps [B, C, H, W], weighted per channel and per position.
 
     Args:
-        hidden_dim: channels between; None for C / 16, at least 32.
+        hidden_dim: bottleneck channels; None for C / 16, at least 32.
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class CKS(nn.Module):
                 "needed three maps of one shape; got "
                 f"{list(square.shape)}, {list(horizontal.shape)} and {list(vertical.shape)}"
             )
-        together = square + horizontal + vertical
-        pooled = self.reduce(together.mean((2, 3), keepdim=True))
-        extremes = torch.cat([together.mean(1, keepdim=True), together.amax(1, keepdim=True)], 1)
+        total = square + horizontal + vertical
+        pooled = self.reduce(total.mean((2, 3), keepdim=True))
+        extremes = torch.cat([total.mean(1, keepdim=True), total.amax(1, keepdim=True)], 1)
         at_square, at_horizontal, at_vertical = self.squeeze(extremes).sigmoid().chunk(3, 1)
         gates = [expand(pooled).sigmoid() for expand in self.expand]
         chosen = square * gates[0] * at_square
@@ -129,10 +129,10 @@ class CKS(nn.Module):
 
 @register_notrace_module
 class SDLSKA(nn.Module):
-    """Sparsely decomposed large separable kernel attention: [B, C, H, W] in any memory format to the same.
+    """Apply sparsely decomposed large separable kernel attention to [B, C, H, W]; the memory format is preserved.
 
     Args:
-        kernel_size: side of the square that the convolutions stand for, one of `BANDS`.
+        kernel_size: side of the square kernel that the convolutions approximate, one of `BANDS`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class SDLSKA(nn.Module):
 
 
 class GatedProjections(nn.Module):
-    """A gate between two 1 x 1 convolutions, with a shortcut around all of it; [B, C, H, W]."""
+    """Apply a gate between two 1 x 1 convolutions, with a residual connection around them; [B, C, H, W]."""
 
     def __init__(
         self,

@@ -1,10 +1,9 @@
-"""Selective scans over a map (SS2D): a linear recurrence along several orders of the pixels, whose decay, input and
-output are functions of the pixel.
+"""Selective scans over a map (SS2D): a recurrence along several pixel orders with input-dependent coefficients.
 
     delta_t = softplus(W_dt low_rank_t + b_dt),   low_rank_t, B_t, C_t = W_x x_t
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t,   y_t = C_t . h_t + D x_t
 
-for every order with weights of its own; the outputs of all orders are added at each pixel.
+Every order has its own weights; the outputs of all orders are summed at each pixel.
 
 Papers: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), the
 recurrence and its initialisation; Liu et al., "VMamba: Visual State Space Model" (NeurIPS 2024, arXiv 2401.10166), four
@@ -12,12 +11,12 @@ orders; Pei, Huang and Xu, "EfficientVMamba: Atrous Selective Scan for Light Wei
 four disjoint sub-grids.
 
 What is unusual:
-* No sequence is ever laid out: the orders are data (`ScanPath`) from which the operator computes where to read.
-* `A_log`, `D` and `dt_bias` are to stay float32: under autocast they do, and the operator computes in float32 whatever
-  the map's type. In training they want no weight decay, see `VMamba.no_weight_decay`.
-* Where the orders are disjoint sub-grids each pixel is projected once, with the weights of its own sub-grid.
-* The scan reads the map after a depth-wise convolution and SiLU; between scan and gate stands a layer norm, which is
-  part of the published mixers.
+* No sequence is materialised: the orders are data (`ScanPath`) from which the operator computes where to read.
+* `A_log`, `D` and `dt_bias` must stay float32: autocast leaves them so, and the operator computes in float32 whatever
+  the map's dtype. They should be trained without weight decay, see `VMamba.no_weight_decay`.
+* If the orders are disjoint sub-grids, each pixel is projected once, with the weights of its own sub-grid.
+* A depth-wise convolution and SiLU precede the scan; a layer norm, which is part of the published mixers, sits between
+  scan and gate.
 """
 
 import math
@@ -35,20 +34,20 @@ from .depthwise_conv import DepthwiseConv2d
 
 
 def _partition_step(paths: Sequence[ScanPath]) -> int:
-    """The step of sub-grids that meet every pixel exactly once; 1 for all other sets of paths."""
+    """Return the step of sub-grids that partition the pixels, 1 for all other sets of paths."""
     step = paths[0].step
     corners = {(path.row, path.column) for path in paths if path.step == step}
-    wanted = {(row, column) for row in range(step) for column in range(step)}
-    return step if len(paths) == len(wanted) and corners == wanted else 1
+    all_corners = {(row, column) for row in range(step) for column in range(step)}
+    return step if len(paths) == len(all_corners) and corners == all_corners else 1
 
 
 class SelectiveScan2d(nn.Module):
-    """The scans alone with what makes their weights from the map: [B, H, W, dim] to the same shape.
+    """Scan a map [B, H, W, dim] along all paths, including the projections that compute the scan coefficients.
 
     Args:
-        state_dim: size of the state of each channel.
-        dt_rank: size of the vector from which the step of every channel is made.
-        paths: orders in which the map is walked; their outputs are added.
+        state_dim: state elements per channel.
+        dt_rank: rank of the projection that computes the step size of every channel.
+        paths: orders in which the map is traversed; their outputs are summed.
     """
 
     def __init__(
@@ -67,9 +66,9 @@ class SelectiveScan2d(nn.Module):
                 raise ValueError(f"{name} must be at least 1; got {value}")
         self.dim, self.state_dim, self.dt_rank = dim, state_dim, dt_rank
         self.paths = tuple(paths)
-        self.path_fields = [int(field) for path in paths for field in path]  # as TorchScript can keep them
+        self.path_fields = [int(field) for path in paths for field in path]  # a type that TorchScript supports
         self.step = _partition_step(paths)
-        # Sub-grids in reading order of their first pixels, as the pixels of a step x step square lie in memory.
+        # Sub-grids in row-major order of their first pixels, the memory order of a step x step square.
         self.order = sorted(range(len(paths)), key=lambda i: (paths[i].row, paths[i].column))
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -84,7 +83,7 @@ class SelectiveScan2d(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As in Mamba: decay rates 1, 2, … state_dim, steps between 0.001 and 0.1 evenly in their logarithm."""
+        """Initialise as Mamba does: decay rates 1, 2, … state_dim, step sizes log-uniform between 0.001 and 0.1."""
         nn.init.uniform_(self.x_proj_weight, -(self.dim**-0.5), self.dim**-0.5)
         nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         step = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(0.1)).exp()
@@ -95,9 +94,9 @@ class SelectiveScan2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[-1] != self.dim or x.shape[1] == 0 or x.shape[2] == 0:
             raise ValueError(f"needed [B, H, W, {self.dim} channels] with H, W >= 1; got shape {list(x.shape)}")
-        # Not by sub-grids for an exporter, which would have to prove which sizes are even.
-        every = self.step == 1 or is_exporting()
-        projected = self._project(x) if every else self._project_sub_grids(x)
+        # Exporters take the dense projection: sub-grids would require proving which sizes are even.
+        is_dense = self.step == 1 or is_exporting()
+        projected = self._project(x) if is_dense else self._project_sub_grids(x)
         A = self._decay_rates()
         if torch.jit.is_scripting():
             return self._scripted_scan(x, projected, A)
@@ -105,12 +104,12 @@ class SelectiveScan2d(nn.Module):
             return selective_scan_2d(x, projected, self.dt_weight, self.dt_bias, A, self.D, paths=self.paths)
 
     def _decay_rates(self) -> Tensor:
-        """A, in float32 at least."""
+        """Return A in float32 or wider."""
         A_log = self.A_log if self.A_log.dtype == torch.float64 else self.A_log.float()
         return -A_log.exp()
 
     def _scripted_scan(self, x: Tensor, projected: Tensor, A: Tensor) -> Tensor:
-        """The operator itself, which TorchScript can call: on flat maps, the slots of `projected` always an axis."""
+        """Call the custom operator, which TorchScript supports, on flat maps with a slot axis in `projected`."""
         size = [x.shape[1], x.shape[2]]
         projected = projected.flatten(1, 2) if self.step == 1 else projected.flatten(1, 2).unsqueeze(2)
         y = torch.ops.mixerzoo.selective_scan(
@@ -130,13 +129,13 @@ class SelectiveScan2d(nn.Module):
         return y.unflatten(1, size)
 
     def _project(self, x: Tensor) -> Tensor:
-        """Every pixel for every scan, [B, H, W, scans, dt_rank + 2 * state_dim], in one product."""
+        """Project every pixel for every scan by one matrix product: [B, H, W, scans, dt_rank + 2 * state_dim]."""
         return F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, self.x_proj_weight.shape[:2])
 
     def _project_sub_grids(self, x: Tensor) -> Tensor:
-        """Every pixel for the one scan that meets it, [B, H, W, dt_rank + 2 * state_dim]."""
+        """Project every pixel for the one scan that visits it: [B, H, W, dt_rank + 2 * state_dim]."""
         height, width, step = x.shape[1], x.shape[2], self.step
-        # As many rows and columns as any size needs: unfolding leaves out what is no whole square.
+        # Pad to the maximum that any size needs: `unfold` drops incomplete squares.
         grids = F.pad(x, [0, 0, 0, step - 1, 0, step - 1]).unfold(1, step, step).unfold(2, step, step)
         rows, columns = grids.shape[1], grids.shape[2]
         weight = torch.stack([self.x_proj_weight[i] for i in self.order]).transpose(1, 2)
@@ -149,13 +148,13 @@ class SelectiveScan2d(nn.Module):
 
 
 class SS2D(nn.Module):
-    """VMamba's mixer: projection, depth-wise 3 x 3 convolution, scans, layer norm, gate, projection; [B, H, W, C].
+    """Apply VMamba's mixer to [B, H, W, C]: projection, depth-wise convolution, scans, layer norm, gate, projection.
 
     Args:
-        expand: channels of the scans per channel of the map.
+        expand: inner channels of the scans, as a multiple of `dim`.
         dt_rank: see `SelectiveScan2d`; None for a sixteenth of `dim`, rounded up.
-        gate: whether the normalised scans are multiplied with SiLU of a second projection of the map.
-        conv_bias: of the depth-wise convolution; the projections have none.
+        gate: whether to multiply the normalised scan output by SiLU of a second projection of the map.
+        conv_bias: whether the depth-wise convolution has a bias; the projections have none.
     """
 
     def __init__(
@@ -197,8 +196,10 @@ class SS2D(nn.Module):
 
 
 class AtrousSS2D(SS2D):
-    """EfficientVMamba's mixer: `SS2D` whose scans walk one of four interleaved sub-grids each, so that all of them
-    together take as many steps as one scan of the map; [B, H, W, C]."""
+    """Apply EfficientVMamba's mixer to [B, H, W, C]: `SS2D` with each scan on one of four interleaved sub-grids.
+
+    All four scans together take as many steps as one scan of the map.
+    """
 
     def __init__(
         self,
@@ -215,5 +216,5 @@ class AtrousSS2D(SS2D):
         )
 
 
-for _module in (SelectiveScan2d, SS2D, AtrousSS2D):  # as a decorator it would hide the classes' types
+for _module in (SelectiveScan2d, SS2D, AtrousSS2D):  # not as a decorator, which would hide the classes' types
     register_notrace_module(_module)

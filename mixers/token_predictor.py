@@ -1,17 +1,17 @@
-"""DynamicViT: a small network says of every token whether it is worth keeping. Here is that network, and what goes with
-it: how many tokens stay, the random decisions of training, attention under a policy, reducers for transformers.
+"""DynamicViT's pruning: a small network predicts which tokens to keep; with the number of kept tokens, the sampled
+decisions of training, attention under a policy, and the reducers for transformers.
 
 Papers: Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification" (NeurIPS 2021, arXiv
 2106.02034); "Dynamic Spatial Sparsification for Efficient Vision Transformers and Convolutional Neural Networks" (TPAMI
 2023, arXiv 2207.01580). Code: github.com/raoyongming/DynamicViT, MIT, whose names `in_conv` and `out_conv` are kept.
 
 What is unusual:
-* One module for all of them. The published ConvNeXt has convolutions of side 1 in it: the same numbers, with
-  `norm_eps=1e-6`, once their two last axes are taken off.
-* The log-probabilities are computed in float32 also under autocast: the best tokens of a picture differ by 1e-4.
-* Training drops nothing, so it is no faster than that of the whole transformer: dropped tokens are masked, and all of
-  them are there for the losses.
-* A policy that keeps no token at all, which training may draw, gives zeros for the global half, not NaN.
+* All models share one predictor. The published ConvNeXt's predictor has 1 x 1 convolutions, which are equivalent to our
+  linear layers after removing the last two axes of their weights, with `norm_eps=1e-6`.
+* The log-probabilities are computed in float32 also under autocast: the best tokens of an image differ by only 1e-4.
+* Training masks dropped tokens instead of removing them, since the losses need all tokens. It is therefore no faster
+  than training the dense transformer.
+* A policy that keeps no token, which can be sampled during training, gives zeros for the global half, not NaN.
 """
 
 import torch
@@ -21,17 +21,17 @@ from torch.nn import functional as F
 
 from ..kernels._runtime import is_autocast
 from ..kernels.token_reduction import keep_tokens
-from .token_reduction import TokenReducer, TokenState, after_pruning, share_of
+from .token_reduction import TokenReducer, TokenState, after_pruning, share_of, under_policy
 
 
 class PredictorLG(nn.Module):
-    """Log-probabilities of keeping and of dropping each token.
+    """Predict the log-probabilities of keeping and of dropping each token.
 
-    Half of the channels are the token's own, half are the mean over all tokens.
+    Half of the hidden channels are those of the token itself, the other half are averaged over all tokens.
 
     Args:
         dim: channels of the tokens, a multiple of 4.
-        norm_eps: of the layer norm at the beginning.
+        norm_eps: epsilon of the first layer norm.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class PredictorLG(nn.Module):
 
         Args:
             x: [B, N, C].
-            policy: [B, N] of 1 and 0, with gradient; the mean is over the tokens that have 1. None: all of them.
+            policy: [B, N] of 1 and 0, differentiable; the mean is over the tokens with 1. None for all tokens.
 
         Returns:
-            [B, N, 2]: the first to keep, the second to drop.
+            [B, N, 2]: the log-probabilities of keeping and of dropping each token.
         """
         if torch.jit.is_scripting():
             return self._log_probabilities(x, policy)
@@ -82,19 +82,19 @@ class PredictorLG(nn.Module):
                 return self._log_probabilities(x.float(), policy)
 
     def _log_probabilities(self, x: Tensor, policy: Tensor | None) -> Tensor:
-        local, everywhere = self.in_conv(x).chunk(2, dim=-1)
+        local_half, global_half = self.in_conv(x).chunk(2, dim=-1)
         if policy is None:
-            mean = everywhere.mean(dim=1, keepdim=True)
+            mean = global_half.mean(dim=1, keepdim=True)
         else:
-            weight = policy.unsqueeze(2).to(everywhere.dtype)
-            mean = (everywhere * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
-        return self.out_conv(torch.cat([local, mean.expand_as(local)], dim=-1))
+            weight = policy.unsqueeze(2).to(global_half.dtype)
+            mean = (global_half * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+        return self.out_conv(torch.cat([local_half, mean.expand_as(local_half)], dim=-1))
 
 
 def kept_count(tokens: int, ratio: float) -> int:
-    """How many of so many tokens a ratio keeps: rounded down, but at least one.
+    """Return how many of `tokens` a ratio keeps: rounded down, but at least one.
 
-    The published 0.7 - 0.2 is a little less than a half, so of 196 it keeps 97.
+    The published ratio 0.7 - 0.2 is slightly less than one half in floating point, so it keeps 97 of 196 tokens.
     """
     count = share_of(tokens, ratio)
     if torch.jit.is_scripting():
@@ -105,25 +105,25 @@ def kept_count(tokens: int, ratio: float) -> int:
 
 @register_notrace_function
 def draw_decision(log_probabilities: Tensor, previous: Tensor | None = None) -> Tensor:
-    """One hard decision a token, drawn by its probability, through which gradients go as if it were soft.
+    """Sample a hard decision for each token by straight-through Gumbel-softmax.
 
     Args:
-        log_probabilities: [B, N, 2], as from `PredictorLG`.
-        previous: [B, N], the decision before: what was dropped stays so.
+        log_probabilities: [B, N, 2], the output of `PredictorLG`.
+        previous: [B, N], the previous decision: tokens that it dropped stay dropped.
 
     Returns:
-        [B, N], 1 for tokens to keep and 0 for the others (Gumbel-softmax, straight-through).
+        [B, N], 1 for tokens to keep and 0 for the others, with the gradient of the soft sample.
     """
-    drawn = F.gumbel_softmax(log_probabilities.float(), hard=True, dim=-1)[:, :, 0]
-    drawn = drawn.to(log_probabilities.dtype)
-    return drawn if previous is None else drawn * previous
+    decision = F.gumbel_softmax(log_probabilities.float(), hard=True, dim=-1)[:, :, 0]
+    decision = decision.to(log_probabilities.dtype)
+    return decision if previous is None else decision * previous
 
 
 def attention_under_policy(query: Tensor, key: Tensor, value: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
-    """Attention in which masked tokens are keys to none but themselves, with gradient to the policy.
+    """Compute attention in which each masked token is a key only for itself, differentiable in the policy.
 
-    exp(a - max a) * m is normalised, m[i, j] = policy[j] off the diagonal and 1 on it; eps / N is added to each
-    numerator and eps to the denominator, so that masked keys keep a trace of weight, as in the published training.
+    The weights are exp(a - max a) * m, normalised, with m[i, j] = policy[j] off the diagonal and 1 on it. As in the
+    published training, eps / N is added to each numerator and eps to the denominator: masked keys keep a tiny weight.
 
     Args:
         query, key, value: [B, heads, N, head_dim].
@@ -131,15 +131,15 @@ def attention_under_policy(query: Tensor, key: Tensor, value: Tensor, policy: Te
     """
     tokens = query.shape[2]
     logits = ((query * query.shape[3] ** -0.5) @ key.transpose(2, 3)).float()
-    seen = policy.float()[:, None, None, :]
-    seen = seen + (1 - seen) * torch.eye(tokens, device=query.device)
-    weight = (logits - logits.amax(dim=3, keepdim=True)).exp() * seen
+    mask = policy.float()[:, None, None, :]
+    mask = mask + (1 - mask) * torch.eye(tokens, device=query.device)
+    weight = (logits - logits.amax(dim=3, keepdim=True)).exp() * mask
     attention = (weight + eps / tokens) / (weight.sum(dim=3, keepdim=True) + eps)
     return attention.to(value.dtype) @ value
 
 
 class PolicyAttention(TokenReducer):
-    """A block that only respects what was decided before it."""
+    """Apply the policy of earlier blocks in attention; prune nothing."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, state: TokenState) -> tuple[Tensor, Tensor | None]:
         policy = state.policy
@@ -149,13 +149,13 @@ class PolicyAttention(TokenReducer):
 
 
 class PredictedPruning(PolicyAttention):
-    """The tokens that its predictor thinks best stay, before the block; while training, random decisions mask the rest.
+    """Keep the tokens with the highest predicted scores before the block; in training, mask sampled tokens instead.
 
     Args:
         dim: channels of the tokens.
-        keep_rate: share of the first block's tokens behind the prefix that stays, above 0 and up to 1; rounded down,
-            but one at least.
-        num_prefix: tokens at the beginning that stay and are not scored.
+        keep_rate: share of the first block's tokens after the prefix that remains, above 0 and up to 1; the count is
+            rounded down, but at least one.
+        num_prefix: tokens at the start that are always kept and not scored.
     """
 
     def __init__(
@@ -180,24 +180,33 @@ class PredictedPruning(PolicyAttention):
         if self.training:
             decision = draw_decision(log_probabilities, previous)
             prefix = decision.new_ones(decision.shape[0], self.num_prefix)
-            return x, after_decision(state, decision, torch.cat([prefix, decision], dim=1))
+            return x, after_decision(state, x, decision, torch.cat([prefix, decision], dim=1))
         count = kept_count(state.assign.shape[1] - self.num_prefix, self.keep_rate)
         kept, slot = keep_tokens(x, log_probabilities[:, :, 0], count, num_prefix=self.num_prefix)
-        state = after_pruning(state, x, slot)
-        return kept, after_decision(state, (state.assign[:, self.num_prefix :] >= 0).to(x.dtype), None)
+        state = after_pruning(state, x, slot, kept.shape[1])
+        return kept, after_decision(state, kept, (state.assign[:, self.num_prefix :] >= 0).to(x.dtype), None)
 
     def extra_repr(self) -> str:
         return f"keep_rate={self.keep_rate}, num_prefix={self.num_prefix}"
 
 
-def after_decision(state: TokenState, decision: Tensor, policy: Tensor | None) -> TokenState:
-    """The state after a decision [B, N0 - prefix] over the first block's patches, masked by it if there is a policy."""
+def after_decision(state: TokenState, x: Tensor, decision: Tensor, policy: Tensor | None) -> TokenState:
+    """Return the state after a decision [B, N0 - prefix] on the first block's patches.
+
+    Args:
+        x: the current tokens [B, N, C].
+        policy: [B, N], 1 for kept and 0 for masked tokens; None if the decision has removed tokens instead. Dense
+            features use the values in `x` of newly masked tokens, just as they use the last values of removed tokens.
+    """
+    canvas = state.canvas
+    if canvas is not None and policy is not None:
+        canvas = under_policy(x, canvas, state.policy)
     return TokenState(
-        state.assign,
-        state.size,
-        state.canvas,
-        state.importance,
-        state.heads,
-        policy,
-        state.decisions + [decision],  # noqa: RUF005  TorchScript knows no unpacking
+        assign=state.assign,
+        size=state.size,
+        canvas=canvas,
+        token_importance=state.token_importance,
+        head_importance=state.head_importance,
+        policy=policy,
+        decisions=state.decisions + [decision],  # noqa: RUF005  TorchScript does not support unpacking
     )

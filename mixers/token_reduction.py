@@ -1,20 +1,21 @@
-"""How a vision transformer gets rid of tokens: what every method shares, merging, and pruning by class attention.
+"""Token reduction in vision transformers: the interface of all methods, token merging, and pruning by class attention.
 
-A method puts one `TokenReducer` into each block of the transformer. The block calls its four steps; what is known of
-the tokens goes from block to block as a `TokenState`, an argument and a result, never an attribute: so activations can
-be checkpointed, models copied and exported, and two pictures can be under way at once.
+A method puts one `TokenReducer` into each block of the transformer, and the block calls its four steps. The blocks pass
+on a `TokenState` as an argument and a result, never as an attribute. So activations can be checkpointed, models copied
+and exported, and several batches processed at the same time.
 
 Papers: Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461), github.com/facebookresearch/
 ToMe, written here from the paper; Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via
 Token Reorganizations" (ICLR 2022, arXiv 2202.07800), github.com/youweiliang/evit, Apache-2.0.
 
-Unusual:
-* `TokenState.assign` says for every token of the first block where it is now. It alone gives dense features, the
-  pictures, and what was kept; ToMe's own code traces with a float matrix of tokens by tokens instead.
-* How many tokens remain depends on the rate and the number of tokens, never on the picture. A rate means what it says:
-  0.55 of 20 tokens are 11, though their product in floating point is a little more, and the published code keeps 12.
-* EViT's fused token stands nowhere on the raster: the tokens in it count as dropped.
-* A merged token weighs as much as its parts in attention (`proportional`), through the logarithm of its size.
+What is unusual:
+* `TokenState.assign` gives the current position of every token of the first block. Dense features, visualisations and
+  keep decisions all derive from it; ToMe's own code traces tokens with a float matrix of tokens by tokens instead.
+* The number of remaining tokens depends on the rate and the number of tokens, never on the image. Rates are exact: a
+  rate of 0.55 keeps 11 of 20 tokens, although their floating-point product is slightly above 11, for which the
+  published code keeps 12.
+* EViT's fused token has no position on the raster: the tokens fused into it count as dropped.
+* A merged token has the weight of all its parts in attention (`proportional`), through the logarithm of its size.
 """
 
 from typing import NamedTuple
@@ -39,18 +40,17 @@ _FRACTION_BITS = 40
 
 
 def share_of(tokens: int, rate: float, up: bool = False) -> int:
-    """The largest number of so many tokens whose share, tokens by tokens, is not above the rate; or with `up` the
-    smallest whose share is not below it.
+    """Return the largest count with count / tokens <= rate, or with `up` the smallest with count / tokens >= rate.
 
-    While exporting, `tokens` may be a symbol. ONNX would compute in float32, so it gets a product of integers.
+    While exporting, `tokens` may be a symbol. ONNX would compute in float32, so exported programs multiply integers.
     """
     if torch.jit.is_scripting():
         return _share_of(tokens, rate, up)
     else:
         if not (isinstance(tokens, torch.SymInt) and is_exporting()):
             return _share_of(tokens, rate, up)
-        rest = (1 << _FRACTION_BITS) - 1 if up else 0  # and nothing negative, which ONNX would round towards zero
-        return (tokens * _numerator(rate, up) + rest) // (1 << _FRACTION_BITS)
+        offset = (1 << _FRACTION_BITS) - 1 if up else 0  # not -(-a // b): ONNX rounds that towards zero
+        return (tokens * _numerator(rate, up) + offset) // (1 << _FRACTION_BITS)
 
 
 def _share_of(tokens: int, rate: float, up: bool) -> int:
@@ -62,10 +62,10 @@ def _share_of(tokens: int, rate: float, up: bool) -> int:
 
 
 def _numerator(rate: float, up: bool) -> int:
-    """Of the fraction over 2**40 that gives the counts of `share_of`.
+    """Return the numerator of the fraction over 2**40 whose multiples round to the counts of `share_of`.
 
-    They are those of one number that is as good as the rate, and between two neighbours over 2**40 there is no more
-    than one fraction of so few tokens: so if it is not the lower neighbour it is the upper one.
+    All these counts are those of one number within rounding error of the rate. At most one fraction with a denominator
+    up to 4096 lies between two neighbouring fractions over 2**40, so if the lower neighbour fails, the upper one works.
     """
     below = int(rate * (1 << _FRACTION_BITS))
     for n in range(1, 4097):
@@ -76,111 +76,137 @@ def _numerator(rate: float, up: bool) -> int:
 
 
 class TokenState(NamedTuple):
-    """What the blocks know of the tokens [batch, N, C] that they get, of [batch, N0, C] in the first block."""
+    """The state of the tokens [batch, N, C] that blocks pass on; the tokens of the first block are [batch, N0, C].
+
+    A block returns a new state instead of modifying its input. New states list all fields, since TorchScript cannot
+    compile `_replace`.
+    """
 
     assign: Tensor
-    """[batch, N0] int64: the place of each token of the first block among those of now, prefix too; -1 if dropped."""
+    """[batch, N0] int64: the index, among the current tokens, of each token of the first block; -1 if dropped. Prefix
+    tokens are included."""
     size: Tensor | None
-    """[batch, N]: how many tokens of the first block each one stands for; None while none was merged."""
+    """[batch, N]: how many tokens of the first block each token represents; None if none has been merged."""
     canvas: Tensor | None
-    """[batch, N0, C]: the last values of dropped tokens; carried only while dense features are asked for."""
-    importance: Tensor | None
-    """[batch, N]: scores that add up over the blocks (cascades)."""
-    heads: Tensor | None
-    """[batch, heads]: the same for the heads of attention."""
+    """[batch, N0, C]: the last value of each dropped token; None unless dense features were requested."""
+    token_importance: Tensor | None
+    """[batch, N]: scores summed over the blocks (cascade pruning)."""
+    head_importance: Tensor | None
+    """[batch, heads]: scores of the attention heads, summed over the blocks (cascade pruning)."""
     policy: Tensor | None
-    """[batch, N] of 1 for kept and 0 for masked tokens, with gradient; only while training with masks."""
+    """[batch, N]: 1 for kept and 0 for masked tokens, differentiable; None except in training with masks."""
     decisions: list[Tensor]
-    """[batch, N0 - prefix] for each stage so far, as `policy`."""
+    """[batch, N0 - prefix] for each stage so far: 1 for kept and 0 for dropped tokens."""
 
 
 @register_notrace_function
 def initial_state(x: Tensor, dense: bool) -> TokenState:
-    """The state before the first block. `dense`: whether dropped tokens will be asked for."""
+    """Return the state before the first block; `dense` keeps the values of dropped tokens for dense features."""
     assign = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     decisions: list[Tensor] = []
     return TokenState(assign, None, x if dense else None, None, None, None, decisions)
 
 
 def composed(slot: Tensor, assign: Tensor) -> Tensor:
-    """Where the tokens of the first block are after those of now have moved to `slot` [batch, N]; -1 stays -1."""
-    moved = slot.gather(1, assign.clamp(min=0))
-    return torch.where(assign >= 0, moved, assign)
+    """Update `assign` [batch, N0] after the current tokens have moved to `slot` [batch, N]; -1 stays -1."""
+    present = slot.gather(1, assign.clamp(min=0))
+    return torch.where(assign >= 0, present, assign)
+
+
+def move_values(values: Tensor, slot: Tensor, length: int, fill: float = 0.0) -> Tensor:
+    """Move one value per token, [batch, N], to its `slot` in a sequence of `length`; unassigned slots get `fill`."""
+    index = torch.where(slot < 0, length, slot)  # dropped tokens share one extra position, which is cut off
+    moved = torch.full([values.shape[0], length + 1], fill, dtype=values.dtype, device=values.device)
+    return moved.scatter(1, index, values)[:, :length]
 
 
 def after_merging(state: TokenState, slot: Tensor, size: Tensor) -> TokenState:
-    """The state after tokens moved to `slot`, none of them dropped, and got these sizes."""
+    """Return the state after tokens have moved to `slot` [batch, N] and got these sizes; no token may be dropped.
+
+    Importance scores and policies are not merged, since no method that merges uses them.
+    """
     return TokenState(
-        slot.gather(1, state.assign),
-        size,
-        state.canvas,
-        state.importance,
-        state.heads,
-        state.policy,
-        state.decisions,
+        assign=slot.gather(1, state.assign),
+        size=size,
+        canvas=state.canvas,
+        token_importance=state.token_importance,
+        head_importance=state.head_importance,
+        policy=state.policy,
+        decisions=state.decisions,
     )
 
 
-def after_pruning(state: TokenState, x: Tensor, slot: Tensor) -> TokenState:
-    """The state after the tokens `x` [batch, N, C] of now moved to `slot`, -1 for those that are dropped."""
-    canvas = state.canvas
-    if canvas is not None:
-        canvas = scatter_tokens(x, state.assign, canvas)
+def after_pruning(state: TokenState, x: Tensor, slot: Tensor, length: int) -> TokenState:
+    """Return the state after the tokens `x` [batch, N, C] have moved to `slot`, -1 if dropped, of `length` tokens.
+
+    Size, importance and policy of each token move with it. A slot without a source, such as a fused token, has size 1.
+    """
+    canvas, size, importance, policy = state.canvas, state.size, state.token_importance, state.policy
     return TokenState(
-        composed(slot, state.assign),
-        state.size,
-        canvas,
-        state.importance,
-        state.heads,
-        state.policy,
-        state.decisions,
+        assign=composed(slot, state.assign),
+        size=None if size is None else move_values(size, slot, length, fill=1.0),
+        canvas=None if canvas is None else scatter_tokens(x, state.assign, canvas),
+        token_importance=None if importance is None else move_values(importance, slot, length),
+        head_importance=state.head_importance,
+        policy=None if policy is None else move_values(policy, slot, length, fill=1.0),
+        decisions=state.decisions,
     )
+
+
+def under_policy(x: Tensor, canvas: Tensor, policy: Tensor | None) -> Tensor:
+    """Return `x` where the policy [batch, N] keeps a token and `canvas` where it masks it; both are [batch, N, C]."""
+    if policy is None:
+        return x
+    weight = policy.unsqueeze(2).to(x.dtype)
+    return weight * x + (1 - weight) * canvas
 
 
 def on_raster(x: Tensor, state: TokenState) -> Tensor:
-    """Tokens [batch, N, C] at the places of the first block, [batch, N0, C].
+    """Map tokens [batch, N, C] back to the positions of the first block, [batch, N0, C].
 
-    A merged token's value stands wherever its parts were; dropped tokens have the value that they had last, or zeros if
-    no canvas was carried.
+    The value of a merged token is repeated at the positions of all its parts. Dropped and masked tokens take their last
+    values from the canvas. If the state has no canvas, dropped tokens are zero.
     """
     canvas = state.canvas
-    return unmerge_tokens(x, state.assign) if canvas is None else scatter_tokens(x, state.assign, canvas)
+    if canvas is None:
+        return unmerge_tokens(x, state.assign)
+    return scatter_tokens(under_policy(x, canvas, state.policy), state.assign, canvas)
 
 
 class TokenReducer(nn.Module):
-    """One block's share of a method. This one leaves all tokens alone.
+    """The part of a reduction method that runs in one block; this base class keeps all tokens.
 
-    x is [batch, N, C]; queries, keys and values are [batch, heads, N, head_dim]. What `attend` measures besides its
-    output is handed to the steps after it as `evidence`.
+    x is [batch, N, C]; queries, keys and values are [batch, heads, N, head_dim]. `attend` returns its output and
+    optional measurements, which `between` and `after` receive as `evidence`.
     """
 
     def before(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """At the block's beginning."""
+        """Return tokens and state for the block, called at its start."""
         return x, state
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, state: TokenState) -> tuple[Tensor, Tensor | None]:
-        """The attention itself."""
+        """Compute attention; return its output and the evidence."""
         return F.scaled_dot_product_attention(query, key, value), None
 
     def between(self, x: Tensor, state: TokenState, evidence: Tensor | None) -> tuple[Tensor, TokenState]:
-        """Behind attention and its residual, before the MLP."""
+        """Return tokens and state for the MLP, called after attention and its residual connection."""
         return x, state
 
     def after(self, x: Tensor, state: TokenState, evidence: Tensor | None) -> tuple[Tensor, TokenState]:
-        """At the block's end."""
+        """Return tokens and state for the next block, called at the end of this one."""
         return x, state
 
 
 class TokenMerging(TokenReducer):
-    """ToMe: the `r` most similar pairs of tokens become one each, its value their mean weighted by size.
+    """Merge the `r` most similar pairs of tokens into their size-weighted means (ToMe).
 
-    Similar are tokens whose keys, averaged over the heads, point the same way. At most half of the tokens can merge in
-    one block, so `r` is cut to that.
+    Similarity is the cosine similarity of the keys, averaged over the heads. At most half of the tokens can merge in
+    one block, so `r` is limited to that.
 
     Args:
-        r: tokens fewer after this block.
-        proportional: a token draws attention in proportion to its size.
-        num_prefix: tokens at the beginning that are left alone.
+        r: number of tokens that this block merges away.
+        proportional: whether a token receives attention in proportion to its size.
+        num_prefix: tokens at the start that are never merged.
     """
 
     def __init__(self, r: int, *, proportional: bool = True, num_prefix: int = 1) -> None:
@@ -209,12 +235,12 @@ class TokenMerging(TokenReducer):
 
 
 class AttentivePruning(TokenReducer):
-    """EViT: the tokens that the class token attends to stay, the rest is dropped or becomes one token.
+    """Keep the tokens with the most class attention; drop the others or fuse them into one token (EViT).
 
     Args:
-        keep_rate: share of the tokens behind the prefix that stay, above 0 and up to 1, rounded up.
-        fuse: append the sum of the dropped tokens, each times its attention.
-        num_prefix: tokens at the beginning that stay; the first is the class token.
+        keep_rate: share of the tokens after the prefix that is kept, above 0 and up to 1; the count is rounded up.
+        fuse: whether to append the sum of the dropped tokens, weighted by their class attention.
+        num_prefix: tokens at the start that are always kept; the first is the class token.
     """
 
     def __init__(self, keep_rate: float, *, fuse: bool = True, num_prefix: int = 1) -> None:
@@ -237,7 +263,7 @@ class AttentivePruning(TokenReducer):
         if evidence is None or keep == tokens:
             return x, state
         kept, slot = keep_tokens(x, evidence, keep, num_prefix=self.num_prefix, fuse=self.fuse)
-        return kept, after_pruning(state, x, slot)
+        return kept, after_pruning(state, x, slot, kept.shape[1])
 
     def extra_repr(self) -> str:
         return f"keep_rate={self.keep_rate}, fuse={self.fuse}, num_prefix={self.num_prefix}"

@@ -1,4 +1,4 @@
-"""MobileMamba's long-range mixer (WTE-Mamba): selective scans of the map, and a convolution of its wavelet transform.
+"""MobileMamba's long-range mixer (WTE-Mamba): selective scans of a map plus a convolution of its wavelet transform.
 
     y = base_scale * SS2D(x) + inverse_haar(wavelet_scale * depthwise(haar(x)))
 
@@ -6,14 +6,14 @@ Paper: He et al., "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network
 github.com/lewandofskee/MobileMamba, MIT. The convolution of a wavelet transform is Finder et al.'s (arXiv 2407.05848).
 
 What is unusual:
-* The transform is additions, sums and differences of each 2 x 2 square, where the published code convolves with filters
-  that are part of its state dict. All its factors of one half stand in the convolution's weights.
-* The four sub-bands are blocks of channels, mean, change along the rows' order, along the columns', and diagonal, each
-  all channels of the map; in the published weights they alternate channel by channel.
-* Maps of odd height or width are padded with zeros below and on the right before the transform, as published.
-* The scans walk the rows both ways with one number a channel of state; the projections around them are followed by
-  batch norms, which `timm.utils.reparameterize_model` folds together with both scales.
-* Filters other than Haar's can be set, for weights that were made with others (`use_filters`); no published ones are.
+* The transform consists of sums and differences over each 2 x 2 square; the published code convolves with filters that
+  are part of its state dict. All its factors of one half are folded into the convolution's weights.
+* The four sub-bands are blocks of channels: mean, difference between rows, difference between columns, and diagonal,
+  each with all channels of the map; in the published weights they alternate channel by channel.
+* Maps of odd height or width are zero-padded at the bottom and on the right before the transform, as published.
+* The scans traverse the rows in both directions with one state element per channel. The projections around them are
+  followed by batch norms, which `timm.utils.reparameterize_model` folds together with both scales.
+* `use_filters` sets filters other than Haar's, for weights trained with them; no published weights need it.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ from .ss2d import SS2D
 
 
 def haar(x: Tensor) -> Tensor:
-    """[B, H, W, C], even height and width, to [B, H / 2, W / 2, 4, C], twice the orthonormal transform."""
+    """Return twice the orthonormal Haar transform: [B, H, W, C], even height and width, to [B, H / 2, W / 2, 4, C]."""
     rows = x.unflatten(1, [x.shape[1] // 2, 2])
     upper, lower = rows[:, :, 0], rows[:, :, 1]
     pairs = torch.stack([upper + lower, upper - lower], dim=3).unflatten(2, [x.shape[2] // 2, 2])
@@ -40,7 +40,7 @@ def haar(x: Tensor) -> Tensor:
 
 
 def inverse_haar(bands: Tensor) -> Tensor:
-    """[B, h, w, 4, C] to [B, 2 h, 2 w, C]: `inverse_haar(haar(x))` is 4 x."""
+    """Invert `haar` up to a factor, [B, h, w, 4, C] to [B, 2 h, 2 w, C]: `inverse_haar(haar(x))` is 4 x."""
     along, across = bands[:, :, :, :2], bands[:, :, :, 2:]
     columns = torch.stack([along + across, along - across], dim=3).flatten(2, 3)
     total, change = columns[:, :, :, 0], columns[:, :, :, 1]
@@ -48,11 +48,11 @@ def inverse_haar(bands: Tensor) -> Tensor:
 
 
 class WaveletSS2D(nn.Module):
-    """[B, H, W, C] to the same shape, at any height and width.
+    """Mix a map [B, H, W, C] of any height and width by scans and by a convolution of its wavelet transform.
 
     Args:
         kernel_size: of the convolution of the sub-bands, odd.
-        expand: channels of the scans per channel of the map.
+        expand: inner channels of the scans, as a multiple of `dim`.
         dt_rank: see `SelectiveScan2d`; None for a sixteenth of `dim`, rounded up.
     """
 
@@ -86,13 +86,13 @@ class WaveletSS2D(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The scales only; the layers have their own."""
+        """Initialise the scales; the layers initialise themselves."""
         if self.base_scale is not None and self.wavelet_scale is not None:
             nn.init.ones_(self.base_scale)
             nn.init.constant_(self.wavelet_scale, 0.1)
 
     def use_filters(self, analysis: Tensor, synthesis: Tensor) -> None:
-        """Other filters than Haar's, [4, 2, 2, C]: of each sub-band the weights of a 2 x 2 square's pixels."""
+        """Replace Haar's filters by others, [4, 2, 2, C]: for each sub-band the weights of a 2 x 2 square's pixels."""
         if analysis.shape != (4, 2, 2, self.dim) or synthesis.shape != analysis.shape:
             shapes = tuple(analysis.shape), tuple(synthesis.shape)
             raise ValueError(f"filters must be (4, 2, 2, {self.dim}); got {shapes}")
@@ -111,7 +111,7 @@ class WaveletSS2D(nn.Module):
         padded = is_exporting() or below > 0 or right > 0
         if padded:
             x = F.pad(x, [0, 0, 0, right, 0, below])
-        # Haar's four factors of one half, two a transform, are one here.
+        # Combine Haar's four factors of one half, two per transform, into one.
         weight, factor = self.conv.weight, 1.0 if self.analysis is not None else 0.25
         scale = self.wavelet_scale
         weight = weight * factor if scale is None else weight * (scale * factor).view(-1, 1, 1, 1)
@@ -135,11 +135,11 @@ class WaveletSS2D(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Both scales into the layers before them, in place; the batch norms of the projections fuse by themselves."""
+        """Fold both scales into the preceding layers, in place; the projections' batch norms fuse by themselves."""
         if self.base_scale is None or self.wavelet_scale is None:
             return
         last: nn.Module = self.ss2d.out_proj
-        layer: Any = last.norm if isinstance(last, LinearNorm) else last  # the latter where it is fused already
+        layer: Any = last.norm if isinstance(last, LinearNorm) else last  # a plain linear layer if already fused
         layer.weight *= self.base_scale.view(-1, *[1] * (layer.weight.dim() - 1))
         layer.bias *= self.base_scale
         self.conv.weight *= self.wavelet_scale.view(-1, 1, 1, 1)
@@ -149,4 +149,4 @@ class WaveletSS2D(nn.Module):
         return f"{self.dim}"
 
 
-register_notrace_module(WaveletSS2D)  # as a decorator it would hide the class's type
+register_notrace_module(WaveletSS2D)  # not as a decorator, which would hide the class's type

@@ -23,8 +23,22 @@ TOP_LEVEL = {
     *("benchmarks", "configs", "docs", "kernels", "mixers", "tests", "vision"),
 }
 
-# From left to right, what a folder may import: itself and everything before it.
-ORDER = ("kernels", "mixers", "vision/backbones", "vision", "train.py")
+# From bottom to top. A folder or module may import what stands in its own layer and in those above it in this list.
+LAYERS = (
+    ("kernels",),
+    ("mixers",),
+    ("vision/backbones", "vision/__init__"),
+    (
+        *("vision/_checksum", "vision/_machine", "vision/_messages", "vision/_published", "vision/_reading"),
+        *("vision/_sizes", "vision/label_sets"),
+    ),
+    ("vision/data",),
+    ("vision/segmentation",),
+    ("vision/_loading", "vision/drawing", "vision/summary"),
+    ("vision/training",),
+    ("vision", "vision/data/__main__"),  # the commands, and what they alone need
+    ("train",),
+)
 THIRD_PARTY = {
     "kernels": {"torch", "triton"},
     "mixers": {"torch", "timm.layers"},
@@ -44,11 +58,11 @@ def _modules() -> list[str]:
     return [path.relative_to(ROOT).as_posix() for path in [*folders, ROOT / "train.py"] if path.exists()]
 
 
-def _folder(module: str) -> str:
-    """The entry of ORDER that a module belongs to. What `import mixerzoo.vision` runs counts as backbones."""
-    if module == "vision/__init__.py":
-        return "vision/backbones"
-    return max((name for name in ORDER if module == name or module.startswith(f"{name}/")), key=len)
+def _entry(module: str) -> tuple[int, str]:
+    """The layer of a module, given as a path with or without `.py`, and the longest entry of LAYERS that it is in."""
+    path = module.removesuffix(".py")
+    entries = [(number, entry) for number, layer in enumerate(LAYERS) for entry in layer]
+    return max((pair for pair in entries if f"{path}/".startswith(f"{pair[1]}/")), key=lambda pair: len(pair[1]))
 
 
 def _imports(module: str) -> Iterator[str]:
@@ -96,13 +110,13 @@ def test_package_list_equals_the_tree() -> None:
 
 @pytest.mark.parametrize("module", _modules())
 def test_imports_follow_the_arrows(module: str) -> None:
-    folder = _folder(module)
+    layer, folder = _entry(module)
     for name in _imports(module):
         package = name.split(".")[0]
-        if "/" in name or name in ORDER or name == "":
+        if "/" in name or name in TOP_LEVEL or name == "":
             assert name, f"{module} imports mixerzoo itself; name the module it needs"
-            source = _folder(name if name in ORDER else f"{name}/")
-            assert ORDER.index(source) <= ORDER.index(folder), f"{module} ({folder}) must not import {name} ({source})"
+            below, source = _entry(name)
+            assert below <= layer, f"{module} ({folder}) must not import {name} ({source})"
         elif package in LIGHTNING:
             assert module.startswith(LIGHTNING_MAY_BE_USED_BY), f"{module} must do without Lightning"
         elif package not in sys.stdlib_module_names and folder in THIRD_PARTY:

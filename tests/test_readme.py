@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_command_is_valid(command: str, tmp_path: Path, monkeypatch: pytest.Monk
             known = (ROOT / script).read_text()
             assert all(f'"{word}"' in known for word in arguments if word.startswith("--"))
         case ["python", "-m", module, *arguments]:
-            importlib.import_module(module).parser().parse_args(arguments)
+            _command(module).parser().parse_args(arguments)
         case _:
             pytest.fail(f"no rule checks the command {command!r}")
 
@@ -246,6 +247,12 @@ def _small(words: list[str], folder: Path) -> list[str]:
     raise AssertionError(f"no rule runs the command {words}")
 
 
+def _command(name: str) -> ModuleType:
+    """The module that `python -m` runs."""
+    module = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+
+
 def _run(command: list[str]) -> None:
     """In this process where that can be: a new one takes longer to import torch than most commands take to run."""
     match command[1:]:
@@ -253,7 +260,7 @@ def _run(command: list[str]) -> None:
             code = importlib.import_module("mixerzoo.vision.training.cli").main(arguments, configs=ROOT / "configs")
             assert code == 0, shlex.join(command)
         case ["-m", module, *arguments] if module.startswith("mixerzoo."):
-            assert importlib.import_module(module).main(arguments) == 0, shlex.join(command)
+            assert _command(module).main(arguments) == 0, shlex.join(command)
         case _:
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -1,4 +1,4 @@
-"""`python train.py` as a newcomer calls it, in a process of its own."""
+"""`python train.py` from the command line, in its own process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(repository: Path, tmp_path: Path)
 
 @pytest.mark.exhaustive  # tests/faults/test_signals.py has signals of all kinds, with smaller runs
 def test_ctrl_c_then_resume_last(repository: Path, tmp_path: Path) -> None:
-    """Two runs in one folder: one is interrupted in its first epochs and resumed, both end with the same table."""
+    """An interrupted and resumed run writes the same metrics.csv as an uninterrupted one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = (*DIGITS, "train.epochs=4", "augment.mixup=0.2")
     log = open(tmp_path / "log", "w")  # noqa: SIM115
@@ -61,7 +61,7 @@ def test_ctrl_c_then_resume_last(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_together(repository: Path, tmp_path: Path) -> None:
-    """DDP over gloo: both see half of each epoch, the test pictures are counted once."""
+    """Under DDP with gloo, each process sees half of an epoch, and test pictures are counted once."""
     import json
 
     arguments = (*DIGITS, "train.epochs=2", "train.devices=2", "train.strategy=ddp", "train.accelerator=cpu", "out=run")

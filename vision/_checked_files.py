@@ -1,5 +1,8 @@
-"""Files that are kept only if they do what the model does: loaded back, compared at shapes that were not traced, and
-then moved into place in one step.
+"""Exported files that are published only if they do what the model does.
+
+A draft is written beside the destination, loaded back and compared with the model, also at shapes that were not traced.
+Then it takes the place of an earlier export as a whole: a file in one rename, a folder in two, the first of which moves
+the earlier folder aside. A process that is killed between the two leaves both in `.export-…` beside the destination.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._messages import one_line
 from ._programs import AXES, ExportError, Shape
-from ._reading import one_line
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one input shape; `error` is the largest difference over the largest magnitude of the output."""
+    """The largest error of one output at one input shape, relative to the largest magnitude of the output."""
 
     shape: Shape
     traced: bool
@@ -30,7 +33,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What was written. `axes` holds the smallest and largest size of each axis that may change (None: no bound)."""
+    """The result of an export. `axes` maps each free axis to its smallest and largest size (None: no bound)."""
 
     path: Path
     axes: dict[str, tuple[int, int | None]]
@@ -49,7 +52,7 @@ class Report:
 
 
 class Check(NamedTuple):
-    """A module, and what should give the same outputs from the file: images in, one list of outputs for each image."""
+    """A module and a function that runs the exported file: it takes images and returns a list of outputs for each."""
 
     module: nn.Module
     run: Callable[[list[Tensor]], list[list[Tensor]]]
@@ -57,14 +60,24 @@ class Check(NamedTuple):
 
 
 Written = tuple[dict[str, tuple[int, int | None]], list[Check]]
-"""The free axes of a file, and how it is compared."""
+"""The free axes of a written file, and the checks that compare it with the model."""
 
 
 def publish_if_right(
     path: Path, model: nn.Module, traced: Shape, tolerance: float, write: Callable[[Path], Written]
 ) -> Report:
+    """Let `write` write a draft, compare it with the model, and publish it at `path`.
+
+    Args:
+        traced: the input shape of tracing; the comparison adds three others.
+        tolerance: the largest relative error that is accepted.
+        write: writes the draft to the path it is given.
+
+    Raises:
+        ExportError: an output differs by more; nothing is published.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The draft lies beside the destination, so that moving it is one step; a failure leaves with the folder.
+    # The draft lies beside the destination, on the same file system, so that it can be renamed into place.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, torch.no_grad():
         draft = Path(folder) / path.name
         axes, checks = write(draft)
@@ -81,7 +94,7 @@ def publish_if_right(
 
 
 def _untraced_shapes(model: nn.Module, traced: Shape, axes: dict[str, tuple[int, int | None]]) -> list[Shape]:
-    """Three shapes that differ from the traced one in each free axis, odd where the model takes odd sizes."""
+    """Return three shapes that differ from the traced one in every free axis, odd ones if the model accepts them."""
     _, channels, height, width = traced
     wanted = [
         {"batch": 1, "height": height + height // 4 + 1, "width": width},
@@ -115,9 +128,10 @@ def _compare(check: Check, shapes: list[Shape]) -> list[Comparison]:
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected magnitude; infinite where shapes differ or a value is not finite.
+    """Return the largest difference, relative to the largest expected magnitude.
 
-    Of labels: how far the expected logit of a label lies below the largest one.
+    It is infinite if shapes differ or a value is not finite. If `actual` holds labels and `expected` logits, the
+    difference is how far the logit of the label lies below the largest logit.
     """
     if not actual.is_floating_point() and expected.ndim == actual.ndim + 1:
         if actual.shape != expected[:, 0].shape or not 0 <= int(actual.min()) <= int(actual.max()) < expected.shape[1]:
@@ -135,12 +149,17 @@ def outputs_of(module: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _publish(draft: Path, path: Path) -> None:
-    if draft.is_dir():
-        path.mkdir(exist_ok=True)
-        for file in draft.iterdir():
-            os.replace(file, path / file.name)
-    else:
+    """Move the draft to `path`. An earlier folder there is deleted; the caller has checked what it holds."""
+    if not (draft.is_dir() and path.is_dir()):
         os.replace(draft, path)
+        return
+    earlier = draft.with_name("earlier")
+    os.rename(path, earlier)
+    try:
+        os.rename(draft, path)
+    except OSError:
+        os.rename(earlier, path)
+        raise
 
 
 def _advice(axes: dict[str, tuple[int, int | None]]) -> str:

@@ -1,8 +1,8 @@
-"""A checksum inside a checkpoint, so that a file that was cut off or changed on the disk is found before it is used.
+"""Checksums inside checkpoints, which reveal truncated and corrupted files before they are used.
 
-What torch.save writes is a zip archive, and an archive ends with a comment that every reader passes over: the SHA-256
-of all that comes before stands there. The file stays one file, appears with its checksum in one step, and loads
-everywhere. Unusual: torch itself checks no checksum; it loads a file with flipped bits without complaint.
+torch.save writes a zip archive, and a zip archive ends with a comment that readers ignore. The comment holds the
+SHA-256 of everything before it, so a checkpoint remains a single file that any reader can load. Unusual: torch verifies
+no checksum itself and loads a file with flipped bits without complaint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHUNK = 1 << 20
 
 
 class _Digesting:
-    """A file to write to that knows the digest of what was written."""
+    """A writable file that computes the SHA-256 of what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -36,7 +36,7 @@ class _Digesting:
 
 
 def write_sealed(file: BinaryIO, write: Callable[[Any], Any]) -> None:
-    """Lets `write` write a zip archive without a comment to the new file, and gives it the checksum as its comment."""
+    """Write a zip archive by `write`, which must leave its comment empty, and store the checksum as the comment."""
     digesting = _Digesting(file)
     write(digesting)
     file.seek(-len(_NO_COMMENT), 2)
@@ -44,24 +44,24 @@ def write_sealed(file: BinaryIO, write: Callable[[Any], Any]) -> None:
 
 
 def _ending(digest: hashlib._Hash) -> bytes:
-    """The comment of an archive, after its length."""
+    """Return the end of a sealed archive: the length of the comment, and the comment."""
     return struct.pack("<H", _COMMENT) + _MARK + digest.hexdigest().encode()
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the file ends with a checksum of ours."""
+    """Return whether the file ends with a checksum written by `write_sealed`."""
     with open(path, "rb") as file:
         return path.stat().st_size > _ENDING and _last(file)[len(_NO_COMMENT) :].startswith(_MARK)
 
 
 def refuse_damage(path: Path) -> None:
-    """Raises a `ValueError` if a file, of whatever origin, ends with a checksum that is not its own."""
+    """Raise a ValueError if the file ends with a checksum that does not match. Files without a checksum pass."""
     if is_sealed(path) and (damage := find_damage(path)) is not None:
         raise ValueError(f"{path} {damage}")
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a file that was written sealed, as the end of a sentence; None if it is whole."""
+    """Return what is wrong with a file written by `write_sealed`, as the end of a sentence, or None if it is intact."""
     try:
         size = path.stat().st_size
         if size == 0:

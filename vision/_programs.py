@@ -1,7 +1,7 @@
-"""Programs of torch.export: traced with free sizes, bounds found by trying, written as ONNX, run as their users will.
+"""Programs of torch.export: tracing with free sizes, finding the bounds of these sizes, writing ONNX, running `.pt2`.
 
-Unusual: everything is traced once, with `Dim.AUTO`. A named `Dim` would refuse every model that has a smallest size;
-AUTO finds that size, and a bound on a product of sizes, which is no axis' own, is found by running the program.
+Unusual: a model is traced once, with `Dim.AUTO`. A named `Dim` would reject every model that has a smallest size; AUTO
+finds that size. A bound on a product of two sizes belongs to neither axis and is found by running the program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ._reading import one_line
+from ._messages import one_line
 
 Shape = tuple[int, int, int, int]
 
@@ -28,11 +28,11 @@ OPSET = 20
 
 
 class ExportError(RuntimeError):
-    """The model could not be traced, or the file does not do what the model does. Nothing was written."""
+    """Raised if a model cannot be traced or its file gives other outputs; nothing is written."""
 
 
 def trace(module: nn.Module, image: Tensor, free: list[int]) -> ExportedProgram:
-    """Trace with the given axes free. A model that cannot be traced so is traced again with only the batch free."""
+    """Trace the module with the given axes free or, if that fails, with only the batch free."""
     shapes = {axis: Dim.AUTO for axis in free}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch that no caller of ours can act on
@@ -45,7 +45,7 @@ def trace(module: nn.Module, image: Tensor, free: list[int]) -> ExportedProgram:
 
 
 def free_axes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
-    """The axes that AUTO could keep free, with their bounds; an axis that some code needed as a number is missing."""
+    """Return the axes that stayed free, with their bounds. An axis that the model used as a constant is missing."""
     (name,) = program.graph_signature.user_inputs
     image = next(node for node in program.graph.nodes if node.name == name).meta["val"]
     bounds = {str(symbol): bound for symbol, bound in program.range_constraints.items()}
@@ -62,9 +62,10 @@ def free_axes(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
 def raise_bounds(
     program: ExportedProgram, traced: Shape, axes: dict[str, tuple[int, int | None]]
 ) -> dict[str, tuple[int, int | None]]:
-    """Raise the smallest height and width to where the program runs: a bound on a product of sizes is no axis' own.
+    """Raise the smallest height and width until the program accepts them.
 
-    The program is tried; between its own bounds and the traced size the two are moved together.
+    A bound on the product of both appears in neither axis. It is found by bisection, moving height and width together
+    from their own bounds to the traced size.
     """
     run = program.module()
     labels = [label for label in ("height", "width") if label in axes]
@@ -98,6 +99,7 @@ def write_onnx(
     axes: dict[str, tuple[int, int | None]],
     metadata: dict[str, Any],
 ) -> Callable[[list[Tensor]], list[list[Tensor]]]:
+    """Write the program as ONNX and return a function that runs the file by onnxruntime."""
     import onnxruntime
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
@@ -142,7 +144,7 @@ assert not {"mixerzoo", "timm"} & set(sys.modules), "the program needs more than
 
 
 def run_pt2(draft: Path, images: list[Tensor]) -> list[list[Tensor]]:
-    """Run the program in a new process that imports torch alone, as a user of the file will."""
+    """Run a `.pt2` file in a new process that imports torch alone, as a user of the file may."""
     given, returned = draft.with_name("images.pt"), draft.with_name("outputs.pt")
     torch.save(images, given)
     command = [sys.executable, "-I", "-c", _RUN_PT2, *map(str, (draft, given, returned))]

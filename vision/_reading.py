@@ -1,7 +1,7 @@
-"""Files of weights, of `train.py` or of anybody, into plain state dicts.
+"""Reads checkpoints of `train.py` and of other libraries into plain state dicts, without executing anything in them.
 
-Unusual: files of other trainers (mmengine's) hold more than tensors, and torch's reader, which executes nothing,
-refuses them whole. Here what is known to be harmless beside the tensors is read as nothing at all.
+Unusual: files of other trainers, such as mmengine's, hold more than tensors, and torch's safe reader refuses them as a
+whole. Here the classes that are known to be harmless are replaced by an inert one, and the tensors are read.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ._checksum import refuse_damage
+from ._messages import one_line
 
 
 def read_checkpoint(path: Path, *, segmenters: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in a file, and what `train.py` wrote beside them; nothing in the file is executed.
+    """Return the weights in a file and the facts that `train.py` stored with them, empty for other files.
 
-    Lightning keeps a module's own weights under `model.`, which no timm model uses as its first name.
+    Lightning stores the weights of a task's model under `model.`, a prefix that no timm model uses.
+
+    Raises:
+        ValueError: the file is missing, damaged, or a segmenter although `segmenters` is false.
     """
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
@@ -38,7 +42,7 @@ def read_checkpoint(path: Path, *, segmenters: bool = False) -> tuple[dict[str, 
 
 
 class _Nothing:
-    """Stands for classes and functions of other libraries while a file is read; does nothing with what it is given."""
+    """An inert stand-in for classes and functions of other libraries while a file is read."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Nothing:
         return object.__new__(cls)
@@ -63,9 +67,3 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
             raise
         with safe_globals([(_Nothing, name) for name in known]):
             return load_state_dict(str(path), weights_only=True)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message, shortened for a terminal."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]}…"

@@ -1,20 +1,20 @@
-"""How fast a model is on this machine and how much memory it takes, beside others: pictures a second, latency, memory.
+"""Benchmarks models side by side on this machine: pictures per second, latency and memory.
 
     python -m mixerzoo.vision.benchmark nat_mini van_b1 convnext_tiny --batch-size 32
     python -m mixerzoo.vision.benchmark 'vmamba*' --train --amp --precision bfloat16 --csv results.csv
 
-Models take turns within each round, so that a disturbance of the machine meets all of them, and the median over rounds
-counts; `spread` is what lies between the slowest and the fastest round. Latency is that of one picture, call by call. A
-batch that does not fit is halved until it does. Works for any timm model.
+Models take turns within each round, so that a disturbance of the machine affects all of them alike, and the median over
+rounds is reported; `spread` is the difference between the slowest and the fastest round. Latency is measured with
+single pictures. A batch that does not fit into memory is halved until it does. Works for any timm model.
 
 Unusual:
-* Memory is the weights' and what the largest moment of a step adds to them: allocated on a GPU, resident on Linux. A
-  training step has its gradients and the state of AdamW in it. Elsewhere the column is empty.
-* Linux may end a process whose memory is all promised and not there, before any allocation fails: a batch far too large
-  for the CPU is then not halved.
-* All models of one call are loaded at once, and the largest batch of each is what the others' weights leave.
-* The CSV file has the columns of timm's benchmark.py, and ours for latency and memory behind them; `infer_macts`, which
-  wants fvcore, is left out. timm trains with SGD and synchronises after every step; here AdamW, and after each turn.
+* Memory is that of the weights plus the peak growth during a step: allocated memory on a GPU, resident memory on Linux.
+  A training step includes gradients and the state of AdamW. On other systems the column is empty.
+* Linux overcommits memory and may kill the process before an allocation fails: a batch far too large for the CPU is
+  then not halved.
+* All models of one call are loaded at once, so the weights of the others limit the largest batch of each.
+* The CSV file has the columns of timm's benchmark.py, followed by ours for latency and memory; `infer_macts`, which
+  needs fvcore, is missing. timm trains with SGD and synchronises after every step; here AdamW, and after each turn.
 """
 
 from __future__ import annotations
@@ -25,20 +25,18 @@ import copy
 import csv
 import ctypes
 import datetime
-import difflib
 import fnmatch
 import gc
 import logging
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -47,9 +45,10 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._loading import KeyValue, load_model
-from ._reading import one_line
-from .training.summary import summarize
+from ._loading import KeyValue, OneLineParser, load_model
+from ._machine import cpu_name
+from ._messages import did_you_mean, one_line
+from .summary import summarize
 
 Pass = Literal["infer", "train"]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -59,7 +58,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setting:
-    """How all models of one call are measured."""
+    """The conditions under which all models of one call are measured."""
 
     device: torch.device
     batch_size: int = 32
@@ -71,7 +70,7 @@ class Setting:
     compile: bool = False
     rounds: int = 5
     seconds: float = 1.0
-    """Of one model's turn in one round."""
+    """Length of one model's turn in one round."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +88,7 @@ class Setting:
 
 @dataclass
 class Result:
-    """One model in one pass; seconds of a step in each round, and of single calls with one picture."""
+    """Measurements of one model in one pass: `steps` in seconds, one per round, and `latencies` of single pictures."""
 
     model: str
     kind: Pass
@@ -114,14 +113,14 @@ class Result:
         return (max(self.steps) - min(self.steps)) / self.step
 
     def latency(self, share: float) -> float | None:
-        """The time within which this share of the calls came back."""
+        """Return the quantile `share` of the latencies in seconds, None if there are none."""
         if not self.latencies:
             return None
         return sorted(self.latencies)[min(len(self.latencies) - 1, math.ceil(share * len(self.latencies)) - 1)]
 
 
 class Bench:
-    """A model in one pass, on its device, with the largest batch up to the wanted one that fits."""
+    """A model in one pass with the largest batch, up to the requested one, that fits into memory."""
 
     def __init__(self, name: str, model: nn.Module, kind: Pass, setting: Setting) -> None:
         self.model, self.kind, self.setting = model, kind, setting
@@ -136,7 +135,7 @@ class Bench:
         self.result = Result(name, kind, parameters, macs, (height, width), len(self.images), self._memory())
 
     def enter(self) -> None:
-        """The mode of the pass: to be called before a turn, since passes share the model."""
+        """Set the mode of the pass. To be called before each turn, since both passes share the model."""
         self.model.train(self.kind == "train")
 
     def step(self, images: Tensor | None = None) -> None:
@@ -159,7 +158,7 @@ class Bench:
         while True:
             try:
                 images = self.setting.images(batch, *self.shape)
-                for _ in range(2):  # the second has the optimizer's state, and autotuning behind it
+                for _ in range(2):  # in the second step the optimizer's state exists and autotuning is done
                     self.step(images)
                 synchronize(self.setting.device)
                 return images
@@ -168,7 +167,7 @@ class Bench:
                     raise
                 if batch == 1:
                     raise ValueError(f"{name} does not fit into memory even at batch 1; try --input-size") from None
-            # Behind `except`, where the error no longer holds the tensors of the failed step.
+            # After `except`, where the error no longer references the tensors of the failed step.
             images = None
             self._free()
             _log.warning("%s: memory ended at batch %d (%s); trying %d", name, batch, self.kind, batch // 2)
@@ -183,7 +182,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _memory(self) -> int | None:
-        """Bytes of the weights and of what two steps add to them: in the second, gradients meet AdamW's state."""
+        """Return the bytes of weights and of the peak growth in two steps; the second has AdamW's state."""
         self._free()
         before = forget_peak(self.setting.device)
         if before is None:
@@ -197,7 +196,7 @@ class Bench:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the processor, whose allocator knows no class of its own."""
+    """Return whether memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError."""
     said = str(error).lower()
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
@@ -206,7 +205,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def count_macs(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Multiply-adds for one picture, from shapes alone."""
+    """Count multiply-adds for one picture, on the meta device."""
     with torch.device("meta"):
         return summarize(copy.deepcopy(model).float().to("meta"), shape).macs
 
@@ -217,7 +216,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def forget_peak(device: torch.device) -> int | None:
-    """Count the peak from here; the bytes in use, or None where that is not known."""
+    """Reset the memory peak; return the bytes in use, or None if the system does not tell."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -239,7 +238,7 @@ def _resident(entry: str) -> int:
 
 
 def measure(benches: Sequence[Bench], setting: Setting) -> list[Result]:
-    """Times of all of them, in turns."""
+    """Measure all benches in turns."""
     for _ in range(setting.rounds):
         for bench in benches:
             bench.enter()
@@ -251,7 +250,7 @@ def measure(benches: Sequence[Bench], setting: Setting) -> list[Result]:
 
 
 def _seconds(call: Callable[[], None], setting: Setting) -> float:
-    """Mean over as many calls as fit into a turn, three at least; the device is waited for once."""
+    """Return the mean seconds of as many calls as fit into a turn, at least three, synchronising once."""
 
     def took(repeats: int) -> float:
         synchronize(setting.device)
@@ -266,7 +265,7 @@ def _seconds(call: Callable[[], None], setting: Setting) -> float:
 
 
 def _latencies(bench: Bench, setting: Setting) -> list[float]:
-    """Of single pictures for half a turn, ten at least, the device waited for each time."""
+    """Time single pictures for half a turn, at least ten, synchronising after each."""
     image = setting.images(1, *bench.shape)
     bench.step(image)
     synchronize(setting.device)
@@ -325,7 +324,7 @@ COLUMNS = (
 
 
 def _columns(result: Result) -> dict[str, float | int | str]:
-    """In milliseconds, millions of parameters, billions of multiply-adds and megabytes."""
+    """Return the CSV columns of a result, in milliseconds, millions of parameters, GMACs and megabytes."""
     values = {
         "samples_per_sec": round(result.samples_per_sec, 2),
         "step_time": round(1e3 * result.step, 3),
@@ -336,8 +335,8 @@ def _columns(result: Result) -> dict[str, float | int | str]:
         "latency_p95": _round(result.latency(0.95), 1e3),
         "memory": _round(result.memory, 1e-6),
     }
-    found = {f"{result.kind}_{name}": value for name, value in values.items() if value is not None}
-    return {"model": result.model, "param_count": round(result.parameters / 1e6, 2), **found}
+    columns = {f"{result.kind}_{name}": value for name, value in values.items() if value is not None}
+    return {"model": result.model, "param_count": round(result.parameters / 1e6, 2), **columns}
 
 
 def _round(value: float | None, factor: float) -> float | None:
@@ -345,7 +344,7 @@ def _round(value: float | None, factor: float) -> float | None:
 
 
 def write_csv(results: Sequence[Result], path: Path) -> None:
-    """One line a model, the fastest first, as timm's benchmark.py writes it."""
+    """Write a row per model, fastest first, as timm's benchmark.py does."""
     lines: dict[str, dict[str, float | int | str]] = {}
     for result in sorted(results, key=lambda result: -result.samples_per_sec):
         lines.setdefault(result.model, {}).update(_columns(result))
@@ -360,37 +359,27 @@ def describe_machine(setting: Setting) -> str:
     if setting.device.type == "cuda":
         where = torch.cuda.get_device_name(setting.device)
     else:
-        where = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            where = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        where += f", {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        where = f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     ways = [f"{'autocast to ' * setting.amp}{setting.precision}"]
     ways += [name for name in ("channels_last", "compile") if getattr(setting, name)]
     return f"{where}; torch {torch.__version__}; {', '.join(ways)}; {datetime.date.today()}"
 
 
 def find_models(words: Sequence[str]) -> list[str]:
-    """Names of timm models by names and shell patterns, each once."""
+    """Return the timm models that names and shell patterns match, each once."""
     found: list[str] = []
     for word in words:
         names = fnmatch.filter(timm.list_models(), word) if set(word) & set("*?[") else [word]
         if not names or not timm.is_model(names[0].partition(".")[0]):
-            near = difflib.get_close_matches(word, timm.list_models(), n=3)
-            raise ValueError(f"no model matches {word!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+            raise ValueError(f"no model matches {word!r}{did_you_mean(word, timm.list_models(), most=3, cutoff=0.6)}")
         found += names
     return list(dict.fromkeys(found))
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"benchmark: {message}\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m mixerzoo.vision.benchmark", description=__doc__.splitlines()[0] if __doc__ else "")
+def parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="python -m mixerzoo.vision.benchmark", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="timm names, or shell patterns such as 'nat_*'")
     add("--train", action="store_true", help="also time training steps: forward, backward, AdamW")
@@ -442,7 +431,7 @@ def make_setting(arguments: argparse.Namespace) -> Setting:
 
 
 def prepare(name: str, setting: Setting, kinds: Sequence[Pass], **model_kwargs: Any) -> list[Bench]:
-    """A model's passes: it is built once and each finds its batch. Weights are random, which costs the same."""
+    """Build a model with random weights, which are as fast as trained ones, and prepare each pass with its batch."""
     model = load_model(name, image_size=setting.input_size, **model_kwargs)
     model = model.to(setting.device, setting.dtype)
     if setting.channels_last:
@@ -453,7 +442,7 @@ def prepare(name: str, setting: Setting, kinds: Sequence[Pass], **model_kwargs: 
 
 
 def _run_cli(arguments: argparse.Namespace) -> bool:
-    """Whether all models could be measured; one that cannot is named, and the others go on."""
+    """Measure the models and print the table; return whether all could be measured. Failures are logged."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     setting, whole = make_setting(arguments), True
@@ -475,7 +464,7 @@ def _run_cli(arguments: argparse.Namespace) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all models measured. 1: some could not be. 2: wrong arguments."""
+    """Run the command. Exit codes: 0, all models measured; 1, some failed; 2, wrong arguments."""
     logging.basicConfig(format="benchmark: %(message)s", level=logging.INFO)
     try:
         return 0 if _run_cli(parser().parse_args(argv)) else 1

@@ -1,9 +1,9 @@
-"""HiLo's two paths as a diagram drawn from a module at work: shapes and attention come from hooks on its projections.
+"""Draws HiLo's two paths as a diagram, with shapes and attention recorded by hooks on a running module.
 
     python -m mixerzoo.vision.visualize hilo --output docs/pictures
 
-Unusual: no trained weights are needed. Tokens are patches of a picture, weights are random, but each path's keys have
-its queries' projection: attention then falls on what looks alike, which is what the eye can check.
+Unusual: no trained weights are needed. Tokens are patches of a picture and weights are random, but the keys of each
+path share the projection of its queries: attention then falls on similar patches, which can be checked by eye.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 HIGH, LOW, INK = "#d9480f", "#1864ab", "#343a40"
 SIDE, DIM, QUERY = 14, 96, (9, 5)
-SHARPNESS = 6.0  # gain of the shared projection: the scores of a trained model are not as flat as those of a fresh one
+SHARPNESS = 6.0  # gain of the shared projection, as the scores of an untrained model are too flat
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one picture [3, H, W] leaves in a HiLo, means over heads; `shapes` by the name of the projection."""
+    """The recorded attention of a HiLo for a picture [3, H, W], averaged over heads, and the output shapes by
+    projection."""
 
     picture: Tensor
     query: tuple[int, int]
@@ -42,12 +43,12 @@ class Trace:
 
     @property
     def side(self) -> int:
-        """Of the map of tokens."""
+        """The side of the map of tokens."""
         return self.shapes["l_q"][0]
 
 
 def make_mixer() -> HiLo:
-    """LITv2's split of twelve heads, with queries and keys of one projection."""
+    """Make a HiLo with LITv2's split of twelve heads, in which queries and keys share their projection."""
     mixer = HiLo(DIM, 12, window_size=2, alpha=0.9, qkv_bias=False).eval()
     h_dim, l_dim = mixer.h_heads * mixer.head_dim, mixer.l_heads * mixer.head_dim
     weights: Any = mixer
@@ -61,7 +62,8 @@ def make_mixer() -> HiLo:
 
 
 def make_tokens(picture: Tensor) -> Tensor:
-    """[3, H, W] to [1, SIDE, SIDE, DIM]: the colours of each patch at 4 x 4 places, normalised and spread at random."""
+    """Turn a picture [3, H, W] into tokens [1, SIDE, SIDE, DIM]: 4 x 4 colours per patch, projected at random,
+    normalised."""
     patches = F.interpolate(picture[None], (4 * SIDE, 4 * SIDE), mode="area")
     patches = F.unfold(patches, 4, stride=4).transpose(1, 2)
     patches = patches - patches.mean(1, keepdim=True)
@@ -71,7 +73,7 @@ def make_tokens(picture: Tensor) -> Tensor:
 
 @torch.no_grad()
 def trace_hilo(mixer: HiLo, picture: Tensor, tokens: Tensor, query: tuple[int, int]) -> Trace:
-    """Run the module, and work out its attention from what its projections gave."""
+    """Run the module and compute its attention from the recorded outputs of its projections."""
     seen: dict[str, Tensor] = {}
     hooks = [
         layer.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
@@ -93,7 +95,7 @@ def trace_hilo(mixer: HiLo, picture: Tensor, tokens: Tensor, query: tuple[int, i
 
 
 def draw_hilo(trace: Trace) -> Figure:
-    """The map on the left; windows above, the pooled map below; both outputs side by side on the right."""
+    """Draw the map on the left, windows above, the pooled map below, and the concatenated outputs on the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.0, 6.2), facecolor="white")
@@ -151,7 +153,7 @@ def _low_row(figure: Figure, trace: Trace) -> None:
     projections = f"l_q {mixer.dim} → {trace.shapes['l_q'][-1]}\nl_kv {mixer.dim} → {trace.shapes['l_kv'][-1]}"
     figure.text(0.53, 0.32, projections, ha="center", fontsize=9, color=LOW)
     axes = _panel(figure, (0.60, 0.13, 0.185, 0.30), f"attention of one query, mean of {mixer.l_heads} heads", LOW)
-    # Square roots: weights of a tenth of the largest still show.
+    # Square roots, so that weights of a tenth of the largest remain visible.
     axes.imshow(trace.pooled.sqrt().numpy(), cmap="Blues", extent=(0, side, side, 0), interpolation="nearest")
     _grid(axes, rows, "white", 0.8)
     _box(axes, trace.query, 1, side, LOW, 2.8)
@@ -218,7 +220,7 @@ def _arrow(figure: Figure, start: tuple[float, float], end: tuple[float, float],
 
 
 def load_picture(file: Path | None) -> Tensor:
-    """The middle square of a picture, [3, 224, 224] from 0 to 1; scikit-learn's flower where none is given."""
+    """Read the central square of a picture, [3, 224, 224] in 0..1; scikit-learn's flower by default."""
     import numpy as np
     from PIL import Image
 
@@ -235,7 +237,7 @@ def load_picture(file: Path | None) -> Tensor:
 
 
 def hilo_paths(file: Path | None, query: tuple[int, int] | None) -> Figure:
-    """The diagram for a picture and a query (row, column) of its map; weights come from seed 0."""
+    """Draw the diagram for a picture and a query (row, column) of its map; weights come from seed 0."""
     query = QUERY if query is None else query
     if not all(0 <= place < SIDE for place in query):
         raise ValueError(f"the query needs a row and a column from 0 to {SIDE - 1}; got {query}")

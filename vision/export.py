@@ -1,20 +1,18 @@
-"""Write a model, its feature pyramid or a segmenter to a file that runs without this library; keep it only if it is
-right.
+"""Exports models, feature pyramids and segmenters to files that run without this library.
 
     python -m mixerzoo.vision.export runs/first --format onnx --features 0,1,2,3
     python -m mixerzoo.vision.export nat_mini --format pt2 --checkpoint best.ckpt
     python -m mixerzoo.vision.export van_b0 --head upernet --checkpoint FILE --classes ade20k --format onnx
 
-An exported graph can be wrong at other shapes than the traced one without any error: a size that was computed in Python
-stands in it as a constant. So each file is loaded back by the program that will run it and compared with the model, at
-the traced shape and at three others: ONNX by onnxruntime, `.pt2` by `torch.export.load` in a process that has neither
-this library nor timm, a safetensors folder by timm's `local-dir:`. A file that differs is not written, and a good file
-of an earlier export is not touched.
+An exported graph can silently be wrong at other shapes than the traced one, because a size computed in Python becomes a
+constant. Each file is therefore loaded back and compared with the model at the traced shape and at three others: ONNX
+by onnxruntime, `.pt2` by `torch.export.load` in a process with neither this library nor timm, a safetensors folder by
+timm's `local-dir:`. A file with other outputs is not published, and an earlier export stays in place.
 
-What is written also says how pictures are prepared (mean, standard deviation, size, interpolation), what classes are
+Each file states how pictures are prepared (mean, standard deviation, size, interpolation, crop), what the classes are
 called, and which sizes it takes: in the metadata of an ONNX file, in `mixerzoo.json` inside a `.pt2` file, in the
-folder's config.json. Of a run with averaged weights those are written. Works for any timm model. A segmenter's file
-answers with logits, or labels, at the size of the picture that it is given.
+config.json of a folder. A run with averaged weights is exported with those. Any timm model can be exported. The file of
+a segmenter returns logits, or labels, at the size of its input.
 
 Unusual: the program is traced once, for both ONNX and `.pt2`, see _programs.py.
 """
@@ -26,8 +24,11 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 
 from ._checked_files import Check, Report, Written, outputs_of, publish_if_right
 from ._loading import (
+    FRAME,
     KeyValue,
     OneLineParser,
     Trained,
@@ -48,18 +50,21 @@ from ._loading import (
     load_run,
     load_under_head,
     numbers,
+    path_of,
 )
+from ._messages import one_line
 from ._programs import AXES, ExportError, Shape, free_axes, raise_bounds, run_pt2, trace, write_onnx
-from ._reading import one_line
 
 Format = Literal["onnx", "pt2", "safetensors"]
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
+FOLDER_FILES = {"config.json", "model.safetensors"}
+"""What an export to safetensors writes."""
 TOLERANCE = 1e-4
 
 
 class FeatureExtractor(nn.Module):
-    """The maps [B, C, H, W] of a timm model at `features`, indices into its `feature_info`; unused layers are gone."""
+    """A timm model that returns the maps [B, C, H, W] at indices of its feature_info; unused layers are removed."""
 
     def __init__(self, model: nn.Module, features: Sequence[int]) -> None:
         super().__init__()
@@ -153,7 +158,7 @@ def export_segmenter(
 
 
 def segments_any_size(model: nn.Module) -> bool:
-    """Whether a segmenter's program may have free height and width."""
+    """Return whether the program of a segmenter may have free height and width."""
     return all(getattr(part, "exports_free_sizes", True) for part in model.modules())
 
 
@@ -200,7 +205,7 @@ def _write_graph(
 
 
 def _takes_any_size(model: nn.Module | Trained) -> bool:
-    """Whether a program may have free height and width; `exports_free_sizes` is false where tracing does not end."""
+    """Return whether a program may have free height and width; `exports_free_sizes` is false if tracing never ends."""
     if isinstance(model, Trained):
         return segments_any_size(model.model)
     return not get_model_input_config(model)["fixed_input_size"] and getattr(model, "exports_free_sizes", True)
@@ -213,12 +218,15 @@ def _output_names(model: nn.Module, features: Sequence[int] | None) -> list[str]
 
 
 def _data_config(model: nn.Module, image_size: tuple[int, int] | None) -> dict[str, Any]:
-    """How images must be prepared for this model, and what its classes are called where that is known."""
+    """Return the preparation of images for this model, and the names of its classes if they are known."""
     size = get_model_input_config(model)["input_size"] if image_size is None else image_size
     channels = get_model_input_config(model)["input_size"][0]
     config = resolve_input_data_config(model, {"input_size": (channels, *size[-2:])})
     labels = getattr(model, "pretrained_cfg", {}).get("label_names")
-    config = {key: config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    keys = ["input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"]
+    if config["crop_mode"] == FRAME:  # nothing is cropped
+        keys.remove("crop_pct")
+    config = {key: config[key] for key in keys}
     return {**config, "label_names": labels} if labels else config
 
 
@@ -243,6 +251,13 @@ def _check_destination(path: Path, format: Format) -> None:
         raise ValueError(f"{format} needs {', '.join(missing)}; run: pip install 'mixerzoo[export]'")
     if format == "safetensors" and path.is_file():
         raise ValueError(f"safetensors writes a folder, and {path} is a file; name another output")
+    if format == "safetensors" and path.is_dir():
+        others = sorted({file.name for file in path.iterdir()} - FOLDER_FILES)
+        if others:
+            raise ValueError(
+                f"safetensors replaces the whole folder {path}, which holds {', '.join(others[:3])}"
+                f"{', …' if len(others) > 3 else ''}; name another output"
+            )
     if format != "safetensors" and (path.suffix != f".{format}" or path.is_dir()):
         raise ValueError(f"{format} writes one file whose name ends in .{format}, got {path}")
 
@@ -274,12 +289,10 @@ def parser() -> OneLineParser:
 
 
 def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> tuple[str, nn.Module | Trained]:
-    """The model that the command names, by its timm name or by a run of `train.py`, and its timm name.
-
-    A segmenter comes with what is known of it.
-    """
+    """Load the model that the command names; return its timm name and the model, a segmenter as `Trained`."""
     checkpoint = None if arguments.checkpoint is None else find_weights(arguments.checkpoint)
-    if timm.is_model(arguments.model.partition(".")[0]) or not Path(arguments.model).exists():
+    path = path_of(arguments)
+    if path is None:
         if arguments.head is not None:
             if arguments.num_classes is not None:
                 raise ValueError("--num-classes is of classifiers; under --head give --classes")
@@ -293,13 +306,7 @@ def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> 
             **arguments.model_kwargs,
         )
         return arguments.model, model
-    named = (checkpoint, arguments.head, arguments.classes, arguments.num_classes)
-    if any(value is not None for value in named) or arguments.pretrained or arguments.model_kwargs:
-        raise ValueError(
-            f"{arguments.model} knows its model, weights and classes: leave out --checkpoint, --pretrained, --head, "
-            "--classes, --num-classes and --model-kwargs"
-        )
-    trained = load_run(arguments.model, image_size=image_size)
+    trained = load_run(path, image_size=image_size)
     return trained.facts["model"], trained if trained.dense else trained.model
 
 
@@ -354,10 +361,30 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         print("the weights are random: give --checkpoint FILE or --pretrained for trained ones")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0: written and right. 1: could not be exported, or differs; nothing written. 2: wrong arguments."""
+@contextmanager
+def _sigterm_exits() -> Iterator[None]:
+    """Turn SIGTERM into an exit with code 143 that unwinds the stack, so that the draft of the file is deleted."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        _run_cli(parser().parse_args(argv))
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Exit codes: 0, written; 1, failed or outputs differ, nothing written; 2, wrong arguments; 143,
+    stopped by SIGTERM, nothing written.
+    """
+    try:
+        with _sigterm_exits():
+            _run_cli(parser().parse_args(argv))
     except ExportError as error:
         print(error, file=sys.stderr)
         return 1

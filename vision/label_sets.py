@@ -1,4 +1,4 @@
-"""Data sets that everybody knows: what their classes are called, and the colours that their masks have everywhere.
+"""Class names and mask colours of well-known data sets: ADE20K, Cityscapes, Pascal VOC and CamVid.
 
 ADE20K: names of the challenge's 150 classes, colours of `color150.mat`, both of
 https://github.com/CSAILVision/semantic-segmentation-pytorch; names in the short form that mmsegmentation gave them.
@@ -6,27 +6,26 @@ Cityscapes: the 19 classes of its benchmark, https://github.com/mcordts/cityscap
 classes and the ground of http://host.robots.ox.ac.uk/pascal/VOC/, colours of its development kit (VOCcolormap).
 CamVid: the 11 classes of its benchmark by the alphabet, http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/.
 
-Unusual: a data set is recognised by its names, so that a run, a checkpoint or a folder with a classes.txt needs no
-further setting to be drawn in these colours.
+Unusual: a data set is recognised by its class names, so that a run, a checkpoint or a folder with a classes.txt is
+drawn in the published colours without a further setting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Classes in the order of their numbers; colours are (red, green, blue), 0 to 255."""
+    """The classes of a data set in the order of their numbers, with colours (red, green, blue) from 0 to 255."""
 
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
 
 
 def _read(text: str) -> LabelSet:
-    """Of `name rrggbb, name rrggbb, …`."""
+    """Parse `name rrggbb, name rrggbb, …`."""
     entries = [entry.strip().rpartition(" ") for entry in " ".join(text.split()).split(",")]
     colours = tuple((value >> 16, value >> 8 & 255, value & 255) for value in (int(code, 16) for *_, code in entries))
     return LabelSet(tuple(name for name, *_ in entries), colours)
@@ -89,34 +88,20 @@ def label_set(name: str) -> LabelSet:
 
 
 def published_colours(classes: Sequence[str]) -> tuple[tuple[int, int, int], ...] | None:
-    """Those of the data set that has these classes, if it is known here."""
+    """Return the colours of the data set with these classes, or None if it is not known."""
     name = published_name(classes)
     return None if name is None else LABEL_SETS[name].colours
 
 
 def published_name(classes: Sequence[str]) -> str | None:
-    """The data set that has these classes, if it is known here.
+    """Return the name of the data set with these classes, or None if it is not known.
 
-    Some go by more than one name, or with others behind a comma: one in ten may be called otherwise.
+    Some classes have several names, also separated by commas, so one name in ten may differ.
     """
-    given = [name.replace(";", ",").partition(",")[0].strip().lower() for name in classes]
+    wanted = [name.replace(";", ",").partition(",")[0].strip().lower() for name in classes]
     for data, known in LABEL_SETS.items():
-        if len(given) == len(known.names):
-            agreeing = sum(name == other for name, other in zip(given, known.names, strict=True))
-            if agreeing >= 0.9 * len(given):
+        if len(wanted) == len(known.names):
+            agreeing = sum(name == other for name, other in zip(wanted, known.names, strict=True))
+            if agreeing >= 0.9 * len(wanted):
                 return data
     return None
-
-
-def class_list(text: str | None) -> Sequence[str]:
-    """The names of classes that `--classes` gives: of a known data set, in a file, or numbers up to one."""
-    if text in LABEL_SETS:
-        return LABEL_SETS[text].names
-    if text is not None and text.isdecimal() and int(text) > 0:
-        return [str(index) for index in range(int(text))]
-    if text is not None and Path(text).is_file():
-        return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
-    raise ValueError(
-        f"--classes {text}: a head needs its classes: {', '.join(LABEL_SETS)}, a file with a name a line, or their "
-        "number"
-    )

@@ -1,11 +1,11 @@
-"""What one position gets from all others through each mixer alone: a panel a class of `mixerzoo.mixers`.
+"""Draws the receptive field of one position through each mixer alone, a panel per class of `mixerzoo.mixers`.
 
     python -m mixerzoo.vision.visualize mixers --output docs/pictures
 
-A field is the gradient of the output in the middle of a map with respect to the input, its magnitude averaged over
-channels and a few inputs of noise: what the module does at its first step of training, not what it was made for.
+A field is the magnitude of the gradient of the central output with respect to the input, averaged over channels and
+several inputs of noise. It shows a module before training.
 
-Unusual: mixers that take two sets of tokens are shown with respect to the set that they read from.
+Unusual: for mixers with two sets of tokens the gradient is taken with respect to the set that provides keys and values.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE, DIM, INPUTS = 24, 16, 16
-TOKENS = 6  # a side, of the maps of fewer tokens
+TOKENS = 6  # side of the maps of compressed or semantic tokens
 DECADES = 5  # how far below its largest value a field is drawn
 INK = "#343a40"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A mixer by its name in `mixerzoo.mixers`. `field` gives what the middle gets from a map, [rows, columns]."""
+    """A mixer by its name in `mixerzoo.mixers`. `field` computes its receptive field, [rows, columns]."""
 
     name: str
     note: str
@@ -64,7 +64,8 @@ class Subject:
 
 
 def gradient(run: Callable[[Tensor], Tensor], *shape: int) -> Tensor:
-    """Of the middle of `run(x)`, [B, *spatial, C] both, with respect to x of [INPUTS, *shape, DIM]: [*shape]."""
+    """Return the mean magnitude [*shape] of the gradient of the central output of `run`, for x [INPUTS, *shape,
+    DIM]."""
     x = torch.randn(INPUTS, *shape, DIM).mul_(2).requires_grad_()
     out = run(x)
     middle = tuple(length // 2 for length in out.shape[1:-1])
@@ -83,7 +84,7 @@ def of_channels_first(mixer: nn.Module) -> Tensor:
 
 
 def of_sequence(mixer: nn.Module) -> Tensor:
-    """Of a map that is read row by row."""
+    """Return the field of a mixer of sequences over a map that is flattened row by row."""
     mixer = mixer.eval()
     return gradient(lambda x: mixer(x.flatten(1, 2)).unflatten(1, (SIDE, SIDE)), SIDE, SIDE)
 
@@ -104,7 +105,8 @@ def _cross_attention() -> Tensor:
 
 
 def _window_cross_attention() -> Tensor:
-    """As STViT-R's semantic tokens begin: windows of 3 x 3 of them look at windows of 10 x 10 positions."""
+    """Return the field of STViT-R's first semantic tokens: windows of 3 x 3 tokens attend to windows of 10 x 10
+    positions."""
     mixer = WindowCrossAttention(DIM, 2, window_size=3, key_window_size=10)
     tokens = torch.randn(INPUTS, SIDE // 2, SIDE // 2, DIM)
     return gradient(lambda x: mixer(tokens, x), SIDE, SIDE)
@@ -116,7 +118,7 @@ def _gather() -> Tensor:
 
 
 def _transposed() -> Tensor:
-    """Queries and keys are those of the gathering before, per head: what is read are the compressed tokens."""
+    """Return the field over compressed tokens; queries and keys are those of the gather attention before, per head."""
     gather, mixer = GatherAttention(DIM, 2), TransposedAttention(DIM, 2)
     lookup = torch.randn(INPUTS, SIDE * SIDE, DIM)
 
@@ -129,14 +131,14 @@ def _transposed() -> Tensor:
 
 
 def _selected() -> Tensor:
-    """Maps of small convolutions of the input, of which the selection takes more or less."""
+    """Return the field of a selection among small convolutions of the input."""
     mixer = CKS(DIM).eval()
     bands = nn.ModuleList([DepthwiseConv2d(DIM, sides) for sides in (3, (1, 9), (9, 1))])
     return of_channels_first(_Joined(mixer, bands))
 
 
 def _guided() -> Tensor:
-    """Detail, context and boundary are the input itself, its means over 9 x 9 and a band of it."""
+    """Return the field of BGAF with the input as detail, its 9 x 9 means as context and a band as boundary."""
     bands = nn.ModuleList([nn.Identity(), nn.AvgPool2d(9, 1, 4), DepthwiseConv2d(DIM, (1, 15))])
     return of_channels_first(_Joined(BGAF(DIM), bands))
 
@@ -221,7 +223,7 @@ def _pooled(x: Tensor) -> Tensor:
 
 
 def draw_mixers(columns: int = 5) -> Figure:
-    """One panel each, of the logarithm of the field."""
+    """Draw a panel per mixer with the logarithm of its field."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 

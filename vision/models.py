@@ -1,12 +1,12 @@
-"""A table of our models: parameters, multiply-adds, accuracy, licences and paper, filtered and sorted.
+"""Lists our models with parameters, multiply-adds, accuracy, licences and papers, filtered and sorted.
 
     python -m mixerzoo.vision.models 'dinat_*'
     python -m mixerzoo.vision.models --max-params 30 --min-top1 82 --sort top1
     python -m mixerzoo.vision.models --mixer scan --format csv
 
-Unusual: what is counted stands in model_counts.py, since counting all models takes two minutes; `--count` writes that
-file anew. Models are counted on the meta device, from shapes alone. Accuracies are those that the authors state for the
-default weights. The licence of the code is that of the authors' code: ours is Apache-2.0 for every model.
+Unusual: counts are stored in model_counts.py, since counting all models takes two minutes; `--count` rewrites it.
+Models are counted on the meta device. Accuracies are those that the authors state for the default weights. The licence
+of the code is that of the authors' code; ours is Apache-2.0 for every model.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ STATED_TOP1 = {
 
 @dataclass(frozen=True)
 class Model:
-    """One model with its default weights; the fields are the columns of `--format csv` and the keys of `json`."""
+    """A model with its default weights; the fields are the columns of `--format csv` and the keys of `json`."""
 
     model: str
     family: str
@@ -196,20 +196,20 @@ LEFT = ("model", "weights", "pretrained", "weights licence", "code", "paper")  #
 
 
 def names(pattern: str = "*") -> list[str]:
-    """The names that this library has registered, in the order in which the backbone files define them."""
+    """Return the names that this library registers, in the order of their definition in the backbone files."""
     entries = {name: timm.model_entrypoint(name) for name in fnmatch.filter(timm.list_models(), pattern)}
     ours = {name: entry for name, entry in entries.items() if entry.__module__.startswith(backbones.__name__)}
     return sorted(ours, key=lambda name: (ours[name].__module__, ours[name].__code__.co_firstlineno))
 
 
 def family(name: str) -> str:
-    """The backbone file that defines a model."""
+    """Return the name of the backbone file that defines a model."""
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
 
 
 def count(name: str) -> tuple[int, int]:
-    """Parameters, and multiply-adds for one picture of the default weights' size."""
-    from .training.summary import summarize
+    """Count parameters, and multiply-adds for one picture at the size of the default weights."""
+    from .summary import summarize
 
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None  # a test of the backbones holds this
@@ -292,7 +292,7 @@ def render(models: Sequence[Model], format: Format) -> str:
     return text.getvalue().rstrip("\n")
 
 
-# From the smallest, but from the best accuracy; unknown accuracies come last.
+# Ascending, but by descending accuracy; unknown accuracies come last.
 ORDERS: dict[str, Callable[[Model], Any]] = {
     "name": lambda model: model.model,
     "params": lambda model: model.parameters,
@@ -302,13 +302,13 @@ ORDERS: dict[str, Callable[[Model], Any]] = {
 
 
 def select(arguments: argparse.Namespace) -> list[Model]:
-    """The models that the command's arguments ask for, in their order."""
-    found = list(dict.fromkeys(name for pattern in arguments.patterns or ["*"] for name in names(pattern)))
-    if not found:
+    """Return the models that match the command's arguments, in the requested order."""
+    matching = list(dict.fromkeys(name for pattern in arguments.patterns or ["*"] for name in names(pattern)))
+    if not matching:
         raise ValueError(f"no model of ours matches {' '.join(map(repr, arguments.patterns))}")
-    models = [model for model in map(describe, found) if _wanted(model, arguments)]
+    models = [model for model in map(describe, matching) if _wanted(model, arguments)]
     if not models:
-        raise ValueError(f"none of {len(found)} models is what the options ask for")
+        raise ValueError(f"none of {len(matching)} models is what the options ask for")
     return models if arguments.sort is None else sorted(models, key=ORDERS[arguments.sort])
 
 

@@ -1,4 +1,4 @@
-"""What a model says about pictures: a table of classes, or masks laid over the pictures.
+"""Predicts the classes of pictures as a table, or segments them into masks and overlays.
 
     python -m mixerzoo.vision.predict runs/first path/to/pictures
     python -m mixerzoo.vision.predict nat_tiny --pretrained 'photos/**/*.jpg' --format csv --output classes.csv
@@ -6,15 +6,14 @@
 
 The model is a run folder or checkpoint of `train.py`, a timm name with `--pretrained` or `--checkpoint`, under a
 segmentation head with `--head`, or a folder that `… export --format safetensors` wrote. Pictures may have any size,
-shape and colour mode; each is prepared as the model's evaluation did it. A segmenter sees the whole picture as its run
-was tested (`evaluate.…`), one of a timm name as was published, or as `--mode`, `--window`, `--stride`, `--scales` and
-`--flip` say, and answers at the picture's own size.
+shape and colour mode; each is prepared as in the model's evaluation. A segmenter predicts at the picture's own size,
+with the settings by which its run was tested (`evaluate.…`), or those published for a timm name. `--mode`, `--window`,
+`--stride`, `--scales` and `--flip` override them.
 
 Unusual:
 
-* A picture that cannot be read, or not be segmented, is named and left out, and the exit code is 1, so that a script
-  can tell.
-* Before anything is predicted it is known what will be written where; nothing is written over a picture it reads.
+* A picture that cannot be read or segmented is reported and skipped, and the exit code is 1.
+* All output paths are checked before the first prediction; none may be that of an input picture.
 """
 
 from __future__ import annotations
@@ -46,8 +45,9 @@ from ._loading import (
     load_run,
     load_under_head,
     numbers,
+    path_of,
 )
-from ._reading import one_line
+from ._messages import one_line
 from .data.pictures import UnreadableError, read_picture
 from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
 from .predictors import Predictor, of_run, of_timm
@@ -55,15 +55,16 @@ from .predictors import Predictor, of_run, of_timm
 Format = Literal["table", "csv", "json"]
 
 OVERLAY = ".overlay.png"
-"""What is added to a picture's name. Files that end so are no pictures to predict."""
-WIDEST_NAME = 30  # of a class in the table
+"""Suffix of overlays, added to the picture's name. Files with this suffix are not predicted."""
+WIDEST_NAME = 30  # characters of a class name in the table
 
 
 def find_pictures(arguments: Sequence[str], *, masks: Path | None = None) -> list[tuple[Path, Path]]:
-    """(file, a name below the folder or pattern it was found by), each once, for files, folders and patterns.
+    """Find the pictures that files, folders and patterns name; return each once, as (file, output name).
 
-    Folders are searched to the bottom for what torchvision's ImageFolder takes for pictures. What this tool wrote
-    itself is left out: overlays, and PNG files in `masks` where that lies in a folder that is searched.
+    The output name is the path below the folder or pattern that found the file. Folders are searched recursively for
+    the suffixes of torchvision's ImageFolder. The tool's own output is skipped: overlays, and PNG files in `masks` if
+    that lies in a searched folder.
     """
     found: dict[Path, Path] = {}
     taken: set[Path] = set()
@@ -96,7 +97,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 
 def _new_name(name: Path, taken: Collection[Path]) -> Path:
-    """`name`, or one like it: folders that are given side by side may hold files of one name. Suffixes do not count."""
+    """Return `name`, with a number added if it is taken up to its suffix, as different folders may hold equal names."""
     names = itertools.chain([name], (name.with_name(f"{name.stem}-{n}{name.suffix}") for n in itertools.count(2)))
     return next(new for new in names if new.with_suffix("") not in taken)
 
@@ -104,7 +105,7 @@ def _new_name(name: Path, taken: Collection[Path]) -> Path:
 def predict(
     predictor: Predictor, files: Sequence[tuple[Path, Path]], *, batch: int = 16, on_error: Callable[[str], None]
 ) -> Iterator[tuple[Path, Path, Image.Image, Tensor]]:
-    """(file, its name, picture, probabilities [classes] or classes of the pixels [H, W]) for each that can be read."""
+    """Yield (file, output name, picture, answer) per readable picture: probabilities [classes] or a mask [H, W]."""
     waiting: list[tuple[Path, Path, Image.Image]] = []
     for place, (file, name) in enumerate(files):
         try:
@@ -127,45 +128,46 @@ def predict(
 
 
 def most_likely(probabilities: Tensor, count: int) -> list[tuple[int, float]]:
+    """Return (class, probability) of the `count` most likely of [classes]."""
     values, indices = probabilities.topk(min(count, len(probabilities)))
     return list(zip(indices.tolist(), values.tolist(), strict=True))
 
 
 def largest(mask: Tensor, count: int) -> list[tuple[int, float]]:
-    """The classes that cover most of a mask [H, W], with their shares."""
-    found, pixels = mask.unique(return_counts=True)
+    """Return (class, share of the pixels) of the `count` classes that cover most of a mask [H, W]."""
+    labels, pixels = mask.unique(return_counts=True)
     order = pixels.argsort(descending=True, stable=True)[:count]
-    return [(int(found[index]), float(pixels[index] / mask.numel())) for index in order]
+    return [(int(labels[index]), float(pixels[index] / mask.numel())) for index in order]
 
 
 def write_rows(predictions: Sequence[Prediction], classes: Sequence[str], format: Format, *, dense: bool) -> str:
-    """All of it as text: for the terminal, for spreadsheets (a row a picture) or for programs."""
+    """Format the predictions as an aligned table, as CSV with a row per picture, or as JSON."""
     value = "share" if dense else "probability"
     if format == "json":
         rows = [
             {
                 "file": str(item.file),
                 **({"overlay": str(item.overlay)} if item.overlay else {}),
-                "classes": [{"class": classes[k], "index": k, value: round(v, 6)} for k, v in item.found],
+                "classes": [{"class": classes[k], "index": k, value: round(v, 6)} for k, v in item.ranked],
             }
             for item in predictions
         ]
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     if format == "csv":
-        most = max((len(item.found) for item in predictions), default=1)
+        most = max((len(item.ranked) for item in predictions), default=1)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["file", *(f"{name}_{rank}" for rank in range(1, most + 1) for name in ("class", value))])
         for item in predictions:
-            writer.writerow([item.file, *(cell for k, v in item.found for cell in (classes[k], f"{v:.6f}"))])
+            writer.writerow([item.file, *(cell for k, v in item.ranked for cell in (classes[k], f"{v:.6f}"))])
         return text.getvalue()
     return _table(predictions, classes)
 
 
 def _table(predictions: Sequence[Prediction], classes: Sequence[str]) -> str:
-    """A file, then pairs of columns: class names to the left, their percentages to the right."""
+    """Align the file names and, per rank, a column of class names and one of percentages."""
     rows = [
-        [str(item.file), *(cell for k, v in item.found for cell in (_shorten(classes[k]), f"{100 * v:.1f} %"))]
+        [str(item.file), *(cell for k, v in item.ranked for cell in (_shorten(classes[k]), f"{100 * v:.1f} %"))]
         for item in predictions
     ]
     padded = []
@@ -212,20 +214,13 @@ def parser() -> OneLineParser:
 
 
 def _load(arguments: argparse.Namespace) -> Predictor:
-    name, size = arguments.model, arguments.input_size
-    path = Path(name)
-    own = (path / "config.json").is_file()
-    of_name = (arguments.checkpoint, arguments.head, arguments.classes)
-    if path.exists() and (any(of_name) or arguments.pretrained or arguments.model_kwargs):
-        raise ValueError(f"{name} brings its weights and settings; --pretrained and the like belong to a timm name")
-    if path.exists() and not own:
-        predictor = of_run(load_run(path, image_size=_square(size)), size)
-    elif own or name.startswith("local-dir:"):
-        predictor = of_timm(_load_folder(name if ":" in name else f"local-dir:{name}"), size=size)
-    else:
-        if len(path.parts) > 1 and not timm.is_model(name):
-            raise ValueError(f"there is no run folder or checkpoint {name}, and no timm model is called so")
+    path, size = path_of(arguments), arguments.input_size
+    if path is None:
         predictor = _load_name(arguments)
+    elif (path / "config.json").is_file() or arguments.model.startswith("local-dir:"):
+        predictor = of_timm(_load_folder(path), size=size)
+    else:
+        predictor = of_run(load_run(path, image_size=_square(size)), size)
     try:
         predictor.model.to(arguments.device)
     except (AssertionError, RuntimeError) as error:
@@ -254,7 +249,7 @@ def _load_name(arguments: argparse.Namespace) -> Predictor:
 
 
 def seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predictor:
-    """With the options of the command in place of what the run's evaluation had."""
+    """Override the evaluation settings of a segmenter by the options of the command."""
     names = ("mode", "window", "stride", "scales", "flip")
     told = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     own = predictor.inference
@@ -273,11 +268,12 @@ def seen_as_told(predictor: Predictor, arguments: argparse.Namespace) -> Predict
     return dataclasses.replace(predictor, inference=dataclasses.replace(own, **told))
 
 
-def _load_folder(name: str) -> nn.Module:
+def _load_folder(path: Path) -> nn.Module:
+    """Load a folder that `… export --format safetensors`, or timm's `save_for_hf`, wrote."""
     try:
-        return timm.create_model(name, pretrained=True).eval()
+        return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot load {name}: {one_line(error)}") from error
+        raise ValueError(f"cannot load {path}: {one_line(error)}") from error
 
 
 def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
@@ -303,7 +299,7 @@ def _refuse_overwriting(arguments: argparse.Namespace, files: Sequence[tuple[Pat
 
 
 def _places(arguments: argparse.Namespace, file: Path, name: Path) -> tuple[Path, Path | None]:
-    """Where the overlay of a picture goes and, if it is wanted, its mask."""
+    """Return the paths of a picture's overlay and of its mask, None if no masks are wanted."""
     # The whole name, suffix included: a.jpg and a.png may lie side by side.
     base = file if arguments.folder is None else arguments.folder / name
     mask = None if arguments.masks is None else (arguments.masks / name).with_suffix(".png")
@@ -359,7 +355,7 @@ def _write_pictures(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all pictures predicted. 1: some could not be read; the others are in the table. 2: wrong arguments."""
+    """Run the command. Exit codes: 0, all pictures predicted; 1, some skipped; 2, wrong arguments."""
     try:
         return _run_cli(parser().parse_args(argv))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The pictures of `… predict`: a mask laid over its picture with a legend, a mask as a file, and a contact sheet."""
+"""Image files that `… predict` writes: overlays of masks with a legend, masks, and contact sheets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-SMALL, LARGE = 240, 1200  # smaller pictures are enlarged to about these sides, to stand up to a legend
+from .drawing import MOST_COLOURS, large_regions, overlay, palette_of, picture_grid, short_name
+
+SMALL, LARGE = 240, 1200  # pictures are enlarged until a side has about this length, to match the legend's text
 MOST_IN_LEGEND = 30
 MOST_ON_SHEET = 200
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
@@ -18,17 +20,15 @@ _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one picture: (class number, probability), or of a segmenter (class number, share of the pixels), sorted."""
+    """The answer for one picture. `ranked` holds (class, probability), or for segmenters (class, share of pixels)."""
 
     file: Path
-    found: list[tuple[int, float]]
+    ranked: list[tuple[int, float]]
     overlay: Path | None = None
 
 
 def draw_overlay(path: Path, picture: Image.Image, mask: Tensor, classes: Sequence[str]) -> None:
-    """The picture, the classes of its pixels [H, W] laid over it, and a legend of those that occur, largest first."""
-    from .training.pictures import MOST_COLOURS, overlay, palette_of
-
+    """Draw the picture, its mask [H, W] as an overlay, and a legend of the classes present, by decreasing area."""
     palette = palette_of(classes)
     pixels = np.asarray(picture.convert("RGB")) / 255
     painted = Image.fromarray((255 * overlay(pixels, mask.numpy(), palette)).round().astype(np.uint8))
@@ -53,9 +53,7 @@ def draw_overlay(path: Path, picture: Image.Image, mask: Tensor, classes: Sequen
 
 
 def _name_regions(panel: Image.Image, mask: np.ndarray, classes: Sequence[str], *, factor: int, unit: int) -> None:
-    """Writes the names of the larger classes where they are: of many colours some look alike."""
-    from .training.pictures import large_regions
-
+    """Write the names of large classes into the picture, because colours of many classes are hard to tell apart."""
     draw, font = ImageDraw.Draw(panel), _font(unit)
     for label, row, column in large_regions(mask):
         half = font.getlength(classes[label]) / 2
@@ -69,14 +67,14 @@ def _name_regions(panel: Image.Image, mask: np.ndarray, classes: Sequence[str], 
 
 
 def _legend(mask: Tensor, classes: Sequence[str], palette: np.ndarray, *, unit: int, height: int) -> Image.Image:
-    """In as many columns, up to three, as make it no higher than `height`."""
-    found, pixels = mask.unique(return_counts=True)
+    """Draw the legend in up to three columns, as many as are needed to fit into `height`."""
+    labels, pixels = mask.unique(return_counts=True)
     order = pixels.argsort(descending=True, stable=True).tolist()
     lines: list[tuple[int | None, str]] = []
     for index in order[:MOST_IN_LEGEND]:
         share = 100 * float(pixels[index]) / mask.numel()
         lines.append(
-            (int(found[index]), f"{classes[int(found[index])]}  {'< 0.1' if share < 0.05 else f'{share:.1f}'} %")
+            (int(labels[index]), f"{classes[int(labels[index])]}  {'< 0.1' if share < 0.05 else f'{share:.1f}'} %")
         )
     if len(order) > len(lines):
         lines.append((None, f"and {len(order) - len(lines)} more"))
@@ -96,16 +94,14 @@ def _legend(mask: Tensor, classes: Sequence[str], palette: np.ndarray, *, unit: 
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own font, which knows more alphabets than Pillow's."""
+    """Return matplotlib's default font, which covers more scripts than Pillow's."""
     from matplotlib.font_manager import findfont
 
     return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
 def write_mask(path: Path, mask: Tensor, classes: Sequence[str]) -> None:
-    """A palette PNG: its values are class numbers, as data.source=mask_folder reads them, and viewers show colours."""
-    from .training.pictures import palette_of
-
+    """Write a palette PNG of class numbers, which data.source=mask_folder reads and viewers show in colour."""
     if len(classes) > 255:
         raise ValueError(
             f"masks hold class numbers up to 254, 255 being none; there are {len(classes)} classes: leave --masks out"
@@ -118,15 +114,13 @@ def write_mask(path: Path, mask: Tensor, classes: Sequence[str]) -> None:
 def draw_sheet(
     path: Path, pictures: Sequence[Image.Image], predictions: Sequence[Prediction], classes: Sequence[str]
 ) -> None:
-    """A grid of the first pictures, each with what it was taken for, how surely, and its file's name."""
-    from .training.pictures import picture_grid, short_name
-
+    """Draw a contact sheet of the first pictures with their predicted class, its probability and the file name."""
     shown, count = len(pictures), len(predictions)
     title = f"{shown} picture{'s' * (shown != 1)}" if shown == count else f"the first {shown} of {count} pictures"
     figure, grid = picture_grid(shown, title=title, row_height=1.65, column_width=1.45)
     for axes, picture, prediction in zip(grid, pictures, predictions, strict=False):  # the grid has empty places
         axes.imshow(picture)
-        index, probability = prediction.found[0]
+        index, probability = prediction.ranked[0]
         axes.set_title(
             f"{short_name(classes[index], 18)} ({100 * probability:.0f} %)\n{short_name(prediction.file.name, 22)}",
             fontsize=7,

@@ -1,7 +1,7 @@
-"""What `… predict` asks: a model, the names of its classes, and how a picture becomes its input.
+"""Models as `… predict` uses them: with the names of their classes and the preparation of their input.
 
-Unusual: nothing is said about pictures here that the model's own evaluation does not say. A classifier of a run sees
-what its test saw; a segmenter answers through the settings of its run (`evaluate.…`), at the picture's own size.
+Unusual: there is no preprocessing of its own here. Pictures are prepared as in the evaluation of the model's run, and a
+segmenter infers with the settings of that run (`evaluate.…`), at the picture's own size.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 
-from ._loading import Trained, takes_one_size
-from ._reading import one_line
+from ._loading import FRAME, Trained, takes_one_size
+from ._messages import one_line
 from .data.classification import PicturesInMemory
 from .data.loading import Request
 from .segmentation.inference import Inference, label_map, of_settings
@@ -25,10 +25,13 @@ from .segmentation.inference import Inference, label_map, of_settings
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model in eval mode, the names of its classes, and what makes its input [C, H, W] of an RGB picture.
+    """A model in eval mode, with its class names and preprocessing.
 
-    A segmenter has an `inference`, which says at what sizes and in what pieces it sees the picture; `side` is that of
-    the squares it was trained with, and of windows that are not told.
+    Attributes:
+        prepare: turns an RGB picture into the input of the model [C, H, W].
+        inference: scales and windows of a segmenter; None for a classifier.
+        side: side in pixels of a segmenter's training crops, and of its windows by default.
+        trained: whether the weights are other than random.
     """
 
     model: nn.Module
@@ -40,17 +43,17 @@ class Predictor:
 
     @property
     def dense(self) -> bool:
-        """Whether it answers for each pixel."""
+        """Whether the model is a segmenter."""
         return self.inference is not None
 
     @torch.no_grad()
     def classify(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Probabilities [B, classes]."""
+        """Return probabilities [B, classes]."""
         images = torch.stack([self.prepare(picture) for picture in pictures])
         return self._try(images, self.model).float().softmax(1).cpu()
 
     def segment(self, picture: Image.Image) -> Tensor:
-        """The class of each pixel, int64 [H, W] of the picture's own size."""
+        """Return the class of each pixel, int64 [H, W], at the picture's own size."""
         inference = self.inference
         if inference is None:
             raise ValueError(f"{type(self.model).__name__} is a classifier; it answers for whole pictures (classify)")
@@ -70,9 +73,11 @@ class Predictor:
 
 
 def of_run(trained: Trained, size: int | None = None) -> Predictor:
-    """With the preparation of its own evaluation; `size` in place of that of the training.
+    """Make a predictor of a run's model, which prepares pictures as the evaluation of the run does.
 
-    Of a segmenter that is the picture's shorter side. Windows stay those of the run, unless the model takes one size.
+    Args:
+        size: replaces the input size of the run; for a segmenter, the length of the picture's shorter side. Windows
+            keep their size unless the model is built for one input size.
     """
     facts = trained.facts
     side: int = size or facts["size"]
@@ -88,13 +93,11 @@ def of_run(trained: Trained, size: int | None = None) -> Predictor:
         inference = of_settings(evaluate, size=side, short_side=short_side, fixed=fixed)
         prepare, weights = _Whole(tuple(mean), tuple(std)), trained.checkpoint is not None
         return Predictor(trained.model, facts["classes"], prepare, inference, side, trained=weights)
-    if facts["in_chans"] == 1:  # grey pictures are those that are held in memory, see data/classification.py
-        return Predictor(trained.model, facts["classes"], _Framed(side, mean[0], std[0]))
     return of_timm(trained.model, size=size)
 
 
 def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) -> Predictor:
-    """With timm's data configuration of the model. Classes are named by its configuration or, of ImageNet, by timm."""
+    """Make a predictor of a timm classifier, with the preprocessing and class names of its pretrained_cfg."""
     network: Any = model
     count = getattr(network, "num_classes", 0)
     if not count:
@@ -102,12 +105,16 @@ def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) 
     config = resolve_data_config({}, model=model)
     if size is not None:
         config["input_size"] = (config["input_size"][0], size, size)
+    if config["crop_mode"] == FRAME:
+        prepare = _Framed(config["input_size"][-1], config["mean"][0], config["std"][0])
+        return Predictor(model, class_names(model), prepare, trained=trained)
     transform: Any = create_transform(**config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     return Predictor(model, class_names(model), lambda picture: transform(picture.convert(mode)), trained=trained)
 
 
 def class_names(model: nn.Module) -> list[str]:
+    """Return the class names of the model's configuration, else timm's if it is an ImageNet model, else numbers."""
     network: Any = model
     count = network.num_classes
     names = (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
@@ -122,7 +129,7 @@ def class_names(model: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class _Framed:
-    """Grey, enlarged by a whole factor and framed with black, as `PicturesInMemory` does it; squeezed if too large."""
+    """Prepares a grey picture as `PicturesInMemory` does: enlarged by a whole factor and framed with black."""
 
     size: int
     mean: float
@@ -136,7 +143,7 @@ class _Framed:
 
 @dataclass(frozen=True)
 class _Whole:
-    """The whole picture at its own size; what a segmenter sees of it is its `Inference`'s."""
+    """Normalises the whole picture at its own size; `Inference` does the scaling and windowing for a segmenter."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

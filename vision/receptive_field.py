@@ -1,4 +1,4 @@
-"""How far a feature looks: the gradient of the central feature of a map with respect to the image.
+"""Effective receptive fields: the gradient of the central feature of a map with respect to the image.
 
 W. Luo et al.: Understanding the Effective Receptive Field in Deep Convolutional Neural Networks, NeurIPS 2016,
 https://arxiv.org/abs/1701.04128. The share of the image that holds t % of it is the "high-contribution area ratio" of
@@ -6,12 +6,12 @@ X. Ding et al.: Scaling Up Your Kernels to 31x31 (RepLKNet), CVPR 2022, https://
 
 Unusual:
 
-* The channels of the central feature are added with random signs. Behind a norm their plain sum is constant and its
-  gradient zero; RepLKNet adds what a ReLU leaves of them.
-* Shares are of the gradient itself. RepLKNet takes the logarithm of 1 + gradient first, which makes its table depend on
-  the scale of a model's features.
-* Fresh weights hide what a model can reach: layer scales of 1e-6 and norms that begin at zero leave only the shortcuts.
-  `open_branches` sets both to one; such a field shows an architecture, not a trained network.
+* The channels of the central feature are summed with random signs. After a norm their plain sum is constant and has no
+  gradient; RepLKNet sums them after a ReLU.
+* Shares are computed from the gradient itself. RepLKNet takes the logarithm of 1 + gradient first, so that its table
+  depends on the scale of a model's features.
+* Initial weights hide what a model can reach: layer scales of 1e-6 and norms with zero weight leave only the skip
+  connections. `open_branches` sets both to one; such a field shows an architecture, not a trained network.
 """
 
 from __future__ import annotations
@@ -27,34 +27,36 @@ from torch.optim.swa_utils import update_bn
 
 @dataclass(frozen=True)
 class ReceptiveField:
-    """Mean magnitude [H, W] of the gradient of the central feature of a map of `map_size`."""
+    """The mean magnitude [H, W] of the gradient of the central feature of a map of `map_size`."""
 
     gradient: Tensor
     map_size: tuple[int, int]
 
     @property
     def centre(self) -> tuple[float, float]:
-        """(y, x) of the strongest part, in pixels. Strided convolutions put it up to half a position off the grid's."""
+        """The (y, x) of the strongest part in pixels. Strided convolutions shift it by up to half a position of the
+        map."""
         strong = torch.nonzero(self.gradient >= self.gradient.max() / 10).double() + 0.5
         y, x = strong.mean(0).tolist()
         return y, x
 
     def side(self, share: float) -> int:
-        """Side in pixels of the smallest square around the centre that holds `share` of the gradient."""
+        """Return the side in pixels of the smallest square around the centre that holds `share` of the gradient."""
         return math.ceil(2 * self._radius(share) + 1)
 
     def area(self, share: float) -> float:
-        """The part of the image, 0 to 1, that this square covers."""
+        """Return the fraction of the image, 0 to 1, that the square with `share` of the gradient covers."""
         return (self._distance() <= self._radius(share)).double().mean().item()
 
     @property
     def reach(self) -> tuple[int, int, int, int]:
-        """First row, first column, height and width of all that the feature depends on: the theoretical field."""
+        """The first row, first column, height and width of the pixels with a gradient: the theoretical receptive
+        field."""
         rows, columns = (torch.nonzero(self.gradient.amax(axis) > 0).flatten().tolist() for axis in (1, 0))
         return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
 
     def _distance(self) -> Tensor:
-        """Of every pixel from the centre, [H, W], along the axis on which it is farther."""
+        """Return the Chebyshev distance of every pixel from the centre, [H, W]."""
         rows, columns = (
             (torch.arange(size) + 0.5 - middle).abs()
             for size, middle in zip(self.gradient.shape, self.centre, strict=True)
@@ -71,7 +73,7 @@ class ReceptiveField:
 
 
 def receptive_fields(model: nn.Module, images: Tensor, *, last: int | None = None) -> list[ReceptiveField]:
-    """One field for each stage of a timm model, or for the `last` ones, averaged over `images` [B, C, H, W]."""
+    """Compute a field per stage of a timm model, or for the `last` stages, averaged over `images` [B, C, H, W]."""
     network: Any = model
     if images.ndim != 4 or not len(images):
         raise ValueError(f"receptive fields need images [B, C, H, W], at least one; got {list(images.shape)}")
@@ -89,7 +91,7 @@ def receptive_fields(model: nn.Module, images: Tensor, *, last: int | None = Non
 
 
 def _central_gradient(feature: Tensor, image: Tensor, *, keep: bool) -> Tensor:
-    """Magnitude [H, W] of the gradient of the middle of a map [1, C, h, w], averaged over the channels of the image."""
+    """Return the gradient magnitude [H, W] of the centre of a map [1, C, h, w], averaged over the image's channels."""
     central = feature[:, :, feature.shape[2] // 2, feature.shape[3] // 2]
     signs = torch.randint(0, 2, central.shape).to(central) * 2 - 1
     (gradient,) = torch.autograd.grad((central * signs).sum(), image, retain_graph=keep)
@@ -107,10 +109,10 @@ def _checked(gradient: Tensor) -> Tensor:
 
 @torch.no_grad()
 def open_branches(model: nn.Module, images: Tensor) -> int:
-    """Sets what closes the residual branches of fresh weights to one, and measures batch norms anew on `images`.
+    """Set to one what suppresses the residual branches of an untrained model; return how many vectors were changed.
 
-    That is layer scales, which are learnable vectors of one value between 0 and 1, and norms whose weight begins at
-    zero. Batch norms are measured because the branches change what they see. Returns how many vectors were changed.
+    These are layer scales (learnable vectors with a single value between 0 and 1) and norms with zero weight. Batch
+    norm statistics are then recomputed on `images`, since the branches change their inputs.
     """
     changed = 0
     for module in model.modules():

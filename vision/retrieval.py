@@ -1,11 +1,11 @@
-"""Finding pictures by binary codes: how far codes are apart, how good a ranking is, and what codes are learned from.
+"""Image retrieval by binary codes: Hamming distances, mean average precision, and the training objective of EET.
 
     codes = model.hash_codes(pictures)  # of an EET model with bits
     mean_average_precision(codes[:100], labels[:100], codes[100:], labels[100:])
 
-The objective is of Jiang, Tang, Pan, Li, "Rethinking Vision Transformer for Large-Scale Fine-Grained Image Retrieval"
-(EET, arXiv 2504.16691). A step of training, where `teacher` has all tokens (`copy.deepcopy(restore_tokens(model))`),
-and learns along by the same loss without a teacher of its own:
+The objective is that of Jiang, Tang, Pan, Li, "Rethinking Vision Transformer for Large-Scale Fine-Grained Image
+Retrieval" (EET, arXiv 2504.16691). A training step, where `teacher` keeps all tokens
+(`copy.deepcopy(restore_tokens(model))`) and is trained by the same loss without a teacher of its own:
 
     hidden = hide_attended(teacher, pictures)
     scores, scores_hidden = model(pictures), model(hidden)
@@ -13,11 +13,11 @@ and learns along by the same loss without a teacher of its own:
     loss = hash_loss(scores, code, labels, targets, scores_hidden=scores_hidden, teacher_code=teacher_code.detach())
 
 What is unusual:
-* `targets` are codes of +1 and -1 that the authors find for each picture beforehand, by proxies of the classes. How is
-  not part of this; a random code for each class is the simplest choice.
-* Codes of few bits are often equally far. Then pictures rank in the order of the database, so that a score is one
-  number and not a matter of the sort; `torchmetrics.retrieval` leaves that open.
-* A picture is hidden from the student where the teacher looks, to make it look elsewhere too.
+* `targets` are codes of +1 and -1 that the authors compute for each picture beforehand, from proxies of the classes.
+  That step is not implemented here; a random code per class is the simplest choice.
+* Short codes often have equal distances. Ties are broken by the order of the database, so that a score does not depend
+  on the sorting algorithm; `torchmetrics.retrieval` leaves that open.
+* Regions that the teacher attends to are hidden from the student, which must then use others.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 
 def hamming_distances(queries: Tensor, database: Tensor) -> Tensor:
-    """In how many bits codes [Q, bits] and [D, bits] of booleans differ: int64 [Q, D]."""
+    """Count the differing bits of boolean codes [Q, bits] and [D, bits]; returns int64 [Q, D]."""
     for name, codes in (("queries", queries), ("database", database)):
         if codes.dim() != 2 or codes.dtype != torch.bool or codes.shape[1] != queries.shape[1]:
             raise ValueError(
@@ -43,12 +43,12 @@ def hamming_distances(queries: Tensor, database: Tensor) -> Tensor:
 def mean_average_precision(
     queries: Tensor, query_labels: Tensor, database: Tensor, database_labels: Tensor, *, top: int | None = None
 ) -> float:
-    """How well the nearest codes are of the query's class: the mean over queries of the average precision.
+    """Compute the mean average precision of rankings by Hamming distance; a hit has the class of the query.
 
     Args:
-        queries, database: codes [Q, bits] and [D, bits] of booleans.
+        queries, database: boolean codes [Q, bits] and [D, bits].
         query_labels, database_labels: classes, [Q] and [D].
-        top: count only so many of the nearest. A query that finds none of its class counts as 0.
+        top: length of the rankings; all of the database by default. A query without a hit counts as 0.
     """
     if query_labels.shape != queries.shape[:1] or database_labels.shape != database.shape[:1]:
         raise ValueError(
@@ -59,7 +59,7 @@ def mean_average_precision(
         raise ValueError(f"there must be something to rank; got {len(queries)} queries, {len(database)} codes, {top=}")
     rank = torch.arange(1, len(database) + 1, device=database.device)[:top]
     precisions = []
-    for some, labels in zip(queries.split(256), query_labels.split(256), strict=True):  # memory for so many rankings
+    for some, labels in zip(queries.split(256), query_labels.split(256), strict=True):  # bounds the memory for rankings
         order = hamming_distances(some, database).argsort(dim=1, stable=True)[:, :top]
         hit = database_labels[order] == labels[:, None]
         at_hits = torch.where(hit, hit.cumsum(1) / rank, 0.0).sum(1)
@@ -69,7 +69,7 @@ def mean_average_precision(
 
 @torch.no_grad()
 def class_attention(model: VisionTransformer, x: Tensor) -> Tensor:
-    """How much of the last block's attention the class token pays to each patch, [B, N], the mean over the heads."""
+    """Return the attention of the last block's class token to each patch, [B, N], averaged over the heads."""
     network: Any = model
     if getattr(network, "cls_token", None) is None:
         raise ValueError("class_attention needs a model with a class token")
@@ -85,9 +85,9 @@ def class_attention(model: VisionTransformer, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hide_attended(teacher: VisionTransformer, x: Tensor, *, patches: int = 4) -> Tensor:
-    """Pictures [B, 3, H, W] with zeros on the patches that the teacher's class token attends to most.
+    """Zero the patches of pictures [B, 3, H, W] to which the teacher's class token attends most.
 
-    Height and width must be whole patches of the teacher, whose tokens must all be there.
+    Height and width must be multiples of the patch size, and the teacher must keep all tokens.
     """
     high, wide = teacher.patch_embed.patch_size
     rows, columns = x.shape[2] // high, x.shape[3] // wide
@@ -113,13 +113,13 @@ def hash_loss(
     labels_weight: float = 0.1,
     teacher_weight: float = 1.0,
 ) -> Tensor:
-    """EET's objective: labels_weight * cross entropies + squared error of the code + teacher_weight * (1 - cosine).
+    """Compute EET's objective: labels_weight * cross entropies + code MSE + teacher_weight * (1 - cosine similarity).
 
     Args:
-        scores: of the classes, [B, classes]; `scores_hidden` those of `hide_attended`'s pictures, if they count.
-        code: what `forward_hash` gives, [B, bits]; `teacher_code` the teacher's, if there is one.
-        labels: [B].
-        targets: the codes to reach, [B, bits], of +1 and -1.
+        scores: class scores [B, classes]; `scores_hidden` are those of the pictures of `hide_attended`.
+        code: the output of `forward_hash`, [B, bits]; `teacher_code` is the teacher's.
+        labels: classes [B].
+        targets: target codes [B, bits] of +1 and -1.
     """
     for name, other in (("targets", targets), ("teacher_code", teacher_code)):
         if other is not None and other.shape != code.shape:

@@ -1,9 +1,9 @@
-"""How the visual state space models walk a picture: the paths of each family's scans, drawn over a real one.
+"""Draws the scan paths of the visual state space models over a picture.
 
     python -m mixerzoo.vision.visualize scan_orders --output docs/pictures
 
-The paths are those that the operators take: `ScanPath.indices` of a grid, and for Vim the sequence that the model makes
-of it. Colour runs from dark at the first step to bright at the last.
+The paths are those of the operators: `ScanPath.indices` of a grid, and for Vim the sequence with its class token.
+Colour runs from dark at the first step to bright at the last.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GRID = 6  # patches a side
+GRID = 6  # patches per side
 COLOURS = "plasma"
 TOKEN, INK = "#2f9e44", "#343a40"
 
 
 @dataclass(frozen=True)
 class Order:
-    """Whose scans, in which paths; `has_token` where a class token stands in the middle of the sequence."""
+    """The scan paths of a family; `has_token` if a class token stands in the middle of the sequence."""
 
     name: str
     note: str
@@ -46,9 +46,9 @@ ROWS = ((VMAMBA,), (EFFICIENT,), (MOBILE, VIM))
 
 
 def steps_of(path: ScanPath, side: int, *, has_token: bool = False) -> list[tuple[float, float]]:
-    """(column, row) of each step on a map of `side` x `side` patches, an even number.
+    """Return (column, row) of each step of a path on a map of `side` x `side` patches, where `side` is even.
 
-    A class token comes after half of the patches: between two rows, and is shown in the middle of the map.
+    A class token is visited after half of the patches, between two rows, and is drawn in the middle of the map.
     """
     pixels = [index for index in path.indices(side, side).tolist() if index >= 0]
     steps: list[tuple[float, float]] = [(index % side + 0.5, index // side + 0.5) for index in pixels]
@@ -58,7 +58,7 @@ def steps_of(path: ScanPath, side: int, *, has_token: bool = False) -> list[tupl
 
 
 def draw_scan_orders(picture: Tensor, rows: Sequence[Sequence[Order]] = ROWS, side: int = GRID) -> Figure:
-    """One panel a path, in rows of four."""
+    """Draw a panel per path, in rows of four."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.0, 2.85 * len(rows) + 0.9), layout="constrained", facecolor="white")
@@ -96,7 +96,7 @@ def _token(axes: Axes, side: int) -> None:
 
 
 def _walk(axes: Axes, steps: Sequence[tuple[float, float]]) -> None:
-    """An arrow for each step; those that jump are thin and dashed."""
+    """Draw an arrow per step; jumps are thin and dashed."""
     import matplotlib
 
     colours = matplotlib.colormaps[COLOURS]
@@ -123,5 +123,5 @@ def _walk(axes: Axes, steps: Sequence[tuple[float, float]]) -> None:
 
 
 def scan_orders(file: Path | None) -> Figure:
-    """The diagram over a picture; scikit-learn's flower where none is given."""
+    """Draw the diagram over a picture, scikit-learn's flower by default."""
     return draw_scan_orders(load_picture(file))

@@ -1,20 +1,20 @@
-"""Pictures that explain a mixer, drawn from what the code does and not from what it should do.
+"""Draws figures that explain mixers and models, computed by running the code itself.
 
     python -m mixerzoo.vision.visualize --output docs/pictures
     python -m mixerzoo.vision.visualize effective_receptive_fields --models van_b0 resnet50 --pretrained
     python -m mixerzoo.vision.visualize tokens evit_deit_small_patch16_224 picture.jpg --model-kwargs keep_rate=0.5
 
-* Mixers: what one position gets from the others, of every mixer; see mixer_fields.py.
-* Neighborhoods: which keys a query attends to. Values are one-hot vectors of their own position, so each output of the
-  operator is its row of the attention matrix.
-* Receptive fields: the gradient of the central feature of each stage with respect to the image; effective receptive
+* Mixers: the receptive field of one position through every mixer; see mixer_fields.py.
+* Neighborhoods: the keys that a query attends to. Values are one-hot vectors of their own position, so each output of
+  the operator is its row of the attention matrix.
+* Receptive fields: the gradient of the central feature of each stage with respect to the image. Effective receptive
   fields: that of the last stage, for models side by side, with the share of the image that holds most of it.
-* HiLo: its two paths over a picture, by hooks on a module at work; see diagrams.py.
-* Scan orders: the paths that the operators of the visual Mambas take over a picture; see scan_orders.py.
-* Tokens: which patches a model merges, keeps and drops on its way, over a picture; see token_pictures.py.
+* HiLo: its two paths over a picture, recorded by hooks; see diagrams.py.
+* Scan orders: the paths of the visual state space models over a picture; see scan_orders.py.
+* Tokens: the patches that a model merges, keeps and drops; see token_pictures.py.
 
-Unusual: with random weights a receptive field shows the architecture alone, and says so; give trained weights with
-`--pretrained` or `--checkpoint`, and pictures of your own with `--folder`.
+Unusual: with random weights a receptive field shows the architecture alone, and the figure says so; `--pretrained` or
+`--checkpoint` gives trained weights, and `--folder` your own pictures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..kernels.neighborhood_attention import na1d, na2d
 from ._loading import KeyValue, load_model
-from ._reading import one_line
+from ._messages import one_line
 from .diagrams import hilo_paths
 from .mixer_fields import mixer_fields
 from .receptive_field import ReceptiveField, open_branches, receptive_fields
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 OTHER, KEY, QUERY, SHARED = "#eef0f3", "#7fb2e5", "#d9480f", "#f0a97c"
 SQUARE, REACH = "#4dd0e1", "#9ccc65"
 OUTLINED = {0.5: "#ffffff", 0.99: SQUARE}
-SHARES = (0.2, 0.3, 0.5, 0.99)  # those of RepLKNet's table
+SHARES = (0.2, 0.3, 0.5, 0.99)  # as in RepLKNet's table
 DECADES = 4  # how far below its largest value a receptive field is drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One panel: a query, and the arguments of `na2d` or `na1d` beside kernel_size."""
+    """One panel of a neighborhood figure: a query, and arguments of `na2d` or `na1d` other than kernel_size."""
 
     title: str
     note: str
@@ -81,7 +81,7 @@ LINE = (
 
 
 def attention_rows(size: Sequence[int], kernel_size: int, **arguments: Any) -> Tensor:
-    """Attention weights of every query on a map of `size`, [positions, positions]; alike scores, so alike weights."""
+    """Return the attention matrix [positions, positions] of a map of `size`; all keys of a query weigh the same."""
     positions = torch.Size(size).numel()
     zeros = torch.zeros(1, *size, 1, positions)
     one_hot = torch.eye(positions).view(1, *size, 1, positions)
@@ -90,7 +90,7 @@ def attention_rows(size: Sequence[int], kernel_size: int, **arguments: Any) -> T
 
 
 def draw_neighborhoods_2d() -> Figure:
-    """One map for each example: the query, its keys, and the queries that see the very same keys."""
+    """Draw a map per example: the query, its keys, and the queries with the same keys."""
     figure, panels = _figure(2, 3, (9.0, 6.9))
     for axes, example in zip(panels, PLANE, strict=True):
         rows = attention_rows((MAP, MAP), WINDOW, **example.arguments)
@@ -112,7 +112,7 @@ def draw_neighborhoods_2d() -> Figure:
 
 
 def draw_neighborhoods_1d() -> Figure:
-    """The whole attention matrix of a line for each example."""
+    """Draw the attention matrix of a line of tokens per example."""
     figure, panels = _figure(1, 4, (9.0, 3.35))
     for axes, example in zip(panels, LINE, strict=True):
         rows = attention_rows((LENGTH,), WINDOW, **example.arguments)
@@ -130,7 +130,7 @@ def draw_neighborhoods_1d() -> Figure:
 
 
 def draw_receptive_fields(fields: Mapping[str, Sequence[ReceptiveField]], *, subtitle: str) -> Figure:
-    """One row a model, one column a stage; the square holds 90 % of the gradient."""
+    """Draw receptive fields, a row per model and a column per stage, with the square of 90 % of the gradient."""
     columns = max(len(stages) for stages in fields.values())
     figure, panels = _figure(len(fields), columns, (9.0, 2.1 * len(fields) + 1.0))
     image = None
@@ -152,7 +152,7 @@ def draw_receptive_fields(fields: Mapping[str, Sequence[ReceptiveField]], *, sub
 
 
 def draw_effective_receptive_fields(rows: Mapping[str, Mapping[str, ReceptiveField]], *, subtitle: str) -> Figure:
-    """One row for each state of the weights, one column a model, with the shares of the image under each field."""
+    """Draw effective receptive fields and area ratios, a row per kind of weights and a column per model."""
     names = list(dict.fromkeys(name for fields in rows.values() for name in fields))
     figure, panels = _figure(len(rows), len(names), (2.7 * len(names) + 1.3, 3.35 * len(rows) + 0.9))
     image = None
@@ -179,7 +179,7 @@ def draw_effective_receptive_fields(rows: Mapping[str, Mapping[str, ReceptiveFie
 
 
 def _show_field(axes: Axes, field: ReceptiveField) -> AxesImage:
-    # Pairs of pixels, which the picture shows as one anyway: half the grain, half the file.
+    # 2 x 2 pixels are averaged: the figure cannot show more, and its file halves.
     shown = nn.functional.avg_pool2d(field.gradient[None], 2)[0]
     relative = (shown / shown.max()).clamp(min=10.0**-DECADES).log10()
     extent = (0, field.gradient.shape[1], field.gradient.shape[0], 0)
@@ -212,7 +212,7 @@ def _colour_bar(figure: Figure, image: AxesImage | None, panels: Sequence[Axes])
 
 
 def _percent(share: float) -> str:
-    """Two digits that count: 0.15 %, 1.5 %, 15 %."""
+    """Format a share with two significant digits: 0.15 %, 1.5 %, 15 %."""
     digits = max(0, min(3, -math.floor(math.log10(share)) - 1))
     return f"{100 * share:.{digits}f} %"
 
@@ -264,7 +264,7 @@ def _checkpoints(pairs: Sequence[str], models: Sequence[str]) -> dict[str, Path]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the command line says about models and images; `None` is the choice of the picture that is drawn."""
+    """The options of the command about models and images; None is the default of the figure."""
 
     models: Sequence[str] | None
     checkpoints: Sequence[str]
@@ -274,11 +274,11 @@ class Setting:
     folder: Path | None
     query: tuple[int, int] | None = None
     tokens: Sequence[str] = ()
-    """What follows the word `tokens`: a model and its pictures."""
+    """The words after `tokens`: a model and its pictures."""
     model_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self, models: Sequence[str], count: int, side: int) -> Iterator[tuple[str, bool, nn.Module, Tensor]]:
-        """Name, whether it is trained, the model, and images for it. Untrained weights and noise come from seed 0."""
+        """Yield (name, whether trained, model, images) per model. Random weights and noise come from seed 0."""
         files = _checkpoints(self.checkpoints, models)
         for name in models:
             trained, model = self._load(name, files)
@@ -304,7 +304,7 @@ class Setting:
 
 
 def find_images(folder: Path, count: int) -> list[Path]:
-    """The first `count` image files below a folder."""
+    """Return the first `count` image files below a folder."""
     from PIL import Image
 
     known = Image.registered_extensions()
@@ -315,15 +315,16 @@ def find_images(folder: Path, count: int) -> list[Path]:
 
 
 def read_images(folder: Path, model: Any, *, count: int, side: int) -> Tensor:
-    """The first `count` images below a folder, as the model wants them, [count, channels, side, side]."""
-    from PIL import Image
+    """Return the first `count` images below a folder, preprocessed for the model, [count, channels, side, side]."""
     from timm.data import create_transform, resolve_data_config
+
+    from .data.pictures import read_picture
 
     files = find_images(folder, count)
     size = {"input_size": (model.in_chans, side, side)}
     transform: Any = create_transform(**{**resolve_data_config({}, model=model), **size})
     mode = "L" if model.in_chans == 1 else "RGB"
-    return torch.stack([transform(Image.open(file).convert(mode)) for file in files])
+    return torch.stack([transform(read_picture(file).convert(mode)) for file in files])
 
 
 def _draw_neighborhoods(_: Setting) -> dict[str, Figure]:
@@ -378,8 +379,8 @@ def _draw_tokens(setting: Setting) -> dict[str, Figure]:
     side = setting.input_size or SIDE
     if not setting.tokens:
         return example_figures(side)
-    name, *given = setting.tokens
-    files: list[Path | str] = [*given]
+    name, *pictures = setting.tokens
+    files: list[Path | str] = [*pictures]
     if setting.folder is not None:
         files += find_images(setting.folder, setting.images or 1)
     trained, model = setting.load_one(name)
@@ -410,8 +411,9 @@ def _run_cli(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens,
         model_kwargs=arguments.model_kwargs,
     )
-    if setting.images is not None and setting.images < 1:
-        raise ValueError(f"--images={setting.images}: at least one is needed")
+    for option, value in (("--images", setting.images), ("--input-size", setting.input_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option}={value}: at least one is needed")
     for subject in arguments.subjects or SUBJECTS:
         for name, figure in SUBJECTS[subject](setting).items():
             arguments.output.mkdir(parents=True, exist_ok=True)
@@ -421,7 +423,7 @@ def _run_cli(arguments: argparse.Namespace) -> None:
 
 
 def _save(figure: Figure, path: Path, *, photographic: bool) -> None:
-    """As a PNG with a palette, a third of the bytes: of all colours, or of the frequent ones for photographs."""
+    """Save as a PNG with a palette, which takes a third of the bytes; the palette method depends on the content."""
     from PIL import Image
 
     buffer = BytesIO()
@@ -431,9 +433,9 @@ def _save(figure: Figure, path: Path, *, photographic: bool) -> None:
 
 
 class _Subjects(argparse.Action):
-    """Subjects by name; what follows `tokens` is its model and its pictures.
+    """Parses subjects; the words after `tokens` are its model and pictures.
 
-    Checked here because argparse's own choices refuse an empty list in Python 3.11.
+    Subjects are checked here because argparse's own choices refuse an empty list in Python 3.11.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:

@@ -1,4 +1,4 @@
-// Memory for the far points of a slice, and the two ways to lay them out in it.
+// The two memory layouts of the far points of a slice, and the copies into them.
 
 #pragma once
 
@@ -11,21 +11,22 @@
 
 namespace {
 
-// Transposed operands are [row][dim][pitch] and readable for a whole tile from any column; plain ones [row][x][width].
+// Transposed operands are [row][dim][pitch], padded so that a whole tile is readable from any column; plain ones are
+// [row][x][width].
 struct Layout {
   int64_t dim, width, pitch, transposed_row, plain_row, rows;
 
   explicit Layout(const Geometry& g) : dim(g.dim), width(round_up(g.dim, kLanes)) {
     const int64_t points = ceil_div(g.size[2], g.dilation[2]);
     pitch = round_up(points + kLanes - 1, kLanes);
-    if (pitch % 32 == 0) pitch += kLanes;  // a power of two would put all channels into a few sets of the cache
+    if (pitch % 32 == 0) pitch += kLanes;  // a power of two would map all channels to a few cache sets
     transposed_row = dim * pitch;
     plain_row = points * width;
     rows = ceil_div(g.size[0], g.dilation[0]) * ceil_div(g.size[1], g.dilation[1]);
   }
 };
 
-// source[x][d] -> to[d * pitch + x] for x in [begin, end), and zeros up to `fill`. There is room for a whole last tile.
+// Copy source[x][d] to to[d * pitch + x] for x in [begin, end), zeros up to `fill`. A whole last tile fits in `to`.
 void copy_transposed(Points source, int64_t begin, int64_t end, int64_t fill, const Layout& layout, float* to) {
   for (int64_t d0 = 0; d0 < layout.dim; d0 += kLanes) {
     const int64_t channels = std::min(kLanes, layout.dim - d0);
@@ -47,7 +48,7 @@ void copy_transposed(Points source, int64_t begin, int64_t end, int64_t fill, co
   }
 }
 
-// source[x][d] -> to[x * width + d], zeros from dim on.
+// Copy source[x][d] to to[x * width + d], with zeros from dim on.
 void copy_plain(Points source, int64_t begin, int64_t end, const Layout& layout, float* to) {
   for (int64_t x = begin; x < end; ++x) {
     const float* point = source[x];

@@ -1,16 +1,17 @@
-// Depth-wise convolution on the CPU: forward and the gradient of the filters, float32, any odd kernel and dilation, stride
-// 1, zero padding that keeps the size of the map. (The gradient of the input is the forward pass with mirrored filters.)
-// Called through ctypes.
+// Depth-wise convolution on the CPU: forward and the gradient of the filters, float32, any odd kernel and dilation,
+// stride 1, zero padding that preserves the map size. (The gradient of the input is the forward pass with mirrored
+// filters.) Called through ctypes.
 //
 // What is unusual:
-// - Eight channels at a time, whatever the memory format. The rows of a map that a task needs are copied to
-//   [row][column][8 channels], in between columns of zeros, and channels-first maps are transposed on that way. The inner
-//   loops then know neither borders nor strides, and a dilation is nothing but another distance between loads.
-// - Of a channels-last map a task takes two groups of eight, a whole line of the cache, and neighbouring tasks take
+// - Eight channels are processed at a time, whatever the memory format. The map rows that a task needs are copied to
+//   [row][column][8 channels], with zero columns on both sides; contiguous (channels-first) maps are transposed on the
+//   way. The inner loops then handle neither borders nor strides, and a dilation only changes the distance between
+//   loads.
+// - On a channels_last map a task processes two groups of eight, a whole cache line, and neighbouring tasks process
 //   neighbouring lines: large maps are read and written once.
 // - Fourteen neighbouring columns share each filter tap: fourteen independent sums hide the latency of a fused
-//   multiply-add, and the published maps of 56, 28 and 14 columns are cut without a rest; seven serve the seven.
-// - Results depend on neither the number of threads nor their timing: each sum is made by one thread in one order.
+//   multiply-add, and divide the published maps of 56, 28 and 14 columns without remainder; maps of seven use seven.
+// - Results are deterministic, independent of the number of threads: each sum is computed by one thread in one order.
 
 #include <algorithm>
 #include <cstdint>
@@ -29,11 +30,11 @@ struct Convolution {
 
 struct Map {
   float* data;
-  int64_t batch, channel, row, column;  // strides, of which channel or column is 1
+  int64_t batch, channel, row, column;  // strides; that of channel or of column is 1
 };
 
 constexpr int64_t kBlock = 14;              // columns
-constexpr int64_t kMaxTogether = 2;         // groups of a task
+constexpr int64_t kMaxTogether = 2;         // groups per task
 constexpr int64_t kTaskFloats = 64 * 1024;  // a task's rows should stay in the second-level cache
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMaxPartials = 16;
@@ -50,12 +51,12 @@ struct Geometry2d : Convolution {
   int64_t taps() const { return kernel[0] * kernel[1]; }
   int64_t lanes(int64_t group) const { return std::min(kLanes, channels - group * kLanes); }
 
-  // The kernel's rows that meet the map from its row `y`: [first, second).
+  // Return the kernel rows that overlap the map for output row `y`, [first, end).
   int64_t first_tap(int64_t y) const { return std::max<int64_t>(0, kernel[0] / 2 - y / dilation[0]); }
   int64_t end_tap(int64_t y) const { return kernel[0] / 2 + std::min(kernel[0] / 2, (height - 1 - y) / dilation[0]) + 1; }
 };
 
-// Eight columns of eight channels from `from` to [column][channel], or back.
+// Transpose eight columns of eight channels from `from` to [column][channel], or back.
 inline void transpose_columns(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
   Vec tile[8];
   for (int i = 0; i < 8; ++i) tile[i] = load(from + i * from_pitch);
@@ -63,8 +64,8 @@ inline void transpose_columns(const float* from, int64_t from_pitch, float* to, 
   for (int i = 0; i < 8; ++i) store(to + i * to_pitch, tile[i]);
 }
 
-// One row of some groups of channels to [group][column][8 channels], a group every `plane` floats; lanes without a channel
-// become zero.
+// Copy one row of `count` channel groups to [group][column][8 channels], a group every `plane` floats; lanes without a
+// channel become zero.
 void pack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t count, int64_t y, float* to,
               int64_t plane) {
   const float* from = map.data + image * map.batch + group * kLanes * map.channel + y * map.row;
@@ -86,7 +87,7 @@ void pack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group,
   }
 }
 
-// The other way: one row of sums, [group][column][8 channels], to the map.
+// Copy one row of sums, [group][column][8 channels], back to the map.
 void unpack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t count, int64_t y,
                 const float* from) {
   float* to = map.data + image * map.batch + group * kLanes * map.channel + y * map.row;
@@ -105,21 +106,21 @@ void unpack_row(const Geometry2d& g, const Map& map, int64_t image, int64_t grou
   }
 }
 
-// Rows [begin, end) of some groups, each between `margin` columns of zeros; `to` must start as zeros.
+// Copy rows [begin, end) of `count` groups, each between `margin` zero columns; `to` must be zero-initialised.
 void pack_rows(const Geometry2d& g, const Map& map, int64_t image, int64_t group, int64_t count, int64_t begin,
                int64_t end, int64_t margin, float* to, int64_t plane) {
   for (int64_t y = begin; y < end; ++y)
     pack_row(g, map, image, group, count, y, to + (y - begin) * g.pitch + margin * kLanes, plane);
 }
 
-// The filters of a group, [tap][8 channels].
+// Copy the filters of a group to [tap][8 channels].
 void pack_filters(const Geometry2d& g, const float* weight, int64_t group, float* to) {
   for (int64_t t = 0; t < g.taps(); ++t)
     for (int64_t c = 0; c < kLanes; ++c)
       to[t * kLanes + c] = c < g.lanes(group) ? weight[(group * kLanes + c) * g.taps() + t] : 0.f;
 }
 
-// N neighbouring sums of output row `y` from column `x`; `rows` holds the packed map from row `begin` on.
+// Compute N neighbouring sums of output row `y` from column `x`; `rows` holds the packed map from row `begin` on.
 template <int N>
 inline void convolve_block(const Geometry2d& g, const float* rows, int64_t begin, int64_t y, int64_t x,
                            const float* filters, Vec bias, float* out) {
@@ -139,20 +140,20 @@ inline void convolve_block(const Geometry2d& g, const float* rows, int64_t begin
   for (int n = 0; n < N; ++n) store(out + (x + n) * kLanes, sum[n]);
 }
 
-// How the output rows of a map are divided into tasks: bands of them, whose input rows overlap.
+// Divides the output rows of a map into tasks: bands, whose input rows overlap.
 struct Bands {
   int64_t rows, count;
 
   Bands(const Geometry2d& g, int64_t tasks_without, int64_t together) {
     const int64_t for_threads = ceil_div(g.height * tasks_without, kTasksPerThread * g.threads);
     const int64_t for_cache = kTaskFloats / (g.pitch * together) - 2 * g.reach[0];
-    const int64_t shortest = std::max<int64_t>(8, g.reach[0]);  // below, most rows are copied for others
+    const int64_t shortest = std::max<int64_t>(8, g.reach[0]);  // shorter bands would mostly copy halo rows
     rows = std::min(g.height, std::max(shortest, std::min(for_threads, for_cache)));
     count = ceil_div(g.height, rows);
   }
 };
 
-// All output columns of row `y` of one group.
+// Compute all output columns of row `y` of one group.
 void convolve_row(const Geometry2d& g, const float* rows, int64_t begin, int64_t y, const float* filters, Vec bias,
                   float* out) {
   int64_t x = 0;
@@ -175,7 +176,7 @@ void forward(const Geometry2d& g, const Map& x, const float* weight, const float
     float* rows = memory.get();
 #endif
     float *filters = rows + together * plane, *sums = filters + together * filter_floats;
-    std::fill_n(rows, together * plane, 0.f);  // the margins stay zero from task to task
+    std::fill_n(rows, together * plane, 0.f);  // the margins stay zero across tasks
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < parts * g.batch * bands.count; ++task) {
       const int64_t group = task % parts * together, count = std::min(together, g.groups - group);
@@ -197,7 +198,7 @@ void forward(const Geometry2d& g, const Map& x, const float* weight, const float
   }
 }
 
-// Adds to T neighbouring taps of the kernel's row `i` what the output rows [first, end) contribute.
+// Add the contribution of the output rows [first, end) to T neighbouring taps of the kernel's row `i`.
 template <int T>
 inline void correlate(const Geometry2d& g, const float* rows, int64_t begin, const float* grads, int64_t first,
                       int64_t end, int64_t i, int64_t j, float* total) {

@@ -18,7 +18,7 @@ inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 inline Vec splat(float x) { return Vec{} + x; }
 
-// `load`, into a register: GCC would read the memory again for each use, and loads are what limits the inner loops.
+// Load into a register. GCC would otherwise reload the memory operand at each use, and loads limit the inner loops.
 inline Vec load_once(const float* p) {
   Vec x = load(p);
 #ifdef __AVX__
@@ -27,16 +27,16 @@ inline Vec load_once(const float* p) {
   return x;
 }
 
-// Both fold the lanes in a fixed order.
+// Both reduce the lanes in a fixed order.
 inline float sum_lanes(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 inline float max_lanes(Vec x) {
   return std::max(std::max(std::max(x[0], x[4]), std::max(x[2], x[6])),
                   std::max(std::max(x[1], x[5]), std::max(x[3], x[7])));
 }
 
-// exp(x) for x <= 88 within 2 units in the last place; zero where it would be denormal; NaN stays NaN.
+// Return exp(x) for x <= 88 within 2 units in the last place. Denormal results are flushed to zero; NaN stays NaN.
 inline Vec exp_lanes(Vec x) {
-  const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer that stands in the low bits
+  const float shifter = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which ends up in the low bits
   const Vec shifted = x * 1.44269504f + shifter;
   const Vec n = shifted - shifter;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2, log 2 in two parts
@@ -50,13 +50,13 @@ inline Vec exp_lanes(Vec x) {
   return x < -87.3f ? Vec{} : reinterpret_cast<Vec>(scaled);
 }
 
-// All ones in the lanes whose column, of eight from `column`, lies in [begin, end).
+// Return all ones in those of the eight lanes from `column` whose column is in [begin, end).
 inline Mask columns_between(int64_t column, int64_t begin, int64_t end) {
   const Mask lane = Mask{0, 1, 2, 3, 4, 5, 6, 7} + static_cast<int32_t>(column);
   return (lane >= static_cast<int32_t>(begin)) & (lane < static_cast<int32_t>(end));
 }
 
-// Rows become columns.
+// Transpose in place.
 inline void transpose_tile(Vec (&t)[8]) {
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -1,4 +1,4 @@
-// Sizes, aligned memory, and what the exported functions return.
+// Integer rounding, aligned memory, and the status codes of the exported functions.
 
 #pragma once
 
@@ -26,7 +26,7 @@ inline Floats allocate(int64_t count) {
 
 enum Status { kDone, kBadGeometry, kNoMemory };
 
-// Runs `body`, which allocates; no exception may cross into C.
+// Run `body`, which allocates; no exception may propagate into C.
 template <typename Body>
 int run_guarded(Body body) {
   try {

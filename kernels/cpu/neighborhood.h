@@ -1,4 +1,4 @@
-// The geometry of neighborhood attention: how a call is cut into slices, and which points see each other in a slice.
+// The geometry of neighborhood attention: the slices of a call, and which points see each other within a slice.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// What the caller passes: 64-bit words throughout, laid out by _native.py.
+// The caller's arguments: 64-bit words throughout, packed by _native.py.
 struct Geometry {
   int64_t threads, batch, heads, dim;
   int64_t size[3], kernel[3], stride[3], dilation[3], causal[3];
@@ -19,10 +19,10 @@ struct Geometry {
 
 struct Slice {
   int64_t batch, head, origin[3], points[3];
-  int length[3];  // per axis 0 where the lattice has ceil(size / dilation) points, 1 where one less
+  int length[3];  // per axis: 0 if the lattice has ceil(size / dilation) points, 1 if it has one less
 };
 
-// Points of one row of a slice.
+// The points of one row of a slice.
 struct Points {
   float* data;
   int64_t step;
@@ -30,7 +30,7 @@ struct Points {
   Points from(int64_t x) const { return {data + x * step, step}; }
 };
 
-// [batch, Z, Y, X, heads(, dim)] float32 with strides in elements; dim, if any, is contiguous.
+// A float32 tensor [batch, Z, Y, X, heads(, dim)] with strides in elements; dim, if present, is contiguous.
 struct View {
   float* data;
   int64_t batch, axis[3], head;
@@ -55,7 +55,7 @@ Slice make_slice(const Geometry& g, int64_t index) {
   return s;
 }
 
-// Which far points each near point is paired with, along one axis of a lattice.
+// The far points paired with each near point, along one axis of a lattice.
 struct Windows {
   std::vector<int64_t> start, end;
   int64_t width(int64_t i) const { return end[i] - start[i]; }
@@ -66,7 +66,7 @@ struct Windows {
   }
 };
 
-// The keys of each query along one axis of a lattice.
+// Return the keys of each query along one axis of a lattice.
 Windows key_windows(int64_t points, int64_t kernel, int64_t stride, bool causal) {
   Windows w;
   for (int64_t i = 0; i < points; ++i) {
@@ -78,7 +78,7 @@ Windows key_windows(int64_t points, int64_t kernel, int64_t stride, bool causal)
   return w;
 }
 
-// The queries of each key: a run, because neither end of a window ever moves back.
+// Return the queries of each key: a contiguous run, because neither end of a window ever moves back.
 Windows query_windows(const Windows& keys) {
   Windows w;
   const int64_t points = keys.start.size();
@@ -117,11 +117,11 @@ std::vector<Group> make_groups(const Windows& w) {
   return groups;
 }
 
-// The pairing of a pass on all three axes, for both lengths that a lattice can have.
+// The pairing of a pass on all three axes, for both possible lengths of a lattice.
 struct Neighborhood {
   Windows axis[3][2];
   std::vector<Group> groups[2];
-  int64_t max_rows = 1, max_columns = 0;  // of the far rows and columns that a group sees
+  int64_t max_rows = 1, max_columns = 0;  // maximum numbers of far rows and columns that a group sees
 
   Neighborhood(const Geometry& g, bool keys_are_near) {
     for (int a = 0; a < 3; ++a) {
@@ -139,8 +139,8 @@ struct Neighborhood {
   }
 };
 
-// The relative position table of every head, indexed by kernel - 1 + far - near on each axis (`flipped`: where keys are
-// near). Its rows are padded so that whole tiles can be read.
+// The relative position table of every head, indexed by kernel - 1 + far - near on each axis (`flipped` if the near
+// points are keys). Its rows are padded so that whole tiles can be read.
 struct BiasTable {
   int64_t rows, width, pad, pitch;
   std::vector<float> data;

@@ -1,20 +1,19 @@
 // Neighborhood attention on the CPU: forward and backward, float32, any head_dim, window, stride, dilation and mix of
-// causal axes. The arithmetic of windows is that of kernels/neighborhood_attention/_geometry.py. Called through ctypes.
+// causal axes. The window arithmetic is that of kernels/neighborhood_attention/_geometry.py. Called through ctypes.
 //
 // What is unusual:
 // - One routine serves three passes. A pass visits its "near" points (queries in the forward pass and for dq, keys for
-// dk
-//   and dv) and gathers over the "far" points that each is paired with. The queries that see a key are contiguous on
-//   every axis, as the keys of a query are, so the gradients of keys and values are gathered too: nothing is added
-//   atomically, every result is written once, and its bits depend on neither the number of threads nor their timing.
-// - Dilated maps are cut into their lattices. A slice is one lattice of one head of one image, and is plain undilated
-//   attention. The far points of a few slices at a time (a wave) are copied: transposed, [row][dim][x], so that eight
-//   scores are one fused multiply-add a channel with no sum across lanes; and as they are, [row][x][dim], to be
-//   averaged.
+//   dk and dv) and gathers over the "far" points paired with each. The queries that see a key are contiguous on every
+//   axis, as the keys of a query are, so the gradients of keys and values are gathered too. There are no atomics, every
+//   result is written once, and results are deterministic, independent of the number of threads.
+// - Dilated maps are split into their lattices. A slice is one lattice of one head of one image, and is plain undilated
+//   attention. The far points of a few slices at a time (a wave) are copied twice: transposed, [row][dim][x], so that
+//   eight scores take one fused multiply-add per channel and no sum across lanes; and untransposed, [row][x][dim], for
+//   the weighted average.
 // - Neighbouring near points share their loads: windows of up to seven columns, two at a time, fill eight lanes
-// exactly.
-// - Columns outside a window are computed with their tile of eight, then masked, never multiplied by zero: a NaN there
-//   stays out.
+//   exactly.
+// - Columns outside a window are computed with their tile of eight, then masked, never multiplied by zero, so that a
+//   NaN there does not propagate.
 
 #include <algorithm>
 #include <cmath>
@@ -34,13 +33,13 @@
 
 namespace {
 
-// The far rows that the near points of a row see, and one thread's room for what it computes about them.
+// The far rows seen by the near points of a row, and one thread's buffers for their scores.
 struct Reach {
-  std::vector<int64_t> rows, bias, tiles;  // far rows; where each starts in a bias table; where their tiles start
+  std::vector<int64_t> rows, bias, tiles;  // far rows; their offsets in a bias table; offsets of their tiles
   int64_t row_count = 0, tile_count = 0, columns = 0, room = 0;
-  Floats scores, grads;  // [group][Q][row][column], `room` a group
+  Floats scores, grads;  // [group][Q][row][column], `room` floats per group
 
-  // Lists the tiles of `row_count` rows for groups that see this many columns; a group adds its first column.
+  // List the tiles of `row_count` rows for groups that see `group_columns` columns; a group adds its first column.
   void aim(int64_t group_columns, const Layout& layout) {
     if (columns == group_columns) return;
     columns = group_columns;
@@ -84,7 +83,7 @@ void dot(Points near, const float* columns, const Reach& reach, const Layout& la
   dot_last_tiles<Q, T - 1>(near, columns, reach, t, layout, scores);
 }
 
-// sum[q] += weights[q][c] * values[c], over a run of columns of one row, N vectors of channels
+// Add weights[q][c] * values[c] to sum[q], over a run of columns of one row, for N vectors of channels.
 template <int Q, int N>
 inline void add_columns(const float* const* weights, const float* values, int64_t width, int64_t begin, int64_t end,
                         Vec (*sum)[N]) {
@@ -95,7 +94,7 @@ inline void add_columns(const float* const* weights, const float* values, int64_
     }
 }
 
-// out[q] = factor[q] * sum over q's window of weights[q] * values, for N vectors of channels from `channel`
+// Compute out[q] = factor[q] * sum over q's window of weights[q] * values, for N vectors of channels from `channel`.
 template <int Q, int N>
 inline void average_channels(const Group& group, const Reach& reach, const Layout& layout, int64_t channel,
                              const float* weights, const float* values, const float* factor, Points out) {
@@ -105,7 +104,7 @@ inline void average_channels(const Group& group, const Reach& reach, const Layou
     const float* w[2] = {weights + r * group.columns, weights + (reach.row_count + r) * group.columns};
     if constexpr (Q == 1) {
       add_columns<1>(w, row, layout.width, 0, group.end[0], sum);
-    } else {  // the columns of the first alone, of both, of the second alone
+    } else {  // columns seen by the first only, by both, by the second only
       add_columns<1>(w, row, layout.width, 0, std::min(group.begin[1], group.end[0]), sum);
       add_columns<2>(w, row, layout.width, group.begin[1], group.end[0], sum);
       add_columns<1>(w + 1, row, layout.width, std::max(group.begin[1], group.end[0]), group.end[1], sum + 1);
@@ -140,8 +139,9 @@ void average(const Group& group, const Reach& reach, const Layout& layout, const
 
 enum class Kind { kForward, kQueryGrad, kKeyGrad };
 
-// near_a . far_a are the scores, near_b . far_b the gradients of the probabilities. out_a averages far points of a (in
-// the forward pass of b, the values), out_b those of b. lse and delta belong to queries, near or far.
+// near_a . far_a are the scores, near_b . far_b the gradients of the probabilities. out_a is a weighted average
+// of the far points of a (in the forward pass of b, the values), out_b of those of b. lse and delta belong to queries,
+// near or far.
 struct Operands {
   View near_a, near_b, far_a, far_b, lse, delta, out_a, out_b;
   const float* rpb;
@@ -151,12 +151,12 @@ struct Operands {
 template <Kind kind>
 class Pass {
   static constexpr bool kForward = kind == Kind::kForward, kNearKeys = kind == Kind::kKeyGrad;
-  static constexpr int64_t kUnitPoints = 64;      // near points of a unit of work, about
-  static constexpr int64_t kMaxUnits = 512;       // of a slice, about: each keeps a table of gradients
-  static constexpr int64_t kChunk = 8;            // groups that take each step together
+  static constexpr int64_t kUnitPoints = 64;      // approximate near points per unit of work
+  static constexpr int64_t kMaxUnits = 512;       // approximate units per slice: each keeps a table of gradients
+  static constexpr int64_t kChunk = 8;            // groups that execute each step together
   static constexpr int64_t kCopyColumns = 256;    // far columns copied by one unit
-  static constexpr int64_t kUnitsPerThread = 8;   // in a wave at least, for balance
-  static constexpr int64_t kWaveFloats = 262144;  // or this much in a wave, so that small slices wait less often
+  static constexpr int64_t kUnitsPerThread = 8;   // minimum units in a wave, for load balance
+  static constexpr int64_t kWaveFloats = 262144;  // or floats, so that small slices synchronise less often
 
   const Geometry& g_;
   const Operands& o_;
@@ -166,10 +166,10 @@ class Pass {
   const BiasTable bias_;
   const int64_t column_units_, rows_per_unit_, row_units_, copy_units_, slices_;
   int64_t slot_floats_ = 0, wave_ = 0, table_floats_ = 0;
-  int64_t columns_a_ = 0, columns_b_ = 0, plain_a_ = 0, plain_b_ = 0, lse_ = 0, delta_ = 0;  // where in a slot
+  int64_t columns_a_ = 0, columns_b_ = 0, plain_a_ = 0, plain_b_ = 0, lse_ = 0, delta_ = 0;  // offsets in a slot
   Floats slots_, table_grads_;        // [slot][...], [slot][unit][table]
   std::vector<double> table_totals_;  // [head][table]
-  std::vector<Reach> reaches_;        // one a thread
+  std::vector<Reach> reaches_;        // one per thread
 
   void lay_out_slot() {
     const auto place = [this](bool needed, int64_t row) {
@@ -185,7 +185,7 @@ class Pass {
     delta_ = place(kNearKeys, layout_.pitch);
   }
 
-  // Rows of far points of one slice into its slot, `unit` naming the row and the run of columns.
+  // Copy rows of far points of one slice into its slot; `unit` selects the row and the run of columns.
   void copy(const Slice& s, float* slot, int64_t unit) const {
     const int64_t row = unit / copy_units_, begin = unit % copy_units_ * kCopyColumns;
     const int64_t end = std::min(begin + kCopyColumns, s.points[2]), z = row / s.points[1], y = row % s.points[1];
@@ -207,7 +207,7 @@ class Pass {
       }
   }
 
-  // Scores become probabilities, short of the factors that are returned.
+  // Turn scores into unnormalised probabilities, and return the missing factors.
   template <int Q>
   void softmax(const Group& group, const Reach& reach, const float* bias, float* scores, Points lse,
                float* factor) const {
@@ -242,7 +242,7 @@ class Pass {
     }
   }
 
-  // Scores become probabilities, and gradients of probabilities gradients of scores.
+  // Turn scores into probabilities, and the gradients of probabilities into gradients of scores.
   template <int Q>
   void differentiate(const Group& group, const Reach& reach, const float* slot, const float* bias, Points near_lse,
                      Points near_delta, float* scores, float* grads, float* bias_grad) const {
@@ -271,7 +271,7 @@ class Pass {
       }
   }
 
-  // A few groups of one row, step by step: each step finds in the nearest cache what it read for the group before.
+  // Process a few groups of one row, step by step: each step finds the data of the previous group in the L1 cache.
   void visit(const Slice& s, const float* slot, int64_t z, int64_t y, const Group* groups, int64_t count, Reach& reach,
              float* table_grad) const {
     const Points a = o_.near_a.row(g_, s, z, y), b = o_.near_b.row(g_, s, z, y), lse = o_.lse.row(g_, s, z, y);
@@ -310,7 +310,7 @@ class Pass {
     });
   }
 
-  // The near points of some rows, or of a part of one long row.
+  // Process the near points of some rows, or of a part of one long row.
   void compute(const Slice& s, const float* slot, int64_t unit, Reach& reach, float* table_grad) const {
     if (table_grad) std::fill(table_grad, table_grad + table_floats_, 0.f);
     const int64_t rows = s.points[0] * s.points[1], first = unit / column_units_ * rows_per_unit_;
@@ -333,7 +333,7 @@ class Pass {
     }
   }
 
-  // One row of the tables of all heads of a wave, in the order of slices and units whatever thread did them.
+  // Sum one row of the bias gradients of all heads of a wave in slice and unit order, whichever thread computed them.
   void total(int64_t first, int64_t count, int64_t row) {
     const int64_t units = row_units_ * column_units_;
     for (int64_t i = 0; i < count * units; ++i) {
@@ -417,7 +417,7 @@ int guard(const Geometry& g, Body body) {
 
 }  // namespace
 
-// views: query, key, value, rpb, out, lse. Only the data of rpb is read: contiguous, or null.
+// views: query, key, value, rpb, out, lse. Only the data pointer of rpb is read: contiguous, or null.
 extern "C" __attribute__((visibility("default"))) int mixerzoo_na_forward(const Geometry* g, const View* views,
                                                                           float scale) {
   const auto [q, k, v, rpb, out, lse] = *reinterpret_cast<const View(*)[6]>(views);

@@ -1,4 +1,4 @@
-// The order in which a scan visits a map, and the copies between its tensors and the small tiles that it computes on.
+// The order in which a scan visits a map, and the copies between its tensors and the small tiles of the kernels.
 
 #pragma once
 
@@ -10,16 +10,16 @@
 
 namespace {
 
-constexpr int64_t kSteps = 32;         // of a chunk; the states between chunks are what the backward pass keeps
-constexpr int64_t kTile = 2 * kLanes;  // channels: a line of the cache
+constexpr int64_t kSteps = 32;         // steps per chunk; the backward pass starts from the states saved between chunks
+constexpr int64_t kTile = 2 * kLanes;  // channels per tile: one cache line
 typedef float Tile[kSteps][kTile];
 
-// One order in which a map is walked, as kernels/cross_scan.py defines it.
+// One order in which a map is traversed, as defined by kernels/cross_scan.py.
 struct Path {
   int64_t by_columns, flip_rows, flip_columns, row, column, step;
 };
 
-// Any tensor over [batch][pixel][scan][channel], by its strides; that of `scan` is 0 where all scans share the entries.
+// A tensor over [batch][pixel][scan][channel] with strides; the `scan` stride is 0 if all scans share the entries.
 struct View {
   float* data;
   int64_t batch, pixel, scan, channel;
@@ -27,11 +27,11 @@ struct View {
   float* at(int64_t image, int64_t k, int64_t c) const { return data + image * batch + k * scan + c * channel; }
 };
 
-// Neighbouring steps of a scan, and the pixels that they visit: -1 is outside the map.
+// Consecutive steps of a scan, and the pixels that they visit: -1 is outside the map.
 struct Chunk {
   int64_t count;
   int32_t pixels[kSteps];
-  int runs[kSteps / kLanes];  // +1 or -1 where eight pixels are neighbours in that order, else 0
+  int runs[kSteps / kLanes];  // +1 or -1 if eight pixels are adjacent in that order, else 0
 
   Chunk(const Path& path, int64_t height, int64_t width, int64_t first) {
     const int64_t rows = ceil_div(height, path.step), columns = ceil_div(width, path.step);
@@ -58,7 +58,7 @@ struct Chunk {
   }
 };
 
-// Eight channels (rows of `pitch` floats) of eight pixels, transposed, the last pixel first if `direction` is -1.
+// Transpose eight channels (rows of `pitch` floats) of eight pixels, last pixel first if `direction` is -1.
 inline void transpose_pixels(const float* from, int64_t pitch, int direction, float* to, int64_t to_pitch) {
   Vec tile[8];
   for (int i = 0; i < 8; ++i) tile[i] = load(from + i * pitch);
@@ -66,9 +66,9 @@ inline void transpose_pixels(const float* from, int64_t pitch, int direction, fl
   for (int i = 0; i < 8; ++i) store(to + (direction > 0 ? i : 7 - i) * to_pitch, tile[i]);
 }
 
-// How the entries of a view are brought to tiles and back; `kAdds` adds to what is there.
+// Copies between the entries of a view and tiles; with `kAdds` they accumulate.
 //
-// V groups of eight adjacent channels.
+// Copy V groups of eight adjacent channels.
 template <int V>
 inline void load_rows(const View& view, const float* from, const Chunk& chunk, float* to, int64_t pitch) {
   static const float zeros[V * kLanes] = {};
@@ -90,7 +90,7 @@ inline void store_rows(const View& view, float* to, const Chunk& chunk, const fl
   }
 }
 
-// One step, any strides, up to eight channels; zeros in the other lanes.
+// Copy one step with any strides, up to eight channels; zeros in the other lanes.
 inline void load_step(const View& view, const float* from, int32_t pixel, int64_t channels, float* to) {
   for (int64_t c = 0; c < kLanes; ++c)
     to[c] = pixel >= 0 && c < channels ? from[pixel * view.pixel + c * view.channel] : 0.f;
@@ -103,14 +103,14 @@ inline void store_step(const View& view, float* to, int32_t pixel, int64_t chann
   }
 }
 
-// What the next chunk takes of eight channels that lie in rows of pixels: more streams than the hardware follows.
+// Prefetch the next chunk's rows of eight channels: there are more streams than the hardware prefetcher follows.
 inline void prefetch_next(const View& view, const float* first, const Chunk& chunk) {
-  for (int64_t t = 0; t < chunk.count; t += kTile)  // a line
+  for (int64_t t = 0; t < chunk.count; t += kTile)  // one cache line
     for (int64_t c = 0; c < kLanes; ++c)
       __builtin_prefetch(first + c * view.channel + chunk.pixels[t] + chunk.runs[t / kLanes] * kSteps);
 }
 
-// Up to eight channels of a chunk, from `from` on, to rows of `pitch` floats; zeros where there is no channel or pixel.
+// Copy up to eight channels of a chunk to rows of `pitch` floats; zeros where there is no channel or pixel.
 void load_group(const View& view, const float* from, const Chunk& chunk, int64_t channels, float* to, int64_t pitch) {
   if (channels == kLanes && view.channel == 1) return load_rows<1>(view, from, chunk, to, pitch);
   const bool transposes = channels == kLanes && view.pixel == 1;
@@ -128,7 +128,7 @@ void load_group(const View& view, const float* from, const Chunk& chunk, int64_t
   }
 }
 
-// The other way, for the pixels that exist.
+// Copy back, for the pixels on the map.
 template <bool kAdds>
 void store_group(const View& view, float* to, const Chunk& chunk, int64_t channels, const float* from, int64_t pitch) {
   if (channels == kLanes && view.channel == 1) return store_rows<1, kAdds>(view, to, chunk, from, pitch);

@@ -1,33 +1,33 @@
 // The selective scan on the CPU, h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t . h_t + D x_t, over maps
-// that are walked along given paths, float32. Called through ctypes. The gradients: selective_scan_backward.cpp.
+// along given paths, float32. Called through ctypes. The gradients are in selective_scan_backward.cpp.
 //
 // What is unusual:
-// - Lanes are channels and time is walked step by step, so there is no prefix sum, no shuffle and no sum over lanes.
-//   The states of a chunk of 32 steps stay in registers, a few at a time; everything else is in small tiles in the
-//   first-level cache, into which maps are copied (and transposed, where time is what is adjacent) chunk by chunk.
-// - No sequence is ever made: a scan reads and writes the map where its path leads. Where the scans are added up, one
-//   task makes all the scans of its channels, one after the other; delta is expanded from its few factors on the way.
-// - Results depend on neither the number of threads nor their timing: each sum is made by one thread in one order.
+// - Lanes are channels and steps are sequential: no prefix sum, no shuffle, no sum over lanes. The states
+//   of a chunk of 32 steps stay in registers, a few at a time. All else is in small tiles in the first-level
+//   cache, into which maps are copied chunk by chunk (and transposed, if pixels are adjacent in memory).
+// - No sequence is materialised: a scan reads and writes the map along its path. If the scans are summed, one task runs
+//   all scans of its channels, one after the other; delta is expanded from its low-rank factors on the way.
+// - Results are deterministic, independent of the number of threads: each sum is computed by one thread in one order.
 
 #include "selective_scan.h"
 
 namespace {
 
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kMaxTiles = 16;  // of a task: what the next chunk takes of them should stay in the second-level cache
+constexpr int64_t kMaxTiles = 16;  // per task: the next chunk's inputs should stay in the second-level cache
 
 struct ForwardTensors {
-  View x, delta, projected, y;  // no data in delta where it is expanded
+  View x, delta, projected, y;  // delta has no data if it is expanded
   float* states;                // after every chunk, or null
 };
 
-// What a task works on: a chunk of one tile of channels.
+// The working set of a task: a chunk of one tile of channels.
 struct Buffers {
   Tile x, delta, input, y;  // input: delta x
   float *rows, *states;     // the chunk's rows of `projected`; [tile][state][channel]
 };
 
-// From delta without its bias: delta, its product with x, and the part of y that skips the scan.
+// From delta without its bias, compute delta, its product with x, and the part of y that bypasses the scan.
 template <bool kSoftplus>
 void prepare(int64_t count, const TileParameters& p, Buffers& b) {
   constexpr int kTogether = 4;  // vectors
@@ -45,7 +45,7 @@ void prepare(int64_t count, const TileParameters& p, Buffers& b) {
   }
 }
 
-// K states of eight channels through a chunk. B and C are in rows of `pitch` floats, all else in rows of a tile.
+// Advance K states of eight channels through a chunk. B and C are rows of `pitch` floats, everything else tile rows.
 template <int K>
 inline void advance(int64_t count, const float* delta, const float* input, const float* B, const float* C,
                     int64_t pitch, const float* A, float* y, float* states) {
@@ -81,7 +81,7 @@ void save_states(const Geometry& g, const float* from, int64_t tile, float* to) 
     std::copy_n(from + n * kTile, g.lanes(tile), to + n * g.channels + tile * kTile);
 }
 
-// One scan of the channels of tiles [first, end).
+// Run one scan over the channels of tiles [first, end).
 void scan_tiles(const Geometry& g, const Path& path, const ForwardTensors& m, float* packed, int64_t image, int64_t k,
                 int64_t first, int64_t end, Buffers& b) {
   const int64_t chunks = g.chunks(path), room = g.state * kTile;

@@ -1,4 +1,4 @@
-// What both directions of the selective scan share: its sizes, its two functions, its parameters by tiles of channels.
+// Shared by the forward and backward pass of the selective scan: sizes, exp and softplus, and parameters per tile.
 
 #pragma once
 
@@ -19,16 +19,16 @@ namespace {
 
 struct Scan {
   int64_t threads, batch, scans, channels, rank, state, height, width, softplus;
-  int64_t gaps;  // some path does not visit every pixel: maps that are written start as zeros
+  int64_t gaps;  // whether some path skips pixels: the output maps are then zero-initialised
 };
 
-// Contiguous: [scan][channel][rank], [scan][channel], [scan][channel][state], [scan][channel]. Only A is always there.
+// Contiguous: [scan][channel][rank], [scan][channel], [scan][channel][state], [scan][channel]. All but A may be null.
 struct Parameters {
   float *weight, *bias, *A, *D;
 };
 
 struct Geometry : Scan {
-  int64_t columns, pitch, tiles, parameters;  // of `projected`; floats of a row of it; a tile's rows of parameters
+  int64_t columns, pitch, tiles, parameters;  // width and pitch of a row of `projected`; tiles; parameter rows per tile
 
   explicit Geometry(const Scan& s) : Scan(s) {
     columns = rank + 2 * state;
@@ -41,14 +41,14 @@ struct Geometry : Scan {
   int64_t chunks(const Path& path) const {
     return ceil_div(ceil_div(height, path.step) * ceil_div(width, path.step), kSteps);
   }
-  // Floats of the states of all channels, in memory that is [batch][scan][chunk and the end][state][channel].
+  // Number of floats of the states of all channels, in an array [batch][scan][chunk and the end][state][channel].
   int64_t plane() const { return state * channels; }
   float* states_of(float* states, const Path& path, int64_t image, int64_t k) const {
     return states + (image * scans + k) * (chunks(path) + 1) * plane();
   }
 };
 
-// How many states of eight channels are walked through a chunk together: what the registers hold.
+// Number of states of eight channels that advance through a chunk together: as many as the registers hold.
 constexpr int kStates = 4;
 constexpr float kLog2E = 1.44269504f, kLog2 = 0.693147181f;
 
@@ -60,12 +60,12 @@ inline float* thread_room(float* memory, int64_t room) {
 #endif
 }
 
-// 2^x: zero below -127, infinite from 128; NaN stays NaN.
+// Return 2^x: zero below -127, infinite from 128; NaN stays NaN.
 inline Vec exp2_lanes(Vec x) {
   const float shifter = 12582912.f;  // as in exp_lanes
   const Vec low = splat(-127.f), high = splat(128.f);
 #ifdef __AVX__
-  x = _mm256_min_ps(high, _mm256_max_ps(low, x));  // of two, the second if one is NaN
+  x = _mm256_min_ps(high, _mm256_max_ps(low, x));  // min and max return the second operand if one is NaN
 #else
   x = x < low ? low : x;
   x = x > high ? high : x;
@@ -83,8 +83,8 @@ inline Vec exp2_lanes(Vec x) {
 
 inline Vec magnitude(Vec x) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(x) & 0x7fffffff); }
 
-// x becomes log(1 + exp(x)), with a small relative error however small it is; z becomes exp(-|x|). Several at once, so
-// that their long sums overlap.
+// Replace x by log(1 + exp(x)), with a small relative error even for tiny results, and z by exp(-|x|). N vectors are
+// processed together, so that their long dependency chains overlap.
 template <int N>
 inline void softplus_lanes(Vec (&x)[N], Vec (&z)[N]) {
   constexpr float kTerms[] = {-3.00658457e-2f, 7.92046189e-2f, -1.37538090e-1f, 1.91536576e-1f,
@@ -96,7 +96,7 @@ inline void softplus_lanes(Vec (&x)[N], Vec (&z)[N]) {
   for (int n = 0; n < N; ++n) x[n] = p[n] * z[n] + (x[n] > 0.f ? x[n] : Vec{});
 }
 
-// A tile's parameters in rows of 16 channels; A in units of log 2, for `exp2_lanes`.
+// A tile's parameters in rows of 16 channels; A is in units of log 2, for `exp2_lanes`.
 struct TileParameters {
   float *weight, *A, *bias, *D;
 
@@ -107,7 +107,7 @@ struct TileParameters {
         D(bias + kTile) {}
 };
 
-// Rows [channel][count] of up to 16 channels to [count][16], with zeros for what is not there.
+// Transpose rows [channel][count] of up to 16 channels to [count][16], padded with zeros.
 inline void pack_rows(const float* from, int64_t count, int64_t channels, float* to) {
   std::fill_n(to, count * kTile, 0.f);
   for (int64_t c0 = 0; from && c0 < channels; c0 += kLanes) {
@@ -119,7 +119,7 @@ inline void pack_rows(const float* from, int64_t count, int64_t channels, float*
   }
 }
 
-// [scan][tile][row][16 channels].
+// Pack all parameters to [scan][tile][row][16 channels].
 inline Floats pack_parameters(const Geometry& g, const Parameters& from) {
   Floats packed = allocate(g.scans * g.tiles * g.parameters * kTile);
 #pragma omp parallel for num_threads(static_cast<int>(g.threads)) schedule(static)
@@ -135,7 +135,7 @@ inline Floats pack_parameters(const Geometry& g, const Parameters& from) {
   return packed;
 }
 
-// delta[t] = sum over r of rows[t][r] weight[r], N steps at a time.
+// Compute delta[t] = sum over r of rows[t][r] weight[r], N steps at a time.
 template <int N>
 inline void expand_steps(int64_t rank, const float* rows, int64_t pitch, const float* weight, float* delta) {
   Vec sum[N][2] = {};
@@ -150,7 +150,7 @@ inline void expand_steps(int64_t rank, const float* rows, int64_t pitch, const f
     for (int v = 0; v < 2; ++v) store(delta + n * kTile + v * kLanes, sum[n][v]);
 }
 
-// delta of a chunk as it is given or from its factors, without bias.
+// Load or expand delta of a chunk, without bias.
 inline void load_delta(const Geometry& g, const View& view, int64_t image, int64_t k, int64_t tile, const Chunk& chunk,
                        const float* rows, const float* weight, Tile delta) {
   if (view.data) return load_tile(view, view.at(image, k, tile * kTile), chunk, g.lanes(tile), delta);
@@ -159,7 +159,7 @@ inline void load_delta(const Geometry& g, const View& view, int64_t image, int64
   for (; t < chunk.count; ++t) expand_steps<1>(g.rank, rows + t * g.pitch, g.pitch, weight, delta[t]);
 }
 
-// A chunk's rows of `projected`.
+// Load a chunk's rows of `projected`.
 inline void load_projected(const Geometry& g, const View& view, int64_t image, int64_t k, const Chunk& chunk,
                            float* rows) {
   for (int64_t c = 0; c < g.columns; c += kLanes)

@@ -1,39 +1,39 @@
 // The gradients of the selective scan on the CPU. Called through ctypes.
 //
 // What is unusual:
-// - Chunks are walked from the last to the first. Of the forward pass there is one state before each chunk; the others
-//   are computed again, a few states of eight channels at a time, into a buffer in the first-level cache.
-// - The gradients of B, C and the factors of delta are sums over channels. They are added up with channels in lanes,
-//   for all channels of a task, and their lanes once for each chunk, eight columns at a time.
-// - The work is divided by its shape alone, never by the number of threads; what the parts add up to is added up in
-//   one order.
+// - Chunks are processed from the last to the first. The forward pass saves one state before each chunk; the others are
+//   recomputed, a few states of eight channels at a time, into a buffer in the first-level cache.
+// - The gradients of B, C and the low-rank factors of delta are sums over channels. They are accumulated with channels
+//   in lanes over all channels of a task, and reduced across lanes once per chunk, eight columns at a time.
+// - The work is divided by its shape alone, never by the number of threads, and partial results are summed in one
+//   order.
 
 #include "selective_scan.h"
 
 namespace {
 
-constexpr int64_t kMaxPartials = 32;  // sums over a part of the batch, and tasks that a small batch is cut into
-constexpr int64_t kLeastTiles = 4;    // of a part of the channels: the sums over lanes are made for each
+constexpr int64_t kMaxPartials = 32;  // partial sums over the batch, and tasks into which a small batch is cut
+constexpr int64_t kLeastTiles = 4;    // minimum tiles per part of the channels: each part reduces across lanes
 
 struct BackwardTensors {
   View x, delta, projected, grad, grad_x, grad_delta, grad_projected;
   float* states;
 };
 
-// What a task works on: a chunk of one tile of channels, and sums over all its tiles.
+// The working set of a task: a chunk of one tile of channels, and sums over all its tiles.
 struct Buffers {
   Tile x, delta, input, slope, grad;  // input: delta x; slope: of softplus
   Tile grad_delta, grad_input;
   Vec decays[kSteps][kStates], states[kSteps + 1][kStates];
   float* rows;         // the chunk's rows of `projected`
-  float* grad_rows;    // and their gradients
-  float* lane_sums;    // the same before the lanes are added up, [step][column][lane]
+  float* grad_rows;    // gradients of `rows`
+  float* lane_sums;    // `grad_rows` before the reduction across lanes, [step][column][lane]
   float* before;       // states before the chunk, [state][channel]
   float* state_grads;  // [tile][state][channel]
   Tile* raw_grads;     // of the chunk's delta before bias and softplus, for each tile
 };
 
-// From delta without its bias: delta, its slope, its product with x, and x's gradient past the scan.
+// From delta without its bias, compute delta, its slope, its product with x, and the part of x's gradient from D.
 template <bool kSoftplus>
 void prepare(int64_t count, const TileParameters& p, const TileParameters& sums, Buffers& b) {
   Vec grad_D[2] = {load(sums.D), load(sums.D + kLanes)};
@@ -55,7 +55,7 @@ void prepare(int64_t count, const TileParameters& p, const TileParameters& sums,
   std::fill_n(b.grad_input[0], count * kTile, 0.f);
 }
 
-// The states of a chunk once more: K of them before and after each step, and their decays.
+// Recompute the states of a chunk: K of them before and after each step, and their decays.
 template <int K>
 inline void recompute(const Geometry& g, int64_t count, int64_t n, int64_t v, const TileParameters& p, Buffers& b) {
   const float* B = b.rows + g.rank + n;
@@ -73,7 +73,7 @@ inline void recompute(const Geometry& g, int64_t count, int64_t n, int64_t v, co
   }
 }
 
-// K states of eight channels back through a chunk.
+// Propagate the gradients of K states of eight channels back through a chunk.
 template <int K>
 inline void retreat(const Geometry& g, int64_t count, int64_t n, int64_t v, const TileParameters& p,
                     const TileParameters& sums, float* state_grads, Buffers& b) {
@@ -122,7 +122,7 @@ void retreat_all(const Geometry& g, int64_t count, int64_t lanes, const TilePara
   }
 }
 
-// The gradients of x and of delta before its bias, in place of those of delta and delta x.
+// Turn the gradients of delta and delta x into those of delta before its bias and of x.
 void finish(int64_t count, const TileParameters& p, const TileParameters& sums, Buffers& b, Tile& raw_grads) {
   for (int64_t v = 0; v < kTile; v += kLanes) {
     const Vec D = load(p.D + v);
@@ -138,7 +138,7 @@ void finish(int64_t count, const TileParameters& p, const TileParameters& sums, 
   }
 }
 
-// Adds to R rows of the weight of a tile: sum over t of raw_grads[t] rows[t][r].
+// Add to R rows of the weight of a tile: sum over t of raw_grads[t] rows[t][r].
 template <int R>
 inline void add_weight_grads(int64_t count, const Tile& raw_grads, const float* rows, int64_t pitch, float* sums) {
   Vec sum[R][2];
@@ -155,7 +155,7 @@ inline void add_weight_grads(int64_t count, const Tile& raw_grads, const float* 
     for (int v = 0; v < 2; ++v) store(sums + r * kTile + v * kLanes, sum[r][v]);
 }
 
-// Lane sums of R columns of the low rank of N steps: over all tiles, raw_grads[t] weight[r].
+// Compute the lane sums of R low-rank columns of N steps: over all tiles, raw_grads[t] weight[r].
 template <int N, int R>
 inline void fold_low_rank(const Geometry& g, int64_t tiles, const Tile* raw_grads, int64_t t, const float* weight,
                           float* lane_sums) {
@@ -171,7 +171,7 @@ inline void fold_low_rank(const Geometry& g, int64_t tiles, const Tile* raw_grad
 }
 
 void fold_low_ranks(const Geometry& g, int64_t count, int64_t tiles, const TileParameters& first, const Buffers& b) {
-  for (int64_t t = 0; t < count; t += 4) {  // steps past the last are garbage that nobody reads
+  for (int64_t t = 0; t < count; t += 4) {  // steps past the last contain garbage that is never read
     float* lane_sums = b.lane_sums + t * g.pitch * kLanes;
     int64_t r = 0;
     for (; r + 2 <= g.rank; r += 2)
@@ -180,7 +180,7 @@ void fold_low_ranks(const Geometry& g, int64_t count, int64_t tiles, const TileP
   }
 }
 
-// Adds up the lanes of eight columns at a time.
+// Reduce the lanes of eight columns at a time.
 void fold_lanes(const Geometry& g, int64_t count, const float* lane_sums, float* rows) {
   for (int64_t c = 0; c < count * g.pitch; c += kLanes) {
     Vec tile[8];
@@ -190,10 +190,10 @@ void fold_lanes(const Geometry& g, int64_t count, const float* lane_sums, float*
   }
 }
 
-// Where a task is, and where its sums go.
+// The position of a task, and the destination of its sums.
 struct Task {
   int64_t image, scan, first, end;  // tiles [first, end)
-  float* sums;                      // of all parameters, as they are packed
+  float* sums;                      // sums of all parameters, in packed layout
   View grad_projected;
 };
 
@@ -245,11 +245,10 @@ void go_back(const Geometry& g, const Path& path, const BackwardTensors& m, cons
   }
 }
 
-// How the work is divided: by images, by scans where they share nothing that is written, and for small batches by
-// channels. Each division has its own sums of the parameters' gradients, and each part of the channels those of
-// `projected`.
+// Divides the work: by images, by scans if they write nothing in common, and for small batches by channels. Each
+// division has its own sums of the parameters' gradients, each part of the channels its own gradient of `projected`.
 struct Division {
-  int64_t partials, together, groups, parts, part;  // together: scans of a task; part: tiles of a task
+  int64_t partials, together, groups, parts, part;  // together: scans per task; part: tiles per task
 
   Division(const Geometry& g, const BackwardTensors& m) {
     partials = std::min(g.batch, kMaxPartials);
@@ -261,13 +260,13 @@ struct Division {
   }
 };
 
-// [count][16] to rows [channel][count] of up to 16 channels.
+// Transpose [count][16] to rows [channel][count] of up to 16 channels.
 void unpack_rows(const float* from, int64_t count, int64_t channels, float* to) {
   for (int64_t c = 0; to && c < channels; ++c)
     for (int64_t r = 0; r < count; ++r) to[c * count + r] = from[r * kTile + c];
 }
 
-// The gradients of the parameters from their partial sums.
+// Sum the partial gradients of the parameters.
 void add_up_parameters(const Geometry& g, int64_t partials, float* sums, const Parameters& to) {
   const int64_t floats = g.parameters * kTile, all = g.scans * g.tiles * floats;
 #pragma omp parallel for num_threads(static_cast<int>(g.threads)) schedule(static)
@@ -284,9 +283,9 @@ void add_up_parameters(const Geometry& g, int64_t partials, float* sums, const P
   }
 }
 
-// Gradients of `projected` by parts of the channels, where there are several.
+// Gradients of `projected` per part of the channels, if there are several parts.
 struct ProjectedParts {
-  int64_t slots, row, size;  // floats of a pixel and of a part
+  int64_t slots, row, size;  // row and size: floats per pixel and per part
   Floats memory;
 
   ProjectedParts(const Geometry& g, const View& to, int64_t parts)
@@ -348,7 +347,7 @@ void backward(const Geometry& g, const Path* paths, const BackwardTensors& m, co
 
 }  // namespace
 
-// parameters: the given ones, then their gradients.
+// parameters: the inputs, then their gradients.
 extern "C" __attribute__((visibility("default"))) int mixerzoo_scan_backward(const Scan* s, const Path* paths,
                                                                              const BackwardTensors* tensors,
                                                                              const Parameters* parameters) {

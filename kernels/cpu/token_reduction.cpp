@@ -1,13 +1,13 @@
-// Token merging on the CPU: which tokens are most alike, and the mean of those that share a slot; float32. Called through
-// ctypes. What the functions compute says kernels/token_reduction.
+// Token merging on the CPU: find the most similar tokens, and average the tokens that share a slot; float32. Called
+// through ctypes. kernels/token_reduction defines the functions.
 //
 // What is unusual:
-// - Similarities are never in memory: a few rows of them are in registers, eight columns in the lanes of each, and every
-//   lane remembers its largest so far.
-// - An image is one task of matching, whose half a million products take microseconds. The keys of all heads are
-//   averaged (added up, which a cosine cannot tell) while they are copied.
-// - Tokens by themselves are copied, bit by bit.
-// - Results depend on neither the number of threads nor their timing.
+// - Similarities are never stored in memory: registers hold a tile of a few rows, with eight columns in the lanes, and
+//   every lane tracks its maximum.
+// - Matching is one task per image, since its half a million products take only microseconds. The keys of all heads are
+//   summed while they are copied; cosine similarity is the same for the sum and for the mean.
+// - Unmerged tokens are copied bit for bit.
+// - Results are deterministic, independent of the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +23,7 @@
 
 namespace {
 
-// What _native.py hands over.
+// The arguments packed by _native.py.
 struct Match {
   int64_t threads, batch, heads, tokens, dim, prefix, r;
   const float* metric;
@@ -35,10 +35,10 @@ struct Merge {
   const float* x;
   int64_t batch_stride, token_stride;
   const int64_t* slot;  // [batch][tokens]
-  const float* size;    // the same, or null: 1 each
+  const float* size;    // [batch][tokens], or null for size 1
 };
 
-constexpr int kRows = 4, kVectors = 2;  // of similarities at a time: eight vectors
+constexpr int kRows = 4, kVectors = 2;  // tile of similarities: eight vectors in registers
 constexpr int64_t kColumns = kVectors * kLanes;
 
 // The even (A) or the odd tokens (B) after the prefix.
@@ -72,7 +72,7 @@ void add_heads(const Match& m, const float* token, float* to) {
     for (int64_t d = 0; d < m.dim; ++d) to[d] += token[h * m.head_stride + d];
 }
 
-// For kRows rows of A the most similar column of B, [dim][pitch]; the lowest of several.
+// Find for kRows rows of A the most similar column of B, [dim][pitch]; ties go to the lowest index.
 void find_partners(const float* a, const float* b, int64_t dim, int64_t pitch, int64_t columns, Pair* pairs) {
   Vec best[kRows];
   Mask where[kRows];
@@ -104,7 +104,7 @@ void find_partners(const float* a, const float* b, int64_t dim, int64_t pitch, i
   }
 }
 
-// One thread's memory for an image, padded to whole tiles.
+// One thread's buffers for an image, padded to whole tiles.
 struct Workspace {
   int64_t pitch, rows;
   Floats floats;
@@ -131,7 +131,7 @@ void match_image(const Match& m, int64_t image, Workspace& w, int64_t* slot) {
     find_partners(rows + i * m.dim, columns, m.dim, w.pitch, b.count, &w.pairs[i]);
   for (int64_t i = 0; i < a.count; ++i) {
     const float similarity = w.pairs[i].similarity * inverse_norm(rows + i * m.dim, m.dim);
-    w.pairs[i].similarity = similarity == similarity ? similarity : -kInfinity;  // NaN has no place in an order
+    w.pairs[i].similarity = similarity == similarity ? similarity : -kInfinity;  // NaN cannot be ordered
     w.pairs[i].token = i;
   }
   std::nth_element(w.pairs.begin(), w.pairs.begin() + m.r, w.pairs.begin() + a.count);
@@ -160,8 +160,8 @@ void match(const Match& m, int64_t* slot) {
   }
 }
 
-// All tokens by slots: those of slot s, counted over all images, are tokens[start[s]] to tokens[start[s + 1] - 1],
-// ascending.
+// All tokens sorted by slot: with slots numbered over all images, slot s has tokens[start[s]] to
+// tokens[start[s + 1] - 1], in ascending order.
 struct Members {
   std::vector<int64_t> start, tokens;
 
@@ -205,8 +205,8 @@ void merge(const Merge& m, float* out, float* totals) {
 }  // namespace
 
 // slot: [batch][tokens].
-extern "C" __attribute__((visibility("default"))) int mixerzoo_token_match(const Match* given, int64_t* slot) {
-  const Match& m = *given;
+extern "C" __attribute__((visibility("default"))) int mixerzoo_token_match(const Match* args, int64_t* slot) {
+  const Match& m = *args;
   if (m.threads < 1 || m.prefix < 0 || m.r < 0 || m.heads < 1 || 2 * m.r > m.tokens - m.prefix) return kBadGeometry;
   return run_guarded([&] { match(m, slot); });
 }

@@ -1,4 +1,4 @@
-"""Depth-wise convolution with large or dilated kernels, and large kernel attention (LKA), the gate of VAN.
+"""Depth-wise convolution with large or dilated kernels, and large kernel attention (LKA), the gating unit of VAN.
 
     out[b, c, y, x] = bias[c] + sum_{i, j} weight[c, i, j] x[b, c, y + (i - K // 2) d, x + (j - K // 2) d]
     lka(x) = x * conv1x1(depthwise7x7, d = 3 (depthwise5x5(x)))

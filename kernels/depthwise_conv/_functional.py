@@ -9,7 +9,7 @@ from . import _operator, _plain
 
 
 def _check(x: Tensor, **named: Tensor | None) -> None:
-    """Raise unless `x` is a map of numbers, and what else takes part lies on its device in its data type."""
+    """Raise unless `x` is a floating-point map and every named tensor has its device and dtype."""
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(
             f"x must be [batch, channels, height, width], floating-point; got shape {tuple(x.shape)}, {x.dtype}"
@@ -44,26 +44,26 @@ def _dilation_pair(dilation: int | tuple[int, int]) -> _plain.Pair:
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int | tuple[int, int] = 1
 ) -> Tensor:
-    """Convolve each channel with its own filter; stride 1, zero padding that keeps the size of the map.
+    """Convolve each channel with its own filter, with stride 1 and zero padding that preserves the map size.
 
-    Differentiable once, as its gradient is an operator, too.
+    The result is differentiable once, because its backward pass is itself a custom operator.
 
     Args:
-        x: [B, C, H, W], in any memory format; the result has the same, contiguous if it is neither that nor
-            channels_last.
+        x: [B, C, H, W], in any memory format. The result has the memory format of `x`; it is contiguous if `x` is
+            neither contiguous nor channels_last.
         weight: [C, 1, rows, columns], odd sides from 1; made for 3 to 53.
         bias: [C].
         dilation: distance between taps, one number or (rows, columns).
 
     Raises:
-        ValueError: for shapes, devices or data types that do not belong together, even sides, or a dilation below 1.
+        ValueError: if shapes, devices or dtypes are inconsistent, a side is even, or a dilation is below 1.
     """
     pair = (1, 1) if dilation == 1 else _dilation_pair(dilation)
     _check(x, weight=weight, bias=bias)
     _check_filters(x, weight, bias)
     if _runtime.wants_plain_ops():
         return _plain.direct(x, weight, bias, pair)
-    if pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9:  # nothing beats PyTorch's own there
+    if pair == (1, 1) and weight.shape[2] * weight.shape[3] <= 9:  # PyTorch's own kernel is the fastest here
         return _plain.direct(x, weight, bias, pair).contiguous(memory_format=_plain.memory_format(x))
     x = _runtime.as_autocast_wants(x)
     if _runtime.needs_operator(x, weight, bias):
@@ -80,17 +80,18 @@ def large_kernel_attention(
     b7d3: Tensor | None = None,
     b1: Tensor | None = None,
 ) -> Tensor:
-    """x * conv1(conv7(conv5(x))), the gate of VAN: 5 x 5, then 7 x 7 with dilation 3, both depth-wise, then 1 x 1.
+    """Return x * conv1(conv7(conv5(x))), the gate of VAN: depth-wise 5 x 5, depth-wise 7 x 7 dilated by 3, then 1 x 1.
 
-    Differentiable once. Keeps two maps for that; the chain of PyTorch's operators keeps five.
+    The result is differentiable once. Two maps are saved for the backward pass; the chain of PyTorch operators saves
+    five.
 
     Args:
-        x: [B, C, H, W], in any memory format; the result has the same.
+        x: [B, C, H, W], in any memory format; the result has the same format.
         w5, w7d3, w1: [C, 1, 5, 5], [C, 1, 7, 7], [C, C, 1, 1].
-        b5, b7d3, b1: their biases, [C] each.
+        b5, b7d3, b1: the biases, [C] each.
 
     Raises:
-        ValueError: for shapes, devices or data types that do not belong together.
+        ValueError: if shapes, devices or dtypes are inconsistent.
     """
     _check(x, w5=w5, w7d3=w7d3, w1=w1, b5=b5, b7d3=b7d3, b1=b1)
     for weight, bias, side in ((w5, b5, 5), (w7d3, b7d3, 7)):

@@ -1,4 +1,4 @@
-"""Depth-wise convolution by the compiled kernel of kernels/cpu/depthwise_conv.cpp."""
+"""Call the compiled depth-wise convolution of kernels/cpu/depthwise_conv.cpp."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ __all__ = ["forward", "is_available", "weight_grad"]
 
 
 def _adjacent(x: Tensor) -> Tensor:
-    """`x` itself if its channels or its columns are adjacent in memory, as the kernel needs, else a copy."""
+    """Return `x`, or a contiguous copy unless its channels or its columns have stride 1, as the kernel requires."""
     return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
 
 
 def _map(x: Tensor) -> list[int]:
-    """The `Map` of the C++ file."""
+    """Return the fields of the C++ struct `Map`."""
     return [x.data_ptr(), *x.stride()]
 
 
@@ -32,7 +32,7 @@ def _call(name: str, x: Tensor, weight: Tensor, dilation: tuple[int, int], *argu
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int], memory_format: torch.memory_format
 ) -> Tensor:
-    """[B, C, H, W] in that format, from float32 CPU tensors."""
+    """Convolve float32 CPU tensors into a [B, C, H, W] tensor of the requested memory format."""
     out = torch.empty(x.shape, memory_format=memory_format)
     if x.numel():
         x, weight = _adjacent(x), weight.contiguous()
@@ -44,7 +44,7 @@ def forward(
 
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
-    """Gradient of `weight` [C, 1, rows, columns]."""
+    """Return the gradient of `weight` [C, 1, rows, columns]."""
     if not x.numel():
         return torch.zeros(weight.shape)
     out = torch.empty(weight.shape)

@@ -1,15 +1,16 @@
-"""The custom operators `mixerzoo::depthwise_conv2d` and `mixerzoo::large_kernel_attention`, their backwards, and which
-implementation each takes.
+"""Register `mixerzoo::depthwise_conv2d` and `mixerzoo::large_kernel_attention` with their backward operators, and
+choose the implementation of each.
 
-Large kernel attention keeps two maps for its backward, its input and the second convolution's output, where the chain
-of PyTorch operators keeps five; the others are computed again.
+Large kernel attention saves two maps for its backward pass, its input and the output of the second convolution, while
+the chain of PyTorch operators saves five; the others are recomputed.
 
-Why its two Triton kernels are there, and when they run; no GPU has timed them yet:
-* The 1 x 1 product with the gate in its epilogue reads and writes three maps where the chain moves five. Where that
-  count holds as it stands, on channels_last maps in half precision, it runs unless measured to be slower.
-* Both depth-wise convolutions in one launch save a launch and the fetch of the map between them. But Triton loads the
-  map anew for each of the 25 + 49 taps, more instructions than a convolution with a sliding window takes, so counts do
-  not speak for it: it runs only where it was measured to be faster. `_choice.py` says when anything is measured.
+Why its two Triton kernels exist, and when they run (no GPU has timed them yet):
+* The 1 x 1 product with the gate in its epilogue reads and writes three maps where the chain moves five. That count is
+  exact for channels_last maps in half precision, so there the kernel runs unless it was measured to be slower.
+* Both depth-wise convolutions in one launch save a launch and one read of the intermediate map. But Triton reloads the
+  map for each of the 25 + 49 taps, which takes more instructions than a convolution with a sliding window. Instruction
+  and memory counts therefore do not favour this kernel: it runs only if it was measured to be faster. `_choice.py`
+  defines when measurements happen.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ def _uses_native(x: Tensor) -> bool:
 
 
 def _methods(x: Tensor, weight: Tensor, dilation: Pair) -> list[str]:
-    """The implementations that may serve where the compiled one does not, the usual one first."""
+    """Return the candidate implementations if the compiled CPU kernel is not used, the default first."""
     triton = ["triton"] if _runtime.runs_triton(x) else []
     if x.device.type != "cpu":
         return ["direct", *(["lattice"] if max(dilation) > 1 else []), *triton]
@@ -41,17 +42,17 @@ def _key(kind: str, x: Tensor, weight: Tensor, dilation: Pair) -> tuple[object, 
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
-    """In the data type and memory format of `x`, whatever those of the filters."""
+    """Convolve in the dtype and memory format of `x`, regardless of those of the filters."""
     layout = _plain.memory_format(x)
     weight = _plain.crop(weight, (x.shape[2], x.shape[3]), dilation).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if _uses_native(x):  # before all else, which takes as long as a small map
+    if _uses_native(x):  # decided first: the code below takes as long as the convolution of a small map
         offset = None if bias is None else bias.float()
         return _native.forward(x.float(), weight.float(), offset, dilation, layout).to(x.dtype)
 
     def run(method: Any) -> Tensor:
         if method == "triton":
-            from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+            from . import _triton  # imported on use: importing Triton is slow, and not every platform has it
 
             return _triton.forward(x, weight, bias, dilation)
         return _plain.forward(x, weight, bias, dilation, method)
@@ -83,7 +84,7 @@ def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair) -> Ten
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
-    """What the operator `depthwise_conv2d` does."""
+    """Implement the operator `depthwise_conv2d`."""
     if not torch.is_autocast_enabled(x.device.type):
         return _convolve(x, weight, bias, dilation)
     with torch.autocast(x.device.type, enabled=False):
@@ -104,7 +105,7 @@ def _(x, weight, bias, dilation):
 def _depthwise_conv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, dilation: list[int], needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight, empty where not needed."""
+    """Return the gradients of x and weight, empty tensors where not needed."""
     pair = (dilation[0], dilation[1])
     grad_x = _input_grad(grad, weight, pair) if needs_x else x.new_empty(0)
     grad_weight = _weight_grad(grad, x, weight, pair) if needs_weight else weight.new_empty(0)
@@ -136,7 +137,7 @@ _depthwise_conv2d.register_autograd(_differentiate_convolution, setup_context=_s
 
 
 def _spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Tensor | None) -> Tensor:
-    """Both depth-wise convolutions; in one launch only where that was measured to be faster."""
+    """Apply both depth-wise convolutions, in one launch only if that was measured to be faster."""
     if x.device.type == "cpu" and not _runtime.INTERPRET:
         return _convolve(_convolve(x, w5, b5, (1, 1)), w7d3, b7d3, (3, 3))
 
@@ -154,29 +155,29 @@ def _spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Tenso
 
 
 def _gated(x: Tensor, spatial: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
-    """x * conv1x1(spatial)."""
+    """Return x * conv1x1(spatial)."""
 
     def run(method: str) -> Tensor:
         if method == "kernel":
             from . import _triton
 
             return _triton.lka_gate(x, spatial, w1, b1)
-        if x.device.type == "cpu" and layout == torch.channels_last:  # as a matrix product, which is the faster there
+        if x.device.type == "cpu" and layout == torch.channels_last:  # a matrix product is faster here
             return F.linear(spatial.permute(0, 2, 3, 1), w1.flatten(1), b1).permute(0, 3, 1, 2).mul_(x)
         return F.conv2d(spatial, w1, b1).mul_(x)
 
     layout = _plain.memory_format(x)
     methods = ["chain"]
     if _runtime.runs_triton(x):
-        reads_as_it_is = layout == torch.channels_last and x.element_size() == 2
-        methods = ["kernel", "chain"] if reads_as_it_is or x.device.type == "cpu" else ["chain", "kernel"]
+        is_read_without_copy = layout == torch.channels_last and x.element_size() == 2
+        methods = ["kernel", "chain"] if is_read_without_copy or x.device.type == "cpu" else ["chain", "kernel"]
     return _choice.run_fastest(_key("gate", x, w1, (1, 1)), methods, run).contiguous(memory_format=layout)
 
 
 def attend(
     x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the operator `large_kernel_attention` does."""
+    """Implement the operator `large_kernel_attention`."""
     with torch.autocast(x.device.type, enabled=False):
         spatial = _spatial(x, w5, w7d3, b5, b7d3)
         return _gated(x, spatial, w1.to(x.dtype), None if b1 is None else b1.to(x.dtype)), spatial
@@ -186,7 +187,7 @@ def attend(
 def _large_kernel_attention(
     x: Tensor, w5: Tensor, w7d3: Tensor, w1: Tensor, b5: Tensor | None, b7d3: Tensor | None, b1: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The result, and the map before the 1 x 1 convolution, for the backward."""
+    """Return the result, and the input of the 1 x 1 convolution for the backward pass."""
     return attend(x, w5, w7d3, w1, b5, b7d3, b1)
 
 
@@ -209,7 +210,7 @@ def _large_kernel_attention_backward(
     b1: Tensor | None,
     needs_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of x, w5, w7d3, w1 and the three biases; of x alone unless `needs_weights`."""
+    """Return the gradients of x, w5, w7d3, w1 and the three biases, or of x alone unless `needs_weights`."""
     weight, bias = w1.to(x.dtype), None if b1 is None else b1.to(x.dtype)
     grad_gate = grad * x
     grad_x = grad * F.conv2d(spatial, weight, bias)

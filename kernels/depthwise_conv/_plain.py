@@ -1,8 +1,8 @@
-"""Depth-wise convolution by PyTorch operators: directly in either memory format, or dilated ones as dense ones.
+"""Compute depth-wise convolution with PyTorch operators: directly in either memory format, or dilated ones as dense.
 
-The lattice rewrite. A convolution with dilation d never mixes positions whose row or column numbers differ modulo d.
-So the map falls apart into d * d interleaved lattices, and on each of them the convolution is a dense one: gather the
-lattices into the batch, convolve, scatter back. The sums are the same, term by term. It is worth two copies of the map
+The lattice rewrite: a convolution with dilation d never mixes positions whose row or column indices differ modulo d.
+The map therefore decomposes into d * d interleaved lattices, and on each of them the convolution is dense: gather the
+lattices into the batch, convolve, scatter back. The sums are equal term by term. The two copies of the map pay off
 because no library has a fast path for dilated depth-wise convolutions.
 """
 
@@ -18,17 +18,17 @@ Method = Literal["direct", "channels_last", "lattice"]
 
 
 def same_padding(weight: Tensor, dilation: Pair) -> Pair:
-    """Zeros on each side that keep the size of the map."""
+    """Return the zero padding of each side that preserves the map size."""
     return dilation[0] * (weight.shape[2] // 2), dilation[1] * (weight.shape[3] // 2)
 
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
-    """The definition, by one call of PyTorch's; [B, C, H, W] -> the same, for any dtype, device and symbolic size."""
+    """Define the convolution by one PyTorch call: [B, C, H, W] to [B, C, H, W], any dtype, device or symbolic size."""
     return F.conv2d(x, weight, bias, padding=same_padding(weight, dilation), dilation=dilation, groups=weight.shape[0])
 
 
 def crop(weight: Tensor, size: Pair, dilation: Pair) -> Tensor:
-    """`weight` without the taps that reach past the far border of a map of `size` from every position."""
+    """Drop the taps of `weight` that fall outside a map of `size` from every position."""
     reach = (size[0] - 1) // dilation[0], (size[1] - 1) // dilation[1]
     cut = max(weight.shape[2] // 2 - reach[0], 0), max(weight.shape[3] // 2 - reach[1], 0)
     if cut == (0, 0):
@@ -37,7 +37,7 @@ def crop(weight: Tensor, size: Pair, dilation: Pair) -> Tensor:
 
 
 def _lattice_rows(batch: int, size: Pair, dilation: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each position of the lattices its row in the map (one past the end: padding), and the other way round."""
+    """Return the flat map row of each lattice position (one past the end: padding), and the inverse mapping."""
     (height, width), (d_y, d_x) = size, dilation
     rows, columns = (height + d_y - 1) // d_y, (width + d_x - 1) // d_x
 
@@ -60,12 +60,12 @@ _remembered_rows = functools.lru_cache(maxsize=16)(_lattice_rows)
 
 def _rows_of(shape: torch.Size, dilation: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
     batch, _, height, width = shape
-    known = all(isinstance(size, int) for size in shape)  # while exporting, sizes may be symbols
-    return (_remembered_rows if known else _lattice_rows)(batch, (height, width), dilation, device)
+    is_static = all(isinstance(size, int) for size in shape)  # while exporting, sizes may be symbols
+    return (_remembered_rows if is_static else _lattice_rows)(batch, (height, width), dilation, device)
 
 
 def to_lattices(x: Tensor, dilation: Pair) -> Tensor:
-    """[B, C, H, W] to [d_y * d_x * B, C, H / d_y, W / d_x], rounded up; channels last."""
+    """Rearrange [B, C, H, W] to [d_y * d_x * B, C, ceil(H / d_y), ceil(W / d_x)], channels_last."""
     batch, channels, height, width = x.shape
     gather, _ = _rows_of(x.shape, dilation, x.device)
     rows = F.pad(x.permute(0, 2, 3, 1).reshape(-1, channels), (0, 0, 0, 1))
@@ -75,7 +75,7 @@ def to_lattices(x: Tensor, dilation: Pair) -> Tensor:
 
 
 def from_lattices(x: Tensor, shape: torch.Size, dilation: Pair) -> Tensor:
-    """Undoes `to_lattices` for a map of that shape; channels last."""
+    """Invert `to_lattices` for a map of the given shape, channels_last."""
     batch, channels, height, width = shape
     _, scatter = _rows_of(shape, dilation, x.device)
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, scatter)
@@ -83,21 +83,21 @@ def from_lattices(x: Tensor, shape: torch.Size, dilation: Pair) -> Tensor:
 
 
 def lattice(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair) -> Tensor:
-    """The same sums as `direct`, from dense convolutions; channels last."""
+    """Compute the sums of `direct` by dense convolutions on the lattices, channels_last."""
     lattices = direct(to_lattices(x, dilation), weight, bias, (1, 1))
     return from_lattices(lattices, x.shape, dilation)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last if the channels of `x` [B, C, H, W] are adjacent, as in a part of such a map, else contiguous."""
+    """Return channels_last if the channels of `x` [B, C, H, W], possibly a slice, are adjacent, else contiguous."""
     is_last = x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if is_last else torch.contiguous_format
 
 
 def choose(weight: Tensor, dilation: Pair) -> Method:
-    """The fastest of the three on CPUs; `benchmarks/bench_depthwise_conv.py --rule` measures anew what this says.
+    """Return the fastest of the three methods on CPUs; `benchmarks/bench_depthwise_conv.py --rule` remeasures the rule.
 
-    oneDNN has nothing for dilation, and for tall kernels only a path for channels_last.
+    oneDNN has no fast path for dilation, and for tall kernels only one for channels_last.
     """
     taps = weight.shape[2] * weight.shape[3]
     if max(dilation) > 2 or (max(dilation) == 2 and taps > 25):
@@ -106,7 +106,7 @@ def choose(weight: Tensor, dilation: Pair) -> Method:
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair, method: Method) -> Tensor:
-    """[B, C, H, W] by that method, which also settles the memory format."""
+    """Convolve [B, C, H, W] by `method`, which also determines the memory format of the result."""
     if method == "lattice":
         return lattice(x, weight, bias, dilation)
     if method == "channels_last":
@@ -115,7 +115,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Pair, meth
 
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: Pair, method: Method) -> Tensor:
-    """Gradient of `weight` [C, 1, rows, columns] by that method."""
+    """Return the gradient of `weight` [C, 1, rows, columns], computed by `method`."""
     if method == "lattice":
         grad, x, dilation = to_lattices(grad, dilation), to_lattices(x, dilation), (1, 1)
     elif method == "channels_last":

@@ -1,18 +1,18 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
-# pyright knows neither launches nor that Triton makes constants of plain numbers.
-"""Depth-wise convolution and the two halves of large kernel attention in Triton; maps are channels_last.
+# pyright understands neither Triton launches nor that Triton turns plain numbers into constants.
+"""Triton kernels for depth-wise convolution and the two halves of large kernel attention, on channels_last maps.
 
-* `_dw_fwd_kernel`: a tile of positions and channels; for every tap one shifted load of the tile. With mirrored filters
-  it is the gradient of the input.
-* `_dw_weight_grad_kernel`: one row of taps for a block of channels, summed over a share of all map rows. Every program
-  writes its own sums, which are added outside: no atomics.
-* `_lka_spatial_kernel`: both convolutions of LKA in one launch. A program owns all positions of an image for a block of
-  channels: the first convolution is written out, a barrier makes it visible to the block, the second reads it from the
-  cache. So the map between them is neither launched nor, where it fits, fetched again.
-* `_lka_gate_kernel`: the 1 x 1 convolution as a matrix product, multiplied by the input before it is stored.
+* `_dw_fwd_kernel`: each program computes a tile of positions and channels, with one shifted load of the tile per tap.
+  With mirrored filters it computes the gradient of the input.
+* `_dw_weight_grad_kernel`: each program sums one row of taps for a block of channels over a share of all map rows. It
+  writes its own partial sums, which are added outside, so there are no atomics.
+* `_lka_spatial_kernel`: one launch computes both convolutions of LKA. A program owns all positions of an image for a
+  block of channels: it writes the first convolution, a barrier makes it visible to the thread block, and the second
+  reads it from the cache. This saves the second launch and, where the map fits the cache, its second fetch.
+* `_lka_gate_kernel`: a matrix product computes the 1 x 1 convolution and multiplies it by the input before the store.
 
-Sums are float32 whatever the tensors are. The tiles below are chosen by what the compiler reports (registers, spills:
-tests/kernels/aot_compile.py), not by the clock.
+All kernels accumulate in float32. The tile sizes below follow the compiler's reports (registers, spills:
+tests/kernels/aot_compile.py), not timings.
 """
 
 import torch
@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_ROWS, TILE_COLUMNS = 8, 8
-"""Positions of a tile."""
+"""Positions per tile along each axis."""
 
 CHANNELS = 32
-"""Channels of a tile: 64 bytes in half precision, the least that is fetched at once."""
+"""Channels per tile: 64 bytes in half precision, the smallest memory transaction."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _convolve_tile(
     p_x, p_w, p_b, base, o_y, o_x, o_c, m_c, H, W, C, KY: tl.constexpr, KX: tl.constexpr, DY: tl.constexpr,
     DX: tl.constexpr, HAS_BIAS: tl.constexpr, N: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """[N, BC] sums in float32 at the positions (o_y, o_x); filters are [KY, KX, C]."""
+    """Return [N, BC] float32 sums at the positions (o_y, o_x); filters are [KY, KX, C]."""
     b_sum = tl.zeros([N, BC], tl.float32)
     if HAS_BIAS:
         b_sum += tl.load(p_b + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
@@ -81,7 +81,10 @@ def _dw_weight_grad_kernel(
     KY: tl.constexpr, KX: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
     TAPS: tl.constexpr, TX: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sums [program, KY, KX, C] over `rows_a_program` rows of all images; TAPS is KX rounded up to a power of two."""
+    """Write partial sums [program, KY, KX, C] over `rows_a_program` rows of all images each.
+
+    TAPS is KX rounded up to a power of two.
+    """
     i_row, i_c, i_share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_j = tl.arange(0, TAPS)
     o_c = i_c * BC + tl.arange(0, BC)
@@ -137,7 +140,7 @@ def _lka_gate_kernel(
     p_a, p_w, p_b, p_x, p_out, M, C,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out = x * (a w^T + b) for rows of channels: a, x, out [M, C], w [C out, C in]."""
+    """Compute out = x * (a w^T + b) for rows of channels: a, x, out are [M, C], w is [C out, C in]."""
     i_m, i_n = tl.program_id(0), tl.program_id(1)
     o_m, o_n = i_m.to(tl.int64) * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < M, o_n < C
@@ -160,7 +163,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _filters(weight: Tensor) -> Tensor:
-    """[C, 1, rows, columns] to [rows, columns, C]."""
+    """Permute [C, 1, rows, columns] to [rows, columns, C], contiguous."""
     return weight[:, 0].permute(1, 2, 0).contiguous()
 
 
@@ -173,12 +176,12 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _precision() -> str:
-    """float32 products follow PyTorch's own setting; half precision does not look at it."""
+    """Return the tensor-core precision of float32 products, from PyTorch's own setting; half precision ignores it."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int, int]) -> Tensor:
-    """Depth-wise convolution [B, C, H, W]; channels last."""
+    """Return the depth-wise convolution [B, C, H, W], channels_last."""
     x, out = _channels_last(x), _empty(x)
     batch, channels, height, width = x.shape
     tiles = triton.cdiv(height, TILE_ROWS) * triton.cdiv(width, TILE_COLUMNS)
@@ -192,7 +195,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: tuple[int,
 
 
 def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
-    """Gradient of `weight` [C, 1, rows, columns], in float32."""
+    """Return the gradient of `weight` [C, 1, rows, columns], in float32."""
     grad, x = _channels_last(grad), _channels_last(x)
     batch, channels, height, width = x.shape
     rows, columns = weight.shape[2:]
@@ -200,7 +203,7 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: tuple[int, in
         return torch.zeros(weight.shape, device=x.device)
     taps = _power_of_two(columns)
     blocks = triton.cdiv(channels, 16)
-    shares = max(1, min(batch * height, 1024 // (blocks * rows)))  # about eight programs an SM
+    shares = max(1, min(batch * height, 1024 // (blocks * rows)))  # about eight programs per multiprocessor
     sums = torch.empty(shares, rows, columns, channels, dtype=torch.float32, device=x.device)
     _dw_weight_grad_kernel[(rows, blocks, shares)](
         grad, x, sums, batch, height, width, channels, triton.cdiv(batch * height, shares),
@@ -210,7 +213,7 @@ def weight_grad(grad: Tensor, x: Tensor, weight: Tensor, dilation: tuple[int, in
 
 
 def lka_spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Tensor | None) -> Tensor:
-    """Both depth-wise convolutions of LKA, [B, C, H, W]; channels last."""
+    """Apply both depth-wise convolutions of LKA to [B, C, H, W]; the result is channels_last."""
     x = _channels_last(x)
     middle, out = _empty(x), _empty(x)
     batch, channels, height, width = x.shape
@@ -223,7 +226,7 @@ def lka_spatial(x: Tensor, w5: Tensor, w7d3: Tensor, b5: Tensor | None, b7d3: Te
 
 
 def lka_gate(x: Tensor, spatial: Tensor, w1: Tensor, b1: Tensor | None) -> Tensor:
-    """x * conv1x1(spatial), [B, C, H, W]; channels last."""
+    """Return x * conv1x1(spatial), [B, C, H, W], channels_last."""
     x, spatial, out = _channels_last(x), _channels_last(spatial), _empty(x)
     batch, channels, height, width = x.shape
     rows = batch * height * width

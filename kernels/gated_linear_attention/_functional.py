@@ -49,22 +49,23 @@ def _attend(
 def gated_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Attend from each token to itself and all before it, the further back the weaker; in time linear in the tokens.
+    """Attend causally from each token to itself and all earlier ones, with decaying weights, in linear time.
 
-    Sums are float32 at least. Differentiable once, as its gradient is an operator, too.
+    Sums are accumulated in float32 at least. The result is differentiable once, because its backward pass is itself a
+    custom operator.
 
     Args:
         query, key: [batch, tokens, heads, head_dim].
         value: [batch, tokens, heads, value_dim].
-        log_gate: [batch, tokens, heads, head_dim], at most 0, in any floating-point type: the logarithm of what a
-            channel of the state keeps when the token arrives. As strong as one likes, -inf included.
-        scale: of the result; head_dim ** -0.5 if None.
+        log_gate: [batch, tokens, heads, head_dim], at most 0, in any floating-point dtype: the logarithm of the decay
+            of each state channel when the token arrives. Any strength is supported, including -inf.
+        scale: factor of the result; head_dim ** -0.5 if None.
 
     Returns:
-        [batch, tokens, heads, value_dim], contiguous, in the data type of `value`, under autocast in that of autocast.
+        [batch, tokens, heads, value_dim], contiguous, in the dtype of `value`, or of autocast if that is enabled.
 
     Raises:
-        ValueError: for shapes, devices or data types that do not belong together.
+        ValueError: if shapes, devices or dtypes are inconsistent.
     """
     _check(query, key, value, log_gate=log_gate)
     return _attend(query, key, value, log_gate, None, query.shape[-1] ** -0.5 if scale is None else scale)
@@ -79,10 +80,10 @@ def bidirectional_gated_linear_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """The mean of attending to the tokens before and to those after, each with gates of its own; both count the token
-    itself.
+    """Return the mean of causal and anti-causal attention, each with its own gates; both include the token itself.
 
-    `log_gate_backward[t]` weakens what comes from the tokens after t. All else as in `gated_linear_attention`.
+    `log_gate_backward[t]` weakens contributions of the tokens after t. The other arguments, the result and the errors
+    are those of `gated_linear_attention`.
     """
     _check(query, key, value, log_gate_forward=log_gate_forward, log_gate_backward=log_gate_backward)
     half = 0.5 * (query.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,6 +1,6 @@
-"""The custom operator `mixerzoo::gated_linear_attention`, its backward, and which implementation each takes.
+"""Register `mixerzoo::gated_linear_attention` with its backward operator, and choose the implementation of each.
 
-Nothing is kept for the backward but the inputs: the states are computed again, which takes one product a chunk.
+Only the inputs are saved for the backward pass: the states are recomputed, at the cost of one product per chunk.
 """
 
 import torch
@@ -11,26 +11,26 @@ from . import _plain
 
 
 def gates(log_gate: Tensor, log_gate_backward: Tensor | None) -> _plain.Gates:
-    """One direction or two, as `_plain` takes them."""
-    return list(zip(_given(log_gate, log_gate_backward), (_plain.LATER, _plain.EARLIER), strict=False))
+    """Pair one or two log gates with their directions, in the form that `_plain` takes."""
+    return list(zip(_log_gates(log_gate, log_gate_backward), (_plain.LATER, _plain.EARLIER), strict=False))
 
 
-def _given(log_gate: Tensor, log_gate_backward: Tensor | None) -> tuple[Tensor, ...]:
+def _log_gates(log_gate: Tensor, log_gate_backward: Tensor | None) -> tuple[Tensor, ...]:
     return (log_gate,) if log_gate_backward is None else (log_gate, log_gate_backward)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, log_gate_backward: Tensor | None, scale: float
 ) -> Tensor:
-    """What the operator does: the sum over the directions, times `scale`."""
+    """Implement the operator: sum over the directions and multiply by `scale`."""
     if value.numel() == 0 or query.numel() == 0:
         return value.new_zeros(value.shape)
     with torch.autocast(query.device.type, enabled=False):
         if _runtime.runs_triton(query):
-            from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+            from . import _triton  # imported on use: importing Triton is slow, and not every platform has it
 
             if _triton.supports(query, value):
-                return _triton.forward(query, key, value, _given(log_gate, log_gate_backward), scale)
+                return _triton.forward(query, key, value, _log_gates(log_gate, log_gate_backward), scale)
         return _plain.forward(query, key, value, gates(log_gate, log_gate_backward), scale).contiguous()
 
 
@@ -56,15 +56,15 @@ def _gated_linear_attention_backward(
     log_gate_backward: Tensor | None,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, and one or two log gates."""
-    given = _given(log_gate, log_gate_backward)
+    """Return the gradients of query, key, value and one or two log gates."""
+    log_gates = _log_gates(log_gate, log_gate_backward)
     if value.numel() == 0 or query.numel() == 0:
-        return [x.new_zeros(x.shape) for x in (query, key, value, *given)]
+        return [x.new_zeros(x.shape) for x in (query, key, value, *log_gates)]
     if _runtime.runs_triton(query):
         from . import _triton
 
         if _triton.supports(query, value):
-            return _triton.backward(grad, query, key, value, given, scale)
+            return _triton.backward(grad, query, key, value, log_gates, scale)
     directions = gates(log_gate, log_gate_backward)
     *grads, grad_gates = _plain.backward(grad, query, key, value, directions, scale)
     return [x.contiguous() for x in (*grads, *grad_gates)]
@@ -72,7 +72,7 @@ def _gated_linear_attention_backward(
 
 @_gated_linear_attention_backward.register_fake
 def _(grad, query, key, value, log_gate, log_gate_backward, scale):
-    return [x.new_empty(x.shape) for x in (query, key, value, *_given(log_gate, log_gate_backward))]
+    return [x.new_empty(x.shape) for x in (query, key, value, *_log_gates(log_gate, log_gate_backward))]
 
 
 def _save(ctx, inputs, output) -> None:

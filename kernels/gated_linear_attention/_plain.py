@@ -1,18 +1,18 @@
-"""Gated linear attention by PyTorch operators, chunk by chunk: forward, and its backward.
+"""Compute gated linear attention and its backward pass by PyTorch operators, chunk by chunk.
 
-Between chunks of `CHUNK` tokens a state [head_dim, value_dim] is handed on; within one, queries meet keys in matrix
-products. Token s reaches token t weakened by the product of the gates between them. To have such products in a matrix
-product, they must fall apart into a factor of t and one of s, and the usual way, exp(sum up to t) * exp(-sum up to s),
-overflows where gates are strong. Here the factors meet at a token between s and t, so that neither ever exceeds 1:
+A state [head_dim, value_dim] is carried between chunks of `CHUNK` tokens; within a chunk, queries meet keys in matrix
+products. The contribution of token s to token t decays by the product of the gates between them. A matrix product needs
+that decay as a factor of t times a factor of s, and the usual factorisation, exp(sum up to t) * exp(-sum up to s),
+overflows for strong gates. Here the two factors meet at a token between s and t, so that neither ever exceeds 1:
 
-    In a pair of neighbouring blocks, each query is weakened from the border to its token ("near"), each key from its
-    token to the border ("far"): one product of two blocks. Blocks of 1, 2, 4, ... tokens pair up, until the chunk is
-    one block and its own near and far connect it with the states.
+    In a pair of neighbouring blocks, each query decays from the border to its token ("near"), each key from its token
+    to the border ("far"), and one product handles both blocks. Blocks of 1, 2, 4, ... tokens pair up until the chunk
+    is one block, whose near and far connect it with the states.
 
-No logarithm of a product and no difference of sums is ever taken: gates of 0 (-inf as logarithm) are as exact as any.
+No logarithm of a product and no difference of sums is ever taken, so gates of 0 (-inf as logarithm) lose no accuracy.
 
-The two directions differ in which half of a pair asks: the later one (`LATER`) where states come from the first token,
-the earlier one (`EARLIER`) where they come from the last. Their scores fill the two triangles of one matrix.
+The two directions differ in which half of a pair holds the queries: the later one (`LATER`) if states come from the
+first token, the earlier one (`EARLIER`) if they come from the last. Their scores fill the two triangles of one matrix.
 """
 
 from collections.abc import Sequence
@@ -28,30 +28,32 @@ EARLIER, LATER = 0, 1
 _SIZES = (1, 2, 4, 8, 16)
 
 Gates = Sequence[tuple[Tensor, int]]
-"""For each direction its log gates [batch, tokens, heads, head_dim] and the half of a pair that asks."""
+"""For each direction, its log gates [batch, tokens, heads, head_dim] and the half of a pair that holds the queries."""
 
 
 def _to_chunks(x: Tensor) -> Tensor:
-    """[batch, tokens, heads, dim] to [batch, heads, chunks, CHUNK, dim], zeros for the tokens that lack."""
+    """Reshape [batch, tokens, heads, dim] to [batch, heads, chunks, CHUNK, dim], zero-padding the last chunk."""
     x = F.pad(x, [0, 0, 0, 0, 0, -x.shape[1] % CHUNK])
     return x.unflatten(1, [-1, CHUNK]).permute(0, 3, 1, 2, 4)
 
 
 def _from_chunks(x: Tensor, like: Tensor) -> Tensor:
-    """The tokens, heads and data type that `like` has."""
+    """Invert `_to_chunks`, with the token count, heads and dtype of `like`."""
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : like.shape[1]].to(like.dtype)
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """[..., CHUNK, dim] to the earlier and the later block of every pair of such blocks, [..., pairs, size, dim]."""
+    """Split [..., CHUNK, dim] into the earlier and the later block of every pair, [..., pairs, size, dim]."""
     left, right = x.unflatten(-2, [-1, 2, size]).unbind(-3)
     return left, right
 
 
 class _Reach:
-    """How much of a key survives on its way through a block of `size` tokens, all [..., CHUNK, head_dim]: from the
-    block's border to each token with that token's gate (`near`), from each token without its gate to the border
-    (`far`)."""
+    """Hold the decay factors of keys within blocks of `size` tokens, all [..., CHUNK, head_dim].
+
+    `near` is the decay from the block's border to each token, including that token's gate. `far` is the decay from
+    each token to the border, excluding its own gate. `asks` is the half of a pair that holds the queries.
+    """
 
     def __init__(self, log_gate: Tensor, asks: int) -> None:
         self.asks, self.size = asks, 1
@@ -59,15 +61,15 @@ class _Reach:
         self.far = torch.ones_like(self.near)
 
     def of_pairs(self) -> tuple[Tensor, Tensor]:
-        """The near of the blocks that ask, the far of those that are asked."""
+        """Return the `near` of the blocks that hold the queries and the `far` of those that hold the keys."""
         return _halves(self.near, self.size)[self.asks], _halves(self.far, self.size)[1 - self.asks]
 
     def through(self, blocks: Tensor) -> Tensor:
-        """What survives the whole way through each of the `blocks` of near, [..., 1, head_dim]."""
+        """Return the decay across each whole block of near factors `blocks`, [..., 1, head_dim]."""
         return blocks[..., -1:, :] if self.asks == LATER else blocks[..., :1, :]
 
     def widen(self) -> None:
-        """To blocks of twice the size."""
+        """Double the block size."""
         near, far = _halves(self.near, self.size), _halves(self.far, self.size)
         far[1 - self.asks].mul_(self.through(near[self.asks]))
         near[self.asks].mul_(self.through(near[1 - self.asks]))
@@ -75,19 +77,22 @@ class _Reach:
 
 
 def _corner(scores: Tensor, size: int, asks: int) -> Tensor:
-    """Of [..., CHUNK, CHUNK], what the asking halves of pairs of blocks have to do with the others; a view."""
+    """Return a view of [..., CHUNK, CHUNK]: for each pair, its query half against its key half."""
     pairs = scores.unflatten(-1, [-1, 2, size]).unflatten(-4, [-1, 2, size])
     between = pairs.select(-5, asks).select(-2, 1 - asks)
     return between.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _between(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T of every two blocks. So small products as the first are faster as sums."""
+    """Return x y^T for each pair of blocks. Blocks of one token are faster as element-wise sums."""
     return (x * y).sum(-1, keepdim=True) if x.shape[-2] == 1 else x @ y.mT
 
 
 def _scores(query: Tensor, key: Tensor, reaches: list[_Reach]) -> Tensor:
-    """[..., CHUNK, CHUNK] of all directions, each counting a token's own key; leaves whole chunks in `reaches`."""
+    """Return the summed scores [..., CHUNK, CHUNK] of all directions, and widen `reaches` to whole chunks.
+
+    Each direction counts a token's own key.
+    """
     scores = ((query * key).sum(-1) * len(reaches)).diag_embed()
     for size in _SIZES:
         queries, keys = _halves(query, size), _halves(key, size)
@@ -99,8 +104,10 @@ def _scores(query: Tensor, key: Tensor, reaches: list[_Reach]) -> Tensor:
 
 
 def _carry(log_gate: Tensor, added: Tensor, *, from_last: bool) -> Tensor:
-    """The states [batch, heads, chunks, head_dim, value_dim] before each chunk in the direction of walking, if each
-    chunk weakens what it gets by all its gates, and adds its own."""
+    """Return the states [batch, heads, chunks, head_dim, value_dim] before each chunk in scan order.
+
+    Each chunk decays its incoming state by all its gates and adds its own contribution `added`.
+    """
     decay = _to_chunks(log_gate.to(added.dtype)).sum(-2).exp().unsqueeze(-1)
     states, order = torch.empty_like(added), range(added.shape[2])[:: -1 if from_last else 1]
     states[:, :, order[0]] = 0
@@ -119,7 +126,7 @@ def _reaches(gates: Gates, dtype: torch.dtype) -> list[_Reach]:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float) -> Tensor:
-    """The sum over the directions; query, key, value [batch, tokens, heads, dim]."""
+    """Return the sum over the directions; query, key, value are [batch, tokens, heads, dim]."""
     q, k, v = _float_chunks(query.dtype, query, key, value)
     reaches = _reaches(gates, q.dtype)
     out = _scores(q, k, reaches) @ v
@@ -130,8 +137,12 @@ def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: floa
 
 
 def _grad_of_log_gate(query_side: Tensor, key_side: Tensor, carried: Tensor, asks: int) -> Tensor:
-    """A gate weakens all that passes it: what later queries get of earlier keys. That is the sum over the tokens from
-    it on (in the direction of walking) of q dq, less that of k dk; of the tokens after the chunk, `carried`."""
+    """Return the gradient of the log gates of one direction.
+
+    A gate scales every contribution that passes it, from earlier keys to later queries. Its gradient is therefore the
+    sum of q dq - k dk over the tokens from it onwards in scan order; `carried` is the part of the tokens after the
+    chunk.
+    """
     passed = query_side - key_side
     if asks == LATER:
         return passed.flip(-2).cumsum(-2).flip(-2) + carried
@@ -141,7 +152,7 @@ def _grad_of_log_gate(query_side: Tensor, key_side: Tensor, carried: Tensor, ask
 def _backward_within(
     grad_scores: Tensor, query: Tensor, key: Tensor, reaches: list[_Reach]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`_scores` again, and the gradients of query and key through it without a token's own key, for each direction."""
+    """Recompute `_scores`, and return its gradients of query and key per direction, without a token's own key."""
     scores = ((query * key).sum(-1) * len(reaches)).diag_embed()
     grads = [(torch.zeros_like(query), torch.zeros_like(key)) for _ in reaches]
     for size in _SIZES:
@@ -161,7 +172,7 @@ def _backward_within(
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, value and the log gates; needs nothing but the inputs of `forward`."""
+    """Return the gradients of query, key, value and the log gates, from the inputs of `forward` alone."""
     q, k, v, d = _float_chunks(query.dtype, query, key, value, grad)
     d = d * scale
     reaches = _reaches(gates, q.dtype)
@@ -181,6 +192,6 @@ def backward(
         carried = (after * grad_states).sum(-1).unsqueeze(-2)
         grad_gate = _grad_of_log_gate(q * grad_q, k * grad_k, carried, asks)
         grad_gates.append(_from_chunks(grad_gate, log_gate))
-    own = grad_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * len(gates)
-    grad_q, grad_k = sum(grads_q, own * k), sum(grads_k, own * q)
+    grad_diagonal = grad_scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * len(gates)
+    grad_q, grad_k = sum(grads_q, grad_diagonal * k), sum(grads_k, grad_diagonal * q)
     return _from_chunks(grad_q, query), _from_chunks(grad_k, key), _from_chunks(grad_v, value), grad_gates

@@ -1,9 +1,9 @@
-"""Gated linear attention as few standard operators: for exporters, for functional transforms, for autograd.
+"""Compute gated linear attention with few standard operators: for exporters, functional transforms and autograd.
 
-What survives from one token to a later one is written out for all pairs of a chunk, and from one chunk to a later one
-for all pairs of chunks: exp of a sum of just the gates between, so that no gate, -inf included, is too strong. That
-takes more memory than `_plain`, and grows, slowly, with the square of the tokens; but no loop and no number of chunks
-stands in the program, so that it holds for any number of tokens.
+The decays between all pairs of tokens of a chunk, and between all pairs of chunks, are materialised: exp of a sum of
+exactly the gates in between, so that no gate is too strong, -inf included. This takes more memory than `_plain` and
+grows, slowly, with the square of the number of tokens. In return, the program contains no loop and no fixed number of
+chunks, so it is valid for any number of tokens.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from ._plain import CHUNK, EARLIER, Gates
 
 
 def _survival(log_gates: Tensor) -> Tensor:
-    """[..., steps, dim] to [..., to, from, dim]: the product of the gates after `from` up to `to`; 0 backwards."""
+    """Return [..., to, from, dim]: the product of gates [..., steps, dim] after `from` up to `to`, 0 if to < from."""
     step = torch.arange(log_gates.shape[-2], device=log_gates.device)
     after = (step[:, None] > step)[..., None]
     sums = torch.where(after, log_gates.unsqueeze(-2), 0.0).cumsum(-3)
@@ -24,7 +24,7 @@ def _survival(log_gates: Tensor) -> Tensor:
 
 
 def _walk(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor) -> Tensor:
-    """One direction, [batch, heads, chunks, CHUNK, dim]."""
+    """Scan one direction, from the first token; inputs are [batch, heads, chunks, CHUNK, dim]."""
     q, k, v, g = query, key, value, log_gate
     survival = _survival(g)  # [batch, heads, chunks, to, from, head_dim]
     scores = (survival * q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1)
@@ -36,20 +36,20 @@ def _walk(query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor) -> Tensor
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, gates: Gates, scale: float) -> Tensor:
-    """The sum over the directions; query, key, value [batch, tokens, heads, dim]."""
+    """Return the sum over the directions; query, key, value are [batch, tokens, heads, dim]."""
     wide, tokens = torch.promote_types(query.dtype, torch.float32), query.shape[1]
 
     def stack(of_direction: Sequence[Tensor]) -> Tensor:
-        """All directions as one batch of walks from the first token."""
+        """Concatenate all directions into one batch of scans from the first token."""
         walks = [x.flip(1) if asks == EARLIER else x for x, (_, asks) in zip(of_direction, gates, strict=True)]
-        # A chunk too many, since exporters take a number that may be 1 as fixed, and no remainder of the number of
-        # tokens, of which they would have to prove that it divides.
+        # Pad by one extra chunk, because exporters specialise a size that may be 1. Avoid a remainder of the number of
+        # tokens, because they would have to prove divisibility.
         padded = F.pad(torch.cat(walks).to(wide), [0, 0, 0, 0, 0, 2 * CHUNK - 1])
         return padded.unfold(1, CHUNK, CHUNK).permute(0, 2, 1, 4, 3)
 
     inputs = [[x] * len(gates) for x in (query, key, value)]
     walked = _walk(*(stack(x) for x in (*inputs, [log_gate for log_gate, _ in gates]))) * scale
     walked = walked.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens]
-    walked = walked.unflatten(0, [len(gates), query.shape[0]])  # `chunk` is what ONNX's optimiser fails at
+    walked = walked.unflatten(0, [len(gates), query.shape[0]])  # not `chunk`: ONNX's optimiser fails on it
     outs = [walked[i].flip(1) if asks == EARLIER else walked[i] for i, (_, asks) in enumerate(gates)]
     return sum(outs[1:], outs[0]).to(value.dtype)

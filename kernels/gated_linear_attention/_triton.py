@@ -1,28 +1,30 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
-# pyright knows neither launches nor that Triton makes constants of plain numbers.
-"""Gated linear attention in Triton, both directions in each launch: states, results, gradients.
+# pyright understands neither Triton launches nor that Triton turns plain numbers into constants.
+"""Triton kernels for gated linear attention: states, outputs and gradients, with both directions in each launch.
 
-* `_gla_state_kernel` walks over the chunks of a head and writes the state before each: one program a head and
-  direction, that of the state in registers. Gradients of states are the same walk backwards, of queries and the
-  result's gradient in place of keys and values.
-* With few heads, every chunk's own contribution is written by a program of its own, and `_gla_carry_kernel` adds them
-  up. That moves the states twice more, and the walk, which nothing else can overlap then, has no product left in it.
-* `_gla_fwd_kernel` has a program for each chunk. It computes both directions' scores into the two triangles of one
-  tile, as `_plain` does, so query, key and value are read once, and the directions are added in registers: no atomics,
-  no second buffer. The gradient of the value is the same with the keys as queries.
-* `_gla_bwd_kernel` gives all other gradients. Its programs have 16 channels of a head each, however wide it is: more
-  tiles at once would not fit registers.
+* `_gla_state_kernel` scans the chunks of a head and writes the state before each: one program per head and direction,
+  with the state in registers. Gradients of states come from the reversed scan, with queries and the output gradient in
+  place of keys and values.
+* If there are few heads, a separate program writes the contribution of each chunk, and `_gla_carry_kernel` accumulates
+  them. That moves the states twice more, but the sequential scan, which nothing can overlap, then contains no matrix
+  product.
+* `_gla_fwd_kernel` runs one program per chunk. It computes the scores of both directions into the two triangles of one
+  tile, as `_plain` does. Query, key and value are therefore read once, and the directions are added in registers: no
+  atomics, no second buffer. The gradient of the value is the same computation with the keys in place of the queries.
+* `_gla_bwd_kernel` computes all other gradients. Each program handles 16 channels of a head, however wide the head is:
+  larger tiles would not fit in registers.
 
-Within a chunk blocks of 1, 2, 4, ... tokens pair up; what gates let through between the border of a pair and each token
-is exp of a sum of just these gates, at most 1, and one product of whole tiles gives the scores of all pairs of a size.
-Other ways would be: exp of differences from the chunk's start, which overflow; exp for each pair of tokens of blocks of
-16, 16 exps for a channel of a token and direction instead of the 5 here; or the recurrence itself, which takes as many
-instructions (two directions of three for each number of a 32 x 64 state), but one token after the other.
+Within a chunk, blocks of 1, 2, 4, ... tokens pair up. The decay between the border of a pair and each token is exp of
+the sum of exactly these log gates, so it is at most 1, and one product of whole tiles gives the scores of all pairs of
+a size. The alternatives are: exp of differences from the start of the chunk, which overflows; exp for each pair of
+tokens in blocks of 16, which takes 16 exps per channel, token and direction instead of the 5 here; and the recurrence
+itself, which takes as many instructions (two directions of three for each element of a 32 x 64 state) but is sequential
+in the tokens.
 
-No GPU has timed any of this yet; the compiler's reports say that nothing spills (tests/kernels/aot_compile.py).
+No GPU has timed any of this yet; the compiler's reports show no register spills (tests/kernels/aot_compile.py).
 
-Sums are float32. Products of half precision tensors run as TF32, whose mantissa is float16's, so that no state can
-overflow; those of float32 tensors run in full.
+All kernels accumulate in float32. Products of half precision tensors run as TF32, whose mantissa is that of float16, so
+that no state can overflow; products of float32 tensors run in full precision.
 """
 
 from typing import Any
@@ -34,32 +36,34 @@ from torch import Tensor
 
 CHUNK = 32
 LEVELS = 5
-"""Sizes of blocks below a chunk: 1, 2, 4, 8, 16."""
+"""Number of block sizes below a chunk: 1, 2, 4, 8, 16."""
 
 WIDEST = {2: (64, 128), 4: (32, 64)}
-"""Bytes an element -> channels of queries and of values that fit registers, by what the compiler reports."""
+"""Bytes per element -> largest head_dim and value_dim that fit in registers, according to the compiler's reports."""
 
 ENOUGH_PROGRAMS = 256
-"""Walks that keep a GPU busy: about two a multiprocessor. Below, chunks run by themselves."""
+"""Scans that keep a GPU busy, about two per multiprocessor. With fewer, chunks run as separate programs."""
 
 
 def supports(query: Tensor, value: Tensor) -> bool:
-    """Whether a head's tiles fit registers; wider heads take the plain operators."""
+    """Return whether the tiles of a head fit in registers; wider heads take the plain operators."""
     head_dim, value_dim = WIDEST[query.dtype.itemsize]
     return query.shape[-1] <= head_dim and value.shape[-1] <= value_dim
 
 
 @triton.jit
 def _offsets(s_token, o_t, tokens, dim, BD: tl.constexpr, AXIS: tl.constexpr):
-    """Where tokens `o_t`, along AXIS of a tile, and their channels lie, and whether they exist; `s_token` is the
-    distance of two tokens in memory."""
+    """Return the memory offsets of tokens `o_t`, along AXIS of a tile, by channels, and the mask of valid elements.
+
+    `s_token` is the stride between tokens.
+    """
     o_t, o_d = tl.expand_dims(o_t, 1 - AXIS), tl.expand_dims(tl.arange(0, BD), AXIS)
     return o_t.to(tl.int64) * s_token + o_d, (o_t >= 0) & (o_t < tokens) & (o_d < dim)
 
 
 @triton.jit
 def _load(p_x, s_token, o_t, tokens, dim, BD: tl.constexpr, AXIS: tl.constexpr):
-    """[tokens, BD], or where AXIS is 1 [BD, tokens], in float32; zeros outside of the sequence."""
+    """Load [tokens, BD] in float32, or [BD, tokens] if AXIS is 1; zeros outside the sequence."""
     o_x, m = _offsets(s_token, o_t, tokens, dim, BD, AXIS)
     return tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
 
@@ -83,10 +87,11 @@ def _gla_state_kernel(
     IS_GRAD: tl.constexpr, BY_CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """States [direction, batch * heads, chunks, K, V] of sums of x y^T; before each chunk, or of each by itself.
+    """Write states [direction, batch * heads, chunks, K, V], which accumulate x y^T.
 
-    Rows are in the order of walking, whichever end that starts from: so what a gate lets through on the way out of the
-    chunk is always a sum over later rows. Keys skip their own gate; gradients, of queries, do not.
+    Each state is the one before its chunk, or with BY_CHUNK the contribution of the chunk alone. Rows are in scan
+    order, from whichever end the scan starts, so the decay on the way out of the chunk is always a sum over later rows.
+    Keys exclude their own gate; the gradients of queries include it.
     """
     i_bh, i_dir, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
@@ -113,7 +118,7 @@ def _gla_state_kernel(
         b_g = _load(p_g, s_g, o_t, tokens, K, BK, 0)
         if IS_GRAD:
             b_out = b_g
-        else:  # the gate of the next row instead
+        else:  # use the gate of the next row instead
             o_next = tl.where(o_r + 1 < C, o_t + tl.where(from_last, -1, 1), -1)
             b_out = _load(p_g, s_g, o_next, tokens, K, BK, 0)
         b_x *= tl.exp(tl.cumsum(b_out, 0, reverse=True))
@@ -131,7 +136,7 @@ def _gla_carry_kernel(
     p_state, p_decay, chunks, IS_GRAD: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk's own contribution to the state before it, in place."""
+    """Replace the contribution of every chunk by the state before it, in place."""
     i_bh, i_dir, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     from_last = i_dir != (1 if IS_GRAD else 0)
     first = (i_dir.to(tl.int64) * tl.num_programs(0) + i_bh) * chunks  # pyright: ignore[reportAttributeAccessIssue]
@@ -148,8 +153,10 @@ def _gla_carry_kernel(
 
 @triton.jit
 def _pair_masks(level, BOTH: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr):
-    """Which tokens, along AXIS, stand in the later block of their pair; and which pairs of tokens meet, those that ask
-    along AXIS, those asked along the other."""
+    """Return which tokens, along AXIS, are in the later block of their pair, and the mask of token pairs that meet.
+
+    Query tokens lie along AXIS, key tokens along the other axis.
+    """
     o_t = tl.arange(0, C)
     later = ((o_t >> level) & 1) == 1
     m = ((o_t[:, None] >> (level + 1)) == (o_t[None, :] >> (level + 1))) & (later[:, None] != later[None, :])
@@ -161,7 +168,7 @@ def _pair_masks(level, BOTH: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _through_sibling(b_near, level, LAST: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr):
-    """For each token the sum of all log gates of the block beside its own."""
+    """Return for each token the sum of all log gates of its sibling block."""
     o_sibling = ((tl.arange(0, C) >> level) ^ 1) << level
     if LAST:
         o_sibling += (1 << level) - 1
@@ -173,7 +180,7 @@ def _widen(
     b_near, b_far, b_near_back, b_far_back, is_later, level,
     BOTH: tl.constexpr, AXIS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """To blocks of twice the size: log sums from the border to each token (near), from each to the border (far)."""
+    """Double the block size of the log sums from the border to each token (near) and from each to the border (far)."""
     b_sum = _through_sibling(b_near, level, True, AXIS, C)
     b_near += tl.where(is_later, b_sum, 0.0)
     b_far += tl.where(is_later, 0.0, b_sum)
@@ -191,8 +198,11 @@ def _gla_fwd_kernel(
     IS_GRAD: tl.constexpr, BOTH: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """The result; or, of its gradient in place of the value and of that of the states, the gradient of the value, which
-    is where the keys stand in for the queries."""
+    """Compute the output; with IS_GRAD, the gradient of the value.
+
+    For the latter, `p_v` holds the output gradient and `p_state` the gradients of the states, and the keys act as the
+    queries.
+    """
     i_c, i_bh = tl.program_id(0), tl.program_id(1)
     chunks = tl.num_programs(0)
     i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
@@ -207,7 +217,7 @@ def _gla_fwd_kernel(
         b_near_back = _load(p_gate_back + i_b * s_rb + i_h * s_rh, s_rn, o_t, tokens, K, BK, 0)
     b_own = tl.sum(b_q * b_k, 1) * (2 if BOTH else 1)
     b_scores = tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], 0.0)
-    for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
+    for level in range(LEVELS):  # not unrolled: the compiler would hoist computations, and spill
         is_later, m = _pair_masks(level, BOTH, 0, C)
         b_asking = b_q * tl.exp(tl.where(is_later, b_near, b_near_back))
         b_asked = b_k * tl.exp(tl.where(is_later, b_far_back, b_far))
@@ -232,8 +242,11 @@ def _gla_fwd_kernel(
 
 @triton.jit
 def _log_sums(p_gate, s_gate, o_t, o_next, tokens, channels, REVERSE: tl.constexpr, BK: tl.constexpr):
-    """Sums of one direction's log gates, [BK, tokens]: from the chunk's border to each token and from it to the border.
-    `o_next` are the tokens that come after each, -1 for none."""
+    """Return [BK, tokens] log-gate sums of one direction: from the chunk's border to each token, and from it to the
+    border.
+
+    `o_next` holds the token that follows each token in scan order, -1 for none.
+    """
     b_near = tl.cumsum(_load(p_gate, s_gate, o_t, tokens, channels, BK, 1), 1, reverse=REVERSE)
     return b_near, tl.cumsum(_load(p_gate, s_gate, o_next, tokens, channels, BK, 1), 1, reverse=not REVERSE)
 
@@ -243,8 +256,10 @@ def _through_state(
     b_to_q, b_to_k, b_carried, b_v, b_grad, p_state, p_grad_state, to_next, o_state, m_state,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what one direction's states give to query and key, before gates, and to the gates, from the next chunk's
-    side: if there is none, the gradient there is zero."""
+    """Add the contribution of one direction's states to the gradients of query and key, before gates, and of the gates.
+
+    The contribution to the gates is taken on the side of the next chunk; without a next chunk its gradient is zero.
+    """
     b_state = tl.load(p_state + o_state, mask=m_state, other=0.0)
     b_grad_state = tl.load(p_grad_state + o_state, mask=m_state, other=0.0)
     b_next = tl.load(p_state + to_next + o_state, mask=m_state, other=0.0)
@@ -259,8 +274,11 @@ def _through_states(
     BOTH: tl.constexpr, PRECISION: tl.constexpr,
     V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """All that needs values and the result's gradient: the scores' gradients [asked, asking], a token's own apart, and
-    for each direction what `_through_state` sums up."""
+    """Compute everything that needs values and the output gradient.
+
+    Return the gradients of the scores [key, query], their diagonal separately, and for each direction the sums of
+    `_through_state`.
+    """
     b_to_q = tl.zeros([BK, C], tl.float32)
     b_to_k, b_to_q_back, b_to_k_back = b_to_q, b_to_q, b_to_q
     b_carried = tl.zeros([BK], tl.float32)
@@ -288,10 +306,10 @@ def _through_pairs(
     b_q, b_k, b_grad_q, b_grad_k, b_passed, b_passed_back, b_grad_scores, b_near, b_near_back,
     BOTH: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what pairs of blocks within the chunk give to query, key and, for each direction, to what passes gates."""
+    """Add what block pairs within the chunk contribute to the gradients of query, key and, per direction, the gates."""
     b_far = tl.zeros([BK, C], tl.float32)
     b_far_back = b_far
-    for level in range(LEVELS):  # not unrolled: compilers would compute far ahead, and spill
+    for level in range(LEVELS):  # not unrolled: the compiler would hoist computations, and spill
         is_later, m = _pair_masks(level, BOTH, 1, C)
         b_weak_q = tl.exp(tl.where(is_later, b_near, b_near_back))
         b_weak_k = tl.exp(tl.where(is_later, b_far_back, b_far))
@@ -317,11 +335,14 @@ def _gla_bwd_kernel(
     BOTH: tl.constexpr, PRECISION: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all but the value, for BK channels of a head. Channels meet in the gradient of the scores alone,
-    which each program computes for itself. A gate weakens all that passes it; see `_plain._grad_of_log_gate`.
+    """Compute all gradients except that of the value, for BK channels of a head.
 
-    For the sake of registers, states come first, so that values need not stay, and tokens lie along the second axis:
-    of tiles that are wider than high, Triton gives each warp columns of its own, of others the same ones to several.
+    Channels interact only in the gradient of the scores, which each program recomputes. A gate scales all contributions
+    that pass it; see `_plain._grad_of_log_gate`.
+
+    Two choices save registers. States come first, so that values need not stay live. Tokens lie along the second axis:
+    Triton gives each warp its own columns of a tile that is wider than high, but assigns the columns of other tiles
+    to several warps.
     """
     i_c, i_bh, i_k = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BK
     chunks, channels = tl.num_programs(0), K - i_k
@@ -371,12 +392,12 @@ def _gla_bwd_kernel(
 
 
 def _power_of_two(n: int) -> int:
-    """At least 16, the least that a product takes."""
+    """Round up to a power of two of at least 16, the smallest side of a tensor-core product."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def _blocks(query: Tensor, value: Tensor) -> dict[str, Any]:
-    """The constants of the kernels that have a head whole; the wider it is, the more warps."""
+    """Return the constants of the kernels that hold a whole head; wider heads use more warps."""
     K, V = query.shape[-1], value.shape[-1]
     warps = 4 if K <= 32 and V <= 64 else 8
     return {
@@ -387,13 +408,13 @@ def _blocks(query: Tensor, value: Tensor) -> dict[str, Any]:
 
 
 def _backward_blocks(query: Tensor, value: Tensor) -> dict[str, Any]:
-    """Those of the kernel that takes heads in parts. Without tensor cores each thread needs its products' factors."""
+    """Return the constants of the kernel that splits heads; without tensor cores, each thread holds its factors."""
     blocks, full = _blocks(query, value), query.dtype == torch.float32
     return {**blocks, "BK": 16, "BV": min(blocks["BV"], 16 if full else 32), "num_warps": 8 if full else 4}
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """With channels that lie beside each other; the other axes may lie as they like."""
+    """Make the channels of each tensor adjacent; the other axes may have any stride."""
     return tuple(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors)
 
 
@@ -402,7 +423,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _states(x: Tensor, y: Tensor, gates: list[Tensor], scale: float, *, is_grad: bool) -> Tensor:
-    """[directions, batch * heads, chunks, K, V]: before each chunk, as that direction walks."""
+    """Return [directions, batch * heads, chunks, K, V], the state before each chunk in that direction's scan order."""
     batch, tokens, heads, K = x.shape
     chunks, V = triton.cdiv(tokens, CHUNK), y.shape[-1]
     states = torch.empty(len(gates), batch * heads, chunks, K, V, device=x.device, dtype=torch.float32)
@@ -423,7 +444,7 @@ def _states(x: Tensor, y: Tensor, gates: list[Tensor], scale: float, *, is_grad:
 def _apply(
     query: Tensor, key: Tensor, value: Tensor, gates: list[Tensor], states: Tensor, scale: float, *, is_grad: bool
 ) -> Tensor:
-    """The result, or the gradient of the value, from states or their gradients, contiguous."""
+    """Compute the contiguous output from states, or the gradient of the value from the gradients of states."""
     batch, tokens, heads, _ = query.shape
     out = torch.empty(value.shape, device=value.device, dtype=value.dtype)
     _gla_fwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads)](
@@ -435,28 +456,29 @@ def _apply(
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The sum over the directions, contiguous; one log gate or two."""
-    query, key, value, *given = _dense(query, key, value, *gates)
-    states = _states(key, value, given, 1.0, is_grad=False)
-    return _apply(query, key, value, given, states, scale, is_grad=False)
+    """Return the contiguous sum over the directions; `gates` holds one log gate or two."""
+    query, key, value, *log_gates = _dense(query, key, value, *gates)
+    states = _states(key, value, log_gates, 1.0, is_grad=False)
+    return _apply(query, key, value, log_gates, states, scale, is_grad=False)
 
 
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, gates: tuple[Tensor, ...], scale: float
 ) -> list[Tensor]:
-    """Gradients of query, key, value and the log gates, contiguous."""
-    grad, query, key, value, *given = _dense(grad, query, key, value, *gates)
+    """Return the contiguous gradients of query, key, value and the log gates."""
+    grad, query, key, value, *log_gates = _dense(grad, query, key, value, *gates)
     batch, tokens, heads, _ = query.shape
-    states = _states(key, value, given, 1.0, is_grad=False)
-    grad_states = _states(query, grad, given, scale, is_grad=True)
-    grad_value = _apply(query, key, grad, given, grad_states, scale, is_grad=True)
+    states = _states(key, value, log_gates, 1.0, is_grad=False)
+    grad_states = _states(query, grad, log_gates, scale, is_grad=True)
+    grad_value = _apply(query, key, grad, log_gates, grad_states, scale, is_grad=True)
     grad_query, grad_key, *grad_gates = (
-        torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (query, key, *given)
+        torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (query, key, *log_gates)
     )
     blocks = _backward_blocks(query, value)
     _gla_bwd_kernel[(triton.cdiv(tokens, CHUNK), batch * heads, triton.cdiv(query.shape[-1], blocks["BK"]))](
-        grad, query, key, value, given[0], given[-1], states, grad_states,
+        grad, query, key, value, log_gates[0], log_gates[-1], states, grad_states,
         grad_query, grad_key, grad_gates[0], grad_gates[-1], tokens, heads, scale,
-        *_strides(grad, query, key, value, given[0], given[-1]), BOTH=len(given) == 2, LEVELS=LEVELS, **blocks,
+        *_strides(grad, query, key, value, log_gates[0], log_gates[-1]),
+        BOTH=len(log_gates) == 2, LEVELS=LEVELS, **blocks,
     )  # fmt: skip
     return [grad_query, grad_key, grad_value, *grad_gates]

@@ -1,8 +1,8 @@
-"""A map cut into blocks of queries, each with the block of keys that its queries see between them.
+"""Cut a map into blocks of queries, each with the block of all keys that its queries see.
 
-Along an axis a block is `queries` successive points of one dilation lattice and the `keys` points from the first key of
-its first query on; a block of the map is one block of every axis. Everything is index arithmetic on whole tensors, so
-that sizes may be symbols (`torch.export` with any height and width).
+Along one axis a block consists of `queries` successive points of one dilation lattice, and the `keys` points that start
+at the first key of its first query; a block of the map is the product of one block per axis. Everything is index
+arithmetic on whole tensors, so that sizes may be symbolic (`torch.export` with any height and width).
 """
 
 import functools
@@ -17,7 +17,7 @@ from ._geometry import Window, Windows
 
 
 def _block_lengths(length: int, window: Window, *, symbolic: bool) -> tuple[int, int]:
-    """Queries and keys of a block along an axis. An axis that a single block's halo would cover becomes one block."""
+    """Return the queries and keys per block along an axis; an axis covered by one block's halo becomes one block."""
     queries = max(window.size, 4)
     queries = -(-queries // window.stride) * window.stride  # whole stride groups, so that their windows coincide
     keys = queries + window.size - window.stride
@@ -29,22 +29,22 @@ def _block_lengths(length: int, window: Window, *, symbolic: bool) -> tuple[int,
 
 @dataclass(frozen=True)
 class _Axis:
-    """Along one axis, for each of `blocks` blocks of the map."""
+    """Hold the indices of each of the `blocks` blocks of the map, along one axis."""
 
     query: Tensor
-    """[blocks, queries]: positions; a block that runs over the end of its lattice repeats the last one."""
+    """[blocks, queries]: positions; a block that extends past the end of its lattice repeats the last position."""
     key: Tensor
-    """[blocks, keys]: positions, likewise."""
-    own: Tensor
-    """[blocks, queries]: False where a query only repeats the last one."""
+    """[blocks, keys]: positions, padded like `query`."""
+    valid: Tensor
+    """[blocks, queries]: False where a query is padding, a repetition of the last position."""
     allowed: Tensor
     """[blocks, queries, keys]: whether the key is in the window of the query."""
     offset: Tensor
-    """[blocks, queries, keys]: size - 1 + (key - query) / dilation, the place in a bias table, clamped to it."""
+    """[blocks, queries, keys]: size - 1 + (key - query) / dilation, the bias table index, clamped to the table."""
 
     @classmethod
     def cut(cls, length: int, window: Window, queries: int, keys: int, block: Tensor) -> "_Axis":
-        """`block` [blocks] says which block of this axis each block of the map takes: lattice after lattice."""
+        """Compute the indices; `block` [blocks] maps each block of the map to its block of this axis, lattice-major."""
         per_lattice = _blocks_per_lattice(length, window, queries)
         lattice, tile = (part[:, None] for part in _divmod(block, per_lattice))
         points = (length - lattice + window.dilation - 1) // window.dilation
@@ -56,25 +56,25 @@ class _Axis:
         return cls(
             query=lattice + window.dilation * query,
             key=lattice + window.dilation * torch.minimum(key, points - 1),
-            own=place < points,
+            valid=place < points,
             allowed=(key[:, None] >= start[..., None]) & (key[:, None] < end[..., None]),
             offset=(step + window.size - 1).clamp(0, 2 * window.size - 2),
         )
 
 
 def _blocks_per_lattice(length: int, window: Window, queries: int) -> int:
-    # Not -(-a // b): exported to ONNX, integer division rounds towards zero, and a negative one is off by one.
+    # Not -(-a // b): ONNX integer division rounds towards zero, so a negative quotient would be off by one.
     return ((length + window.dilation - 1) // window.dilation + queries - 1) // queries
 
 
 def _divmod(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder. The ONNX exporter knows no remainder by a symbol, so it is subtracted."""
+    """Return quotient and remainder; the remainder is a difference, since the ONNX exporter lacks a symbolic modulo."""
     quotient = value // divisor
     return quotient, value - quotient * divisor
 
 
 def _outer(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """[blocks, queries_a, keys_a] per axis a -> broadcastable over [blocks, queries..., keys...]."""
+    """Reshape one [blocks, queries_a, keys_a] per axis a, to broadcast over [blocks, queries..., keys...]."""
     rank = len(tensors)
     shaped = []
     for axis, tensor in enumerate(tensors):
@@ -86,27 +86,27 @@ def _outer(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the rows of a flattened map go in the blocks, and which pairs of a block attend."""
+    """Map the rows of a flattened map to blocks, and mark which pairs of a block attend."""
 
     windows: Windows
     axes: tuple[_Axis, ...]
     shape: tuple[int, int, int]
-    """Blocks, queries of a block, keys of a block."""
+    """Number of blocks, queries per block, keys per block."""
     query: Tensor
-    """[blocks * queries]: token of each query, block after block."""
+    """[blocks * queries]: token of each query, block-major."""
     key: Tensor
-    """[blocks * keys]: token of each key, likewise."""
+    """[blocks * keys]: token of each key, block-major."""
     slot: Tensor
-    """[tokens]: where each token stands in `query`."""
+    """[tokens]: index of each token in `query`."""
 
     @classmethod
     def cut(cls, spatial: Sequence[int], windows: Windows, device: torch.device, *, symbolic: bool = False) -> "Blocks":
-        """Cut a map of shape `spatial`. `symbolic`: its sizes may be symbols, on which nothing may branch."""
+        """Cut a map of shape `spatial`; with `symbolic`, its sizes may be symbols, and no code branches on them."""
         lengths = [_block_lengths(n, w, symbolic=symbolic) for n, w in zip(spatial, windows, strict=True)]
         per_lattice = [_blocks_per_lattice(n, w, q) for n, w, (q, _) in zip(spatial, windows, lengths, strict=True)]
         counts = [w.dilation * count for w, count in zip(windows, per_lattice, strict=True)]
         total = math.prod(counts)
-        # A symbol gets one block more, a copy of the last: exporting takes a count that may be 1 for a constant.
+        # With symbolic sizes, append a copy of the last block: exporting specialises a count that may be 1.
         block = torch.arange(total + int(symbolic), device=device).clamp(max=total - 1)
         token = torch.arange(math.prod(spatial), device=device)
 
@@ -128,35 +128,35 @@ class Blocks:
         return cls(windows, tuple(axes), shape, query.flatten(), key.flatten(), slot)
 
     def cut_queries(self, tensor: Tensor) -> Tensor:
-        """[batch, tokens, heads, dim] -> [batch, heads, blocks, queries, dim]."""
+        """Gather [batch, tokens, heads, dim] into [batch, heads, blocks, queries, dim]."""
         blocks, queries, _ = self.shape
         return tensor.index_select(1, self.query).unflatten(1, (blocks, queries)).permute(0, 3, 1, 2, 4)
 
     def cut_keys(self, tensor: Tensor) -> Tensor:
-        """[batch, tokens, heads, dim] -> [batch, heads, blocks, keys, dim]."""
+        """Gather [batch, tokens, heads, dim] into [batch, heads, blocks, keys, dim]."""
         blocks, _, keys = self.shape
         return tensor.index_select(1, self.key).unflatten(1, (blocks, keys)).permute(0, 3, 1, 2, 4)
 
     def join_queries(self, tensor: Tensor) -> Tensor:
-        """[batch, heads, blocks, queries, dim] -> [batch, tokens, heads, dim], each token's own row."""
+        """Gather each token's row of [batch, heads, blocks, queries, dim] into [batch, tokens, heads, dim]."""
         return tensor.permute(0, 2, 3, 1, 4).flatten(1, 2).index_select(1, self.slot)
 
     def sum_keys(self, tensor: Tensor) -> Tensor:
-        """[batch, heads, blocks, keys, dim] -> [batch, tokens, heads, dim], summed over all copies of a token."""
+        """Sum all copies of a token in [batch, heads, blocks, keys, dim] into [batch, tokens, heads, dim]."""
         rows = tensor.permute(0, 2, 3, 1, 4).flatten(1, 2)
         shape = (rows.shape[0], self.slot.shape[0], *rows.shape[2:])
         return rows.new_zeros(shape).index_add_(1, self.key, rows)
 
-    def mask(self, *, own_only: bool = False) -> Tensor:
-        """[blocks, queries, keys]: whether each pair attends.
+    def mask(self, *, valid_only: bool = False) -> Tensor:
+        """Return [blocks, queries, keys], whether each pair attends.
 
-        `own_only`: not the queries that repeat another, so that they add to no sum over queries.
+        With `valid_only`, padding queries are masked out, so that they do not contribute to a sum over queries.
         """
-        allowed = [axis.allowed & axis.own[..., None] if own_only else axis.allowed for axis in self.axes]
+        allowed = [axis.allowed & axis.valid[..., None] if valid_only else axis.allowed for axis in self.axes]
         return self._flatten_pairs(functools.reduce(torch.logical_and, _outer(allowed)))
 
     def table_index(self) -> Tensor:
-        """[blocks, queries, keys]: where each pair finds its entry in the flattened relative position table."""
+        """Return [blocks, queries, keys], the index of each pair into the flattened relative position table."""
         index = torch.zeros((), dtype=torch.long, device=self.slot.device)
         for offset, window in zip(_outer([axis.offset for axis in self.axes]), self.windows, strict=True):
             index = index * (2 * window.size - 1) + offset
@@ -168,5 +168,5 @@ class Blocks:
 
 @functools.lru_cache(maxsize=256)
 def cached_blocks(spatial: tuple[int, ...], windows: Windows, device: torch.device) -> Blocks:
-    """`Blocks.cut` of known sizes, kept: a model asks for the same few maps at every call."""
+    """Call `Blocks.cut` for static sizes and cache the result: a model requests the same few maps at every call."""
     return Blocks.cut(spatial, windows, device)

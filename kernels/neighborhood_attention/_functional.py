@@ -1,4 +1,4 @@
-"""The public functions: arguments checked and brought to the three axes of the operator."""
+"""Public functions of neighborhood attention: check the arguments and expand them to the operator's three axes."""
 
 import functools
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ def _check_rpb(rpb: Tensor, heads: int, windows: Windows) -> None:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output and log-sum-exp by the operator, or by plain operators where the caller needs those."""
+    """Return output and log-sum-exp from the custom operator, or from plain operators if the caller needs those."""
     if _runtime.wants_plain_ops():
         return _plain.forward(query, key, value, rpb, windows, scale, with_lse=with_lse)
     missing = 3 - len(windows)
@@ -91,7 +91,7 @@ def _attend(
 
 
 def _prefers_dense(query: Tensor, windows: Windows) -> bool:
-    """Whether every query sees the whole map, on the CPU, where PyTorch's own attention then has less to set up."""
+    """Return whether every query sees the whole map on the CPU, where PyTorch's own attention has less overhead."""
     if query.device.type != "cpu" or _runtime.wants_plain_ops():
         return False
     return all(
@@ -101,8 +101,8 @@ def _prefers_dense(query: Tensor, windows: Windows) -> bool:
 
 
 def _dense_table_index(spatial: tuple[int, ...], windows: Windows) -> Tensor:
-    """[tokens * tokens]: the entry of each query and key of a map that is one window in the flattened bias table."""
-    with torch.inference_mode(False):  # it may be kept, and saved for a backward pass later
+    """Return [tokens * tokens]: for a map that is a single window, the flattened bias table index of each pair."""
+    with torch.inference_mode(False):  # the result may be cached, and later saved for a backward pass
         return Blocks.cut(spatial, windows, torch.device("cpu")).table_index().flatten()
 
 
@@ -125,14 +125,14 @@ def _attend_densely(
 
 
 def _attend_additional(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Every query against the same few keys [batch, extra, heads, dim], unmasked."""
+    """Attend every query to the same extra keys [batch, extra, heads, dim], unmasked; return output and log-sum-exp."""
     scores = torch.einsum("b...hd,bxhd->b...hx", query, key) * scale
     lse = scores.logsumexp(-1)
     return torch.einsum("b...hx,bxhd->b...hd", (scores - lse.unsqueeze(-1)).exp(), value), lse
 
 
 class _Options(NamedTuple):
-    """The arguments that all public functions share, as they came."""
+    """Hold the unprocessed arguments that all public functions share."""
 
     stride: Axes[int]
     dilation: Axes[int]
@@ -148,7 +148,7 @@ def _neighborhood_attention(
 ) -> tuple[Tensor, Tensor | None]:
     windows = make_windows(rank, kernel_size, options.stride, options.dilation, options.is_causal)
     _check_tensors(rank, query, key, value)
-    if not _runtime.is_exporting():  # sizes are symbols there, and a comparison would pin them
+    if not _runtime.is_exporting():  # sizes are symbolic while exporting, and a comparison would specialise them
         _check_fit(query.shape[1:-2], windows)
     heads, head_dim, value_dim = query.shape[-2], query.shape[-1], value.shape[-1]
     rpb = options.rpb
@@ -185,11 +185,11 @@ def neighborhood_attention(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Neighborhood attention on as many axes as `query` has, with the log-sum-exp of its scores.
+    """Compute neighborhood attention on as many axes as `query` has, with the log-sum-exp of its scores.
 
-    Returns the output [batch, *spatial, heads, value_dim] and the natural logarithm of each query's sum of exponentials
+    Return the output [batch, *spatial, heads, value_dim] and the natural logarithm of each query's sum of exponentials
     [batch, *spatial, heads] (float32 at least), which merges attention over disjoint keys. Both are differentiable.
-    Arguments are those of `na2d`.
+    The arguments are those of `na2d`.
     """
     rank = query.dim() - 3
     if rank not in _AXIS_NAMES:
@@ -209,7 +209,7 @@ def _widen(tensor: Tensor, dim: int) -> Tensor:
 
 
 def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over the keys of both, from (output, log-sum-exp) over each."""
+    """Merge attention over two disjoint key sets, each given as (output, log-sum-exp)."""
     total = torch.logaddexp(first[1], second[1])
     shares = [(lse - total).exp().unsqueeze(-1) for _, lse in (first, second)]
     return (first[0] * shares[0] + second[0] * shares[1]).to(first[0].dtype), total
@@ -257,7 +257,7 @@ def na1d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> Tensor:
-    """Neighborhood attention over a sequence: `na2d` on one axis, [batch, length, heads, head_dim]."""
+    """Compute neighborhood attention over a sequence [batch, length, heads, head_dim]; see `na2d` for the arguments."""
     _check_rank(1, query)
     options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
     return _neighborhood_attention(1, query, key, value, kernel_size, options, with_lse=False)[0]
@@ -277,27 +277,28 @@ def na2d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> Tensor:
-    """Neighborhood attention over a map.
+    """Compute neighborhood attention over a map.
 
     Args:
         query: [batch, height, width, heads, head_dim], floating point.
-        key: the same with `heads` or a divisor of it (each key head then serves several query heads).
-        value: as key; its head_dim may differ and is that of the output.
-        kernel_size: keys of a window per axis, at least 1; kernel_size * dilation must fit the axis. An even window
-            reaches one further back than forward.
+        key: shape of `query`, but its number of heads may be a divisor of `heads` (a key head then serves several
+            query heads).
+        value: shape of `key`, but its head_dim may differ; it determines the head_dim of the output.
+        kernel_size: keys per window and axis, at least 1; kernel_size * dilation must fit the axis. An even window
+            extends one position further backward than forward.
         stride: queries that share a window, 1 to kernel_size.
         dilation: step between the keys of a window, in positions.
-        is_causal: whether a query sees only positions up to its own along the axis.
+        is_causal: whether a query sees no later position along the axis.
         scale: factor on the scores, head_dim ** -0.5 if None.
         rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], indexed by kernel_size - 1 + (key - query) /
             dilation; windows must be odd.
-        additional_keys, additional_values: [batch, extra, heads of key, head_dim]: keys that every query also sees.
+        additional_keys, additional_values: [batch, extra, heads of key, head_dim]: keys that every query sees as well.
 
     Returns:
         [batch, height, width, heads, head_dim of value], dtype of query.
 
     Raises:
-        ValueError: shapes, heads, windows or the bias table that do not go together, with the numbers and the remedy.
+        ValueError: if shapes, heads, windows or the bias table are inconsistent; the message has numbers and remedy.
     """
     _check_rank(2, query)
     options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
@@ -318,7 +319,7 @@ def na3d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
 ) -> Tensor:
-    """Neighborhood attention over a volume: `na2d` on three axes, [batch, depth, height, width, heads, head_dim]."""
+    """Compute neighborhood attention over a volume [batch, depth, height, width, heads, head_dim]; see `na2d`."""
     _check_rank(3, query)
     options = _Options(stride, dilation, is_causal, scale, rpb, additional_keys, additional_values)
     return _neighborhood_attention(3, query, key, value, kernel_size, options, with_lse=False)[0]

@@ -1,13 +1,13 @@
-"""The arithmetic of neighborhoods along one axis: which keys a query sees.
+"""Compute which keys a query sees along one axis.
 
-An axis of length L with dilation d is d independent lattices; position i is point p = i // d of lattice g = i % d,
-which has n = ceil((L - g) / d) points. On its lattice a query sees the points [start, end):
+An axis of length L with dilation d consists of d independent lattices; position i is point p = i // d of lattice g =
+i % d, which has n = ceil((L - g) / d) points. On its lattice a query sees the points [start, end):
 
     not causal   lead = min(p // s * s + s // 2, n - 1)      start = clamp(lead - K // 2, 0, n - K)   end = start + K
     causal       lead = min(p // s * s + s - 1, n - 1)       start = max(lead - K + 1, 0)             end = p + 1
 
-for a window of K points and a stride s. Both ends never decrease with p, so the queries that see a key are contiguous
-too, and a run of queries sees a run of keys.
+for a window of K points and a stride s. `start` and `end` never decrease with p, so the queries that see a key are
+contiguous too, and a contiguous run of queries sees a contiguous run of keys.
 """
 
 import functools
@@ -20,12 +20,12 @@ from torch import Tensor
 
 T = TypeVar("T", int, bool)
 Axes = T | Sequence[T]
-"""One value for all axes, or one an axis."""
+"""One value for all axes, or one per axis."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """The neighborhood along one axis, in lattice points."""
+    """Define the neighborhood along one axis, in lattice points."""
 
     size: int
     stride: int
@@ -33,7 +33,7 @@ class Window:
     is_causal: bool
 
     def bounds(self, point: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """First and one-past-last key of query `point` on a lattice of `points`; any broadcastable shapes."""
+        """Return the first and one-past-last key of query `point` on a lattice of `points`; shapes broadcast."""
         last = points - 1
         group = point // self.stride * self.stride
         if self.is_causal:
@@ -45,7 +45,7 @@ class Window:
 
 
 Windows = tuple[Window, ...]
-"""One window an axis."""
+"""One window per axis."""
 
 
 def _per_axis(name: str, value: Axes[T], rank: int) -> list[T]:
@@ -58,7 +58,7 @@ def _per_axis(name: str, value: Axes[T], rank: int) -> list[T]:
 def make_windows(
     rank: int, kernel_size: Axes[int], stride: Axes[int], dilation: Axes[int], is_causal: Axes[bool]
 ) -> Windows:
-    """The windows of `rank` axes; `ValueError` for those that cannot be."""
+    """Return the windows of `rank` axes; raise ValueError for invalid ones."""
     make = _checked_windows if torch.compiler.is_dynamo_compiling() else _kept_windows
     return make(rank, _hashable(kernel_size), _hashable(stride), _hashable(dilation), _hashable(is_causal))
 
@@ -87,4 +87,4 @@ def _checked_windows(
 
 
 _kept_windows = functools.lru_cache(maxsize=256)(_checked_windows)
-"""A model asks for the same few at every call. Dynamo ignores such a cache, and warns of it."""
+"""Cached, because a model requests the same few windows at every call. Dynamo ignores such a cache and warns."""

@@ -1,4 +1,4 @@
-"""Neighborhood attention by the compiled kernel of kernels/cpu/neighborhood_attention.cpp."""
+"""Call the compiled neighborhood attention of kernels/cpu/neighborhood_attention.cpp."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ __all__ = ["backward", "forward", "is_available"]
 
 
 def _view(tensor: Tensor | None) -> list[int]:
-    """The `View` of the C++ file: address, then strides of batch, Z, Y, X, heads."""
+    """Return the fields of the C++ struct `View`: address, then strides of batch, Z, Y, X, heads."""
     words = [] if tensor is None else [tensor.data_ptr(), *tensor.stride()[:5]]
     return words + [0] * (6 - len(words))
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """`tensor` itself if its last dimension is contiguous, as the kernel needs, else a copy."""
+    """Return `tensor`, or a copy unless its last dimension is contiguous, as the kernel requires."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -53,7 +53,8 @@ def forward(
     is_causal: Sequence[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [batch, Z, Y, X, heads, head_dim] and natural log-sum-exp [batch, Z, Y, X, heads] of float32 CPU tensors.
+    """Return output [batch, Z, Y, X, heads, head_dim] and natural log-sum-exp [batch, Z, Y, X, heads] of float32 CPU
+    tensors.
 
     `rpb` is [heads, 2 K - 1 per axis]; all other arguments have one entry for each of the three axes.
     """
@@ -79,7 +80,10 @@ def backward(
     is_causal: Sequence[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and rpb. `delta` [batch, Z, Y, X, heads] is sum(out * grad_out) over head_dim - grad_lse."""
+    """Return the gradients of q, k, v and rpb.
+
+    `delta` [batch, Z, Y, X, heads] is sum(out * grad_out) over head_dim, minus grad_lse.
+    """
     grads = [q.new_empty(q.shape) for _ in range(3)]
     grad_rpb = None if rpb is None else rpb.new_zeros(rpb.shape)
     if q.numel():

@@ -1,6 +1,6 @@
-"""The custom operators `mixerzoo::neighborhood_attention` and its backward, and which implementation each takes.
+"""Register `mixerzoo::neighborhood_attention` with its backward operator, and choose the implementation of each.
 
-Both always see three spatial axes, [batch, Z, Y, X, heads, head_dim]; one and two axes come with leading axes of 1.
+Both always take three spatial axes, [batch, Z, Y, X, heads, head_dim]; fewer axes are padded with leading axes of 1.
 """
 
 import torch
@@ -12,14 +12,14 @@ from ._geometry import Window, Windows
 
 
 def _windows(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Windows:
-    """One `Window` per axis from the operator's flat arguments."""
+    """Return one `Window` per axis from the operator's flat arguments."""
     return tuple(Window(*axis) for axis in zip(kernel_size, stride, dilation, is_causal, strict=True))
 
 
 def _use_triton(query: Tensor) -> bool:
     if not _runtime.runs_triton(query):
         return False
-    from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+    from . import _triton  # imported on use: importing Triton is slow, and not every platform has it
 
     return _triton.supports(query)
 
@@ -74,7 +74,7 @@ def _backward(
     is_causal: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and rpb (empty where there is none)."""
+    """Return the gradients of query, key, value and rpb (empty if there is none)."""
     windows = _windows(kernel_size, stride, dilation, is_causal)
     if _use_triton(query):
         from . import _triton

@@ -1,11 +1,11 @@
-"""Neighborhood attention in standard PyTorch operators: blocks of queries against their haloed blocks of keys.
+"""Compute neighborhood attention with standard PyTorch operators: blocks of queries against haloed blocks of keys.
 
-A block of queries attends densely to the keys that its queries see between them (`_blocks`), under one additive bias
-that carries the window and the relative position table: two batched matrix products between gathers, where gathering
-each query's own keys would copy every key once a window. It is the path that exports (no operator of ours, no branch on
-a size), that functional transforms see, and that serves where there is neither Triton nor a compiled kernel.
+A block of queries attends densely to all keys that its queries see (`_blocks`), under one additive bias that encodes
+the window and the relative position table. This takes two batched matrix products between gathers; gathering the keys
+of each query separately would copy every key once per window. This path exports (no custom operator, no branch on a
+size), supports functional transforms, and serves where neither Triton nor a compiled kernel is available.
 
-The backward pass is written out because a custom operator cannot call autograd inside. It recomputes the probabilities,
+The backward pass is explicit because a custom operator cannot call autograd internally. It recomputes the probabilities
 one image at a time, so that training keeps no scores in memory.
 """
 
@@ -20,7 +20,7 @@ from ._geometry import Windows
 
 
 def _tokens(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """[batch, *spatial, heads, dim] -> [batch, tokens, heads, dim]."""
+    """Flatten [batch, *spatial, heads, dim] to [batch, tokens, heads, dim] and cast it."""
     return tensor.to(dtype).flatten(1, -3)
 
 
@@ -29,7 +29,7 @@ def _scores(blocks: Blocks, query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _bias(rpb: Tensor | None, mask: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """[heads or 1, blocks, queries, keys]: the table's entry where a pair attends, minus infinity elsewhere."""
+    """Return [heads or 1, blocks, queries, keys]: the table entry where a pair attends, minus infinity elsewhere."""
     if rpb is None:
         bias = torch.zeros((1, *mask.shape), dtype=dtype, device=mask.device)
     else:
@@ -38,9 +38,9 @@ def _bias(rpb: Tensor | None, mask: Tensor, index: Tensor, dtype: torch.dtype) -
 
 
 def _traced_blocks(spatial: Sequence[int], windows: Windows, device: torch.device) -> tuple[Blocks, Tensor, Tensor]:
-    """Blocks, mask and table index of a map whose sizes may be symbols; while exporting, once for all equal layers.
+    """Return blocks, mask and table index of a map whose sizes may be symbolic, shared by equal layers while exporting.
 
-    Arithmetic on symbols is what makes exporting slow, and the layers of a stage share their map.
+    Symbolic arithmetic dominates the export time, and the layers of a stage share their map.
     """
 
     def make() -> tuple[Blocks, Tensor, Tensor]:
@@ -53,9 +53,9 @@ def _traced_blocks(spatial: Sequence[int], windows: Windows, device: torch.devic
 def forward(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float, *, with_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output [batch, *spatial, heads, head_dim] and natural log-sum-exp [batch, *spatial, heads], differentiable.
+    """Compute output [batch, *spatial, heads, head_dim] and natural log-sum-exp [batch, *spatial, heads] with autograd.
 
-    Sizes may be symbols, as while exporting. What is not asked for is not computed: tracing it would take its time.
+    Sizes may be symbolic, as while exporting. The log-sum-exp is computed only on request, because tracing it is slow.
     """
     spatial, dtype = query.shape[1:-2], torch.promote_types(query.dtype, torch.float32)
     blocks, mask, index = _traced_blocks(spatial, windows, query.device)
@@ -71,18 +71,18 @@ def forward(
 def forward_by_image(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`forward` for known sizes, outside autograd, holding the scores of one image at a time."""
+    """Compute `forward` for static sizes, without autograd, holding the scores of one image at a time."""
     spatial, dtype = query.shape[1:-2], torch.promote_types(query.dtype, torch.float32)
     blocks = cached_blocks(tuple(spatial), windows, query.device)
     bias = _bias(rpb, blocks.mask(), blocks.table_index(), dtype)
     q, k, v = (_tokens(tensor, dtype) for tensor in (query, key, value))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
     for i in range(q.shape[0]):
-        one = slice(i, i + 1)
-        scores = _scores(blocks, q[one], k[one], scale).add_(bias)
+        image = slice(i, i + 1)
+        scores = _scores(blocks, q[image], k[image], scale).add_(bias)
         norm = scores.logsumexp(-1, keepdim=True)
-        out[one] = blocks.join_queries(scores.sub_(norm).exp_() @ blocks.cut_keys(v[one]))
-        lse[one] = blocks.join_queries(norm).squeeze(-1)
+        out[image] = blocks.join_queries(scores.sub_(norm).exp_() @ blocks.cut_keys(v[image]))
+        lse[image] = blocks.join_queries(norm).squeeze(-1)
     return out.to(query.dtype).view(query.shape), lse.view(query.shape[:-1])
 
 
@@ -97,27 +97,30 @@ def backward_by_image(
     windows: Windows,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and table. `delta` [batch, *spatial, heads] is sum(out * grad_out) - grad_lse."""
+    """Return the gradients of query, key, value and table.
+
+    `delta` [batch, *spatial, heads] is sum(out * grad_out) - grad_lse.
+    """
     dtype = lse.dtype
     blocks = cached_blocks(tuple(query.shape[1:-2]), windows, query.device)
     index = blocks.table_index()
-    bias = _bias(rpb, blocks.mask(own_only=True), index, dtype)
+    bias = _bias(rpb, blocks.mask(valid_only=True), index, dtype)
     q, k, v, g = (_tokens(tensor, dtype) for tensor in (query, key, value, grad_out))
     norm, delta = (tensor.flatten(1, -2).unsqueeze(-1) for tensor in (lse, delta))
     grad_q, grad_k, grad_v = (torch.empty_like(tensor) for tensor in (q, k, v))
     grad_bias = torch.zeros_like(bias) if rpb is not None else None
     for i in range(q.shape[0]):
-        one = slice(i, i + 1)
-        weights = _scores(blocks, q[one], k[one], scale).add_(bias)
-        weights.sub_(blocks.cut_queries(norm[one])).exp_()
-        g_cut = blocks.cut_queries(g[one])
-        grad_v[one] = blocks.sum_keys(weights.transpose(-1, -2) @ g_cut)
-        grad_scores = g_cut @ blocks.cut_keys(v[one]).transpose(-1, -2)
-        grad_scores.sub_(blocks.cut_queries(delta[one])).mul_(weights)
+        image = slice(i, i + 1)
+        weights = _scores(blocks, q[image], k[image], scale).add_(bias)
+        weights.sub_(blocks.cut_queries(norm[image])).exp_()
+        g_cut = blocks.cut_queries(g[image])
+        grad_v[image] = blocks.sum_keys(weights.transpose(-1, -2) @ g_cut)
+        grad_scores = g_cut @ blocks.cut_keys(v[image]).transpose(-1, -2)
+        grad_scores.sub_(blocks.cut_queries(delta[image])).mul_(weights)
         if grad_bias is not None:
             grad_bias += grad_scores[0]
-        grad_q[one] = blocks.join_queries(grad_scores @ blocks.cut_keys(k[one])).mul_(scale)
-        grad_k[one] = blocks.sum_keys(grad_scores.transpose(-1, -2) @ blocks.cut_queries(q[one])).mul_(scale)
+        grad_q[image] = blocks.join_queries(grad_scores @ blocks.cut_keys(k[image])).mul_(scale)
+        grad_k[image] = blocks.sum_keys(grad_scores.transpose(-1, -2) @ blocks.cut_queries(q[image])).mul_(scale)
     grads = [grad.to(query.dtype).view(query.shape) for grad in (grad_q, grad_k, grad_v)]
     if rpb is None or grad_bias is None:
         return grads[0], grads[1], grads[2], None

@@ -1,4 +1,4 @@
-"""Neighborhood attention as it is defined: dense attention under a mask. Short, any dtype, quadratic in the map."""
+"""Define neighborhood attention as dense attention under a mask: short, any dtype, quadratic in the map size."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ._geometry import Window
 
 
 def _axis_mask(length: int, window: Window, device: torch.device) -> Tensor:
-    """[length, length] booleans: may the query (row) see the key (column)?"""
+    """Return a [length, length] boolean mask: whether the query (row) sees the key (column)."""
     position = torch.arange(length, device=device)
     lattice, point = position % window.dilation, position // window.dilation
     points = (length - lattice + window.dilation - 1) // window.dilation
@@ -27,7 +27,7 @@ def neighborhood_attention_reference(
     windows: Sequence[Window],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output [batch, *spatial, heads, head_dim] and natural log-sum-exp [batch, *spatial, heads], by autograd-able ops.
+    """Compute output [batch, *spatial, heads, head_dim] and natural log-sum-exp [batch, *spatial, heads] with autograd.
 
     `rpb` is [heads, 2 K - 1 per axis]; `windows` holds one `Window` per spatial axis of the heads-last tensors.
     """

@@ -1,19 +1,20 @@
 # pyright: basic, reportCallIssue=false
-# A launch passes the constants that all kernels share as one tuple; pyright cannot count it.
-"""Neighborhood attention in Triton: forward, and a backward of three gathering kernels.
+# A launch passes the constants that all kernels share as one tuple, which pyright cannot count.
+"""Triton kernels for neighborhood attention: a forward kernel and three gathering backward kernels.
 
 A program owns a tile of queries (or, for the gradients of key and value, of keys) of one dilation lattice, one head and
-one image, and walks over blocks of the keys (queries) that the tile touches, as flash attention does; the tile is two-
+one image, and loops over blocks of the keys (queries) that the tile touches, as flash attention does. The tile is two-
 or three-dimensional, so that neighbouring queries share most of their keys. A dilated lattice is an ordinary map with
-other strides. One and two axes are three with leading axes of length 1, which cost nothing: their sizes are constants.
+other strides. Maps of one or two axes get leading axes of length 1, which cost nothing because their sizes are
+constants.
 
 What is unusual:
-* The bias table is spread once per call to [heads, tile, T + 2 (K - 1) per axis], the bias of every query of a tile to
-  every key at a given place relative to the tile. The kernels then read it along rows; looking entries up in the table
-  itself takes an address for every pair of query and key, and more registers than there are.
-* The gradient of the table is summed in that same spread form by programs that each own a block of it and walk over all
-  tiles; it is folded back to the table by one strided sum. So no gradient needs an atomic addition.
-* Scores are kept in units of log2, the log-sum-exp that leaves the kernel is natural.
+* The bias table is expanded once per call to [heads, tile, T + 2 (K - 1) per axis], the bias of every query of a tile
+  to every key at a given place relative to the tile. The kernels then read it along rows. A lookup in the table itself
+  would need an address for every pair of query and key, and spill registers.
+* The gradient of the table is accumulated in the same expanded form by programs that each own a block of it and loop
+  over all tiles; one strided sum folds it back to the table. So no gradient needs atomics.
+* Scores are in units of log2 inside the kernels; the log-sum-exp they return is natural.
 """
 
 import functools
@@ -33,7 +34,7 @@ _LOG2E = tl.constexpr(LOG2E)
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch is cut up: keys of a block, warps, pipeline stages."""
+    """Parameters of a launch: keys per block, warps, pipeline stages."""
 
     block: int
     num_warps: int
@@ -41,10 +42,10 @@ class Config:
 
 
 TILES = {1: (1, 1, 64), 2: (1, 8, 8), 3: (4, 4, 4)}
-"""Queries of a tile per axis, by the rank of the map."""
+"""Queries per tile along each axis, by the rank of the map."""
 
-# Chosen by what the compiler reports (tests/kernels/aot_compile.py: no spilled register, tensor-core instructions,
-# shared memory of consumer cards), not by the clock: bytes an element -> widest head_dim -> forward and backward.
+# Chosen from the compiler's reports (tests/kernels/aot_compile.py: no spilled register, tensor-core instructions,
+# shared memory of consumer cards), not from timings: bytes per element -> widest head_dim -> forward and backward.
 CONFIGS: dict[int, dict[int, tuple[Config, Config]]] = {
     2: {64: (Config(32, 4, 2), Config(32, 4, 2)), 128: (Config(32, 8, 1), Config(16, 8, 1))},
     4: {64: (Config(16, 4, 1), Config(16, 4, 1))},
@@ -52,13 +53,13 @@ CONFIGS: dict[int, dict[int, tuple[Config, Config]]] = {
 
 
 def supports(query: Tensor) -> bool:
-    """Whether a tile of `query`'s head_dim fits the registers; wider heads take the plain operators."""
+    """Return whether a tile of `query`'s head_dim fits in registers; wider heads take the plain operators."""
     return query.shape[-1] <= max(CONFIGS[query.element_size()])
 
 
 @triton.jit
 def _window(point, points, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
-    """First and one-past-last key of query `point` on a lattice of `points`."""
+    """Return the first and one-past-last key of query `point` on a lattice of `points`."""
     if CAUSAL:
         lead = tl.minimum(point // S * S + (S - 1), points - 1)
         start = tl.maximum(lead - (K - 1), 0)
@@ -72,7 +73,7 @@ def _window(point, points, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexp
 
 @triton.jit
 def _key_range(first, points, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
-    """The keys that any query of the tile [first, first + T) sees."""
+    """Return the range of keys that any query of the tile [first, first + T) sees."""
     low, _ = _window(first, points, K, S, CAUSAL)
     _, high = _window(tl.minimum(first + (T - 1), points - 1), points, K, S, CAUSAL)
     return low, high
@@ -80,7 +81,7 @@ def _key_range(first, points, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
 
 @triton.jit
 def _query_range(first, points, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
-    """Queries among which are all that see any key of the tile [first, first + T); a stride may add a few."""
+    """Return a range that contains all queries that see a key of the tile [first, first + T); strides may add a few."""
     last = tl.minimum(first + (T - 1), points - 1)
     if CAUSAL:
         low = first
@@ -98,7 +99,7 @@ def _split3(index, NY, NX):
 
 @triton.jit
 def _address(g_z, g_y, g_x, p_z, p_y, p_x, s_z, s_y, s_x, DZ: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr):
-    """Offset in elements of lattice points in a map with the given strides."""
+    """Return the element offsets of lattice points in a map with the given strides."""
     z, y, x = (g_z + p_z * DZ).to(tl.int64), (g_y + p_y * DY).to(tl.int64), (g_x + p_x * DX).to(tl.int64)
     return z * s_z + y * s_y + x * s_x
 
@@ -106,7 +107,7 @@ def _address(g_z, g_y, g_x, p_z, p_y, p_x, s_z, s_y, s_x, DZ: tl.constexpr, DY: 
 @triton.jit
 def _tile_corner(i_tile, Z, Y, X, DZ: tl.constexpr, DY: tl.constexpr, DX: tl.constexpr,
                  TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr):  # fmt: skip
-    """Lattice of a tile, the lengths of the lattice's axes, and the tile's first point on each."""
+    """Return the lattice of a tile, the lengths of the lattice's axes, and the tile's first point on each axis."""
     i_group = i_tile % (DZ * DY * DX)
     g_z, g_y, g_x = _split3(i_group, DY, DX)
     n_y = tl.cdiv(tl.cdiv(Y, DY), TY)
@@ -122,16 +123,16 @@ def _tile_corner(i_tile, Z, Y, X, DZ: tl.constexpr, DY: tl.constexpr, DX: tl.con
 def _visible(q_z, q_y, q_x, k_z, k_y, k_x, len_z, len_y, len_x, RANK: tl.constexpr,
              KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, SZ: tl.constexpr, SY: tl.constexpr,
              SX: tl.constexpr, CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr):  # fmt: skip
-    """Whether each key is in the window of each query; the six coordinates broadcast to the shape of the scores."""
+    """Return whether each query sees each key; the six coordinates broadcast to the shape of the scores."""
     start, end = _window(q_x, len_x, KX, SX, CX)
-    seen = (k_x >= start) & (k_x < end)
+    visible = (k_x >= start) & (k_x < end)
     if RANK >= 2:
         start, end = _window(q_y, len_y, KY, SY, CY)
-        seen = seen & (k_y >= start) & (k_y < end)
+        visible = visible & (k_y >= start) & (k_y < end)
     if RANK == 3:
         start, end = _window(q_z, len_z, KZ, SZ, CZ)
-        seen = seen & (k_z >= start) & (k_z < end)
-    return seen
+        visible = visible & (k_z >= start) & (k_z < end)
+    return visible
 
 
 @triton.jit
@@ -188,11 +189,11 @@ def _na_fwd_kernel(
         if HAS_BIAS:
             place = ((k_z - t_z + (KZ - 1)) * PY + (k_y - t_y + (KY - 1))) * PX + (k_x - t_x + (KX - 1))
             b_s += tl.load(p_bias + (o_bias[:, None] + place[None, :]), mask=m_k[None, :], other=0.0)
-        seen = m_k[None, :] & _visible(
+        visible = m_k[None, :] & _visible(
             q_z[:, None], q_y[:, None], q_x[:, None], k_z[None, :], k_y[None, :], k_x[None, :],
             len_z, len_y, len_x, RANK, KZ, KY, KX, SZ, SY, SX, CZ, CY, CX,
         )  # fmt: skip
-        b_s = tl.where(seen, b_s, -float("inf"))
+        b_s = tl.where(visible, b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
         b_decay = tl.exp2(b_max - b_new)
@@ -268,11 +269,11 @@ def _na_bwd_query_kernel(
         if HAS_BIAS:
             place = ((k_z - t_z + (KZ - 1)) * PY + (k_y - t_y + (KY - 1))) * PX + (k_x - t_x + (KX - 1))
             b_s += tl.load(p_bias + (o_bias[:, None] + place[None, :]), mask=m_k[None, :], other=0.0)
-        seen = m_k[None, :] & _visible(
+        visible = m_k[None, :] & _visible(
             q_z[:, None], q_y[:, None], q_x[:, None], k_z[None, :], k_y[None, :], k_x[None, :],
             len_z, len_y, len_x, RANK, KZ, KY, KX, SZ, SY, SX, CZ, CY, CX,
         )  # fmt: skip
-        b_p = tl.where(seen, tl.exp2(b_s - b_lse[:, None]), 0.0)
+        b_p = tl.where(visible, tl.exp2(b_s - b_lse[:, None]), 0.0)
         b_ds = b_p * (tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     tl.store(p_dq + o_row[:, None] * D + o_d[None, :], (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_qd)
@@ -336,16 +337,16 @@ def _na_bwd_key_kernel(
         b_lse = tl.load(p_lse + o_row, mask=m_q, other=0.0) * _LOG2E
         b_delta = tl.load(p_delta + o_row, mask=m_q, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * _LOG2E)
-        seen = m_q[None, :] & _visible(
+        visible = m_q[None, :] & _visible(
             q_z[None, :], q_y[None, :], q_x[None, :], k_z[:, None], k_y[:, None], k_x[:, None],
             len_z, len_y, len_x, RANK, KZ, KY, KX, SZ, SY, SX, CZ, CY, CX,
         )  # fmt: skip
-        if HAS_BIAS:  # a stride's range may hold queries beyond the spread table; none of them sees a key of the tile
+        if HAS_BIAS:  # a stride's range may include queries beyond the expanded table; none of them sees a tile key
             r_z, r_y, r_x = q_z - t_z + (KZ - 1), q_y - t_y + (KY - 1), q_x - t_x + (KX - 1)
             m_r = m_q & (r_z >= 0) & (r_z < PZ) & (r_y >= 0) & (r_y < PY) & (r_x >= 0) & (r_x < PX)
             place = (r_z * PY + r_y) * PX + r_x
             b_s += tl.load(p_bias + (o_bias[:, None] + place[None, :]), mask=m_r[None, :], other=0.0)
-        b_p = tl.where(seen, tl.exp2(b_s - b_lse[None, :]), 0.0)
+        b_p = tl.where(visible, tl.exp2(b_s - b_lse[None, :]), 0.0)
         b_dv = tl.dot(b_p.to(b_g.dtype), b_g, b_dv, input_precision=PRECISION)
         b_ds = b_p * (tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
@@ -398,7 +399,7 @@ def _na_bwd_bias_kernel(
         low_x, high_x = _key_range(t_x, len_x, TX, KX, SX, CX)
         f_z, f_y, f_x = t_z - (KZ - 1) + j_z * BZ, t_y - (KY - 1) + j_y * BY, t_x - (KX - 1) + j_x * BX
         touched = (f_z < high_z) & (f_z + BZ > low_z) & (f_y < high_y) & (f_y + BY > low_y)
-        if touched & (f_x < high_x) & (f_x + BX > low_x):  # most blocks of places lie outside an inner tile's halo
+        if touched & (f_x < high_x) & (f_x + BX > low_x):  # most place blocks lie outside an inner tile's halo
             q_z, q_y, q_x = _split3(o_m, TY, TX)
             q_z, q_y, q_x = q_z + t_z, q_y + t_y, q_x + t_x
             k_z, k_y, k_x = r_z + t_z - (KZ - 1), r_y + t_y - (KY - 1), r_x + t_x - (KX - 1)
@@ -416,11 +417,11 @@ def _na_bwd_bias_kernel(
             b_k = tl.load(p_k + o_k[:, None] + o_d[None, :], mask=m_kd, other=0.0)
             b_v = tl.load(p_v + o_k[:, None] + o_d[None, :], mask=m_kd, other=0.0)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * _LOG2E) + b_bias
-            seen = m_q[:, None] & m_k[None, :] & _visible(
+            visible = m_q[:, None] & m_k[None, :] & _visible(
                 q_z[:, None], q_y[:, None], q_x[:, None], k_z[None, :], k_y[None, :], k_x[None, :],
                 len_z, len_y, len_x, RANK, KZ, KY, KX, SZ, SY, SX, CZ, CY, CX,
             )  # fmt: skip
-            b_p = tl.where(seen, tl.exp2(b_s - b_lse[:, None]), 0.0)
+            b_p = tl.where(visible, tl.exp2(b_s - b_lse[:, None]), 0.0)
             b_sum += b_p * (tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION) - b_delta[:, None])
     o_out = ((i_split.to(tl.int64) * heads + i_h) * M + o_m[:, None]) * (BLOCKS * N) + i_block * N + o_n[None, :]
     tl.store(p_dbias + o_out, b_sum)
@@ -431,7 +432,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _rank(windows: Windows, spatial: tuple[int, ...]) -> int:
-    """Axes that are really there: leading ones of length 1 under a window of 1 are not."""
+    """Return the number of axes of the map, without leading axes of length 1 under a window of 1."""
     for axis in range(2):
         if spatial[axis] != 1 or windows[axis].size != 1:
             return 3 - axis
@@ -439,7 +440,7 @@ def _rank(windows: Windows, spatial: tuple[int, ...]) -> int:
 
 
 class _Launch:
-    """One launch's geometry: the constants, grid and strides of its kernel."""
+    """Hold the geometry of one launch: the constants, grid and strides of its kernel."""
 
     def __init__(self, query: Tensor, windows: Windows, config: Config) -> None:
         self.batch, self.spatial = query.shape[0], tuple(query.shape[1:4])
@@ -453,13 +454,13 @@ class _Launch:
         self.tiles = math.prod(w.dilation * -(-n // t) for n, t, w in zip(per_lattice, self.tile, windows, strict=True))
 
     def _block_shape(self) -> list[int]:
-        """The shape of a block of keys: as long in the last axis as a tile's halo needs, then in the one before."""
+        """Return the shape of a key block, filled from the last axis: up to a tile's halo, then the axis before."""
         left, shape = self.config.block, []
         for tile, window in zip(reversed(self.tile), reversed(self.windows), strict=True):
             size = min(left, _power_of_two(tile + window.size - window.stride))
             shape.append(size)
             left //= size
-        shape[0] *= left  # a halo smaller than the block: let the last axis run over
+        shape[0] *= left  # the halo is smaller than the block: let the last axis exceed it
         return shape[::-1]
 
     def constants(self) -> tuple[object, ...]:
@@ -479,12 +480,12 @@ class _Launch:
 
 
 def _precision() -> str:
-    """float32 products follow PyTorch's own setting; half precision does not look at it."""
+    """Return the tensor-core precision of float32 products, from PyTorch's own setting; half precision ignores it."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with one set of strides and adjacent channels: as they are (views of one projection), or copied."""
+    """Return the tensors with equal strides and contiguous channels: unchanged (views of one projection) or copied."""
     strides = tensors[0].stride()
     if strides[-1] == 1 and all(tensor.stride() == strides for tensor in tensors):
         return list(tensors)
@@ -493,7 +494,7 @@ def _alike(*tensors: Tensor) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=64)
 def _spread_index(tile: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[tile * places]: the table entry of each query of a tile and each place around it, clamped to the table."""
+    """Return [tile * places]: the table index of each query of a tile and place around it, clamped to the table."""
     index = torch.zeros((1,) * 6, dtype=torch.long, device=device)
     for axis, (count, size) in enumerate(zip(tile, sizes, strict=True)):
         query = torch.arange(count, device=device)[:, None]
@@ -505,7 +506,7 @@ def _spread_index(tile: tuple[int, ...], sizes: tuple[int, ...], device: torch.d
 
 
 def _spread(rpb: Tensor | None, launch: _Launch, *, mirrored: bool = False) -> Tensor | None:
-    """[heads, tile, places] in units of log2; `mirrored`: of a tile of keys to the queries around it."""
+    """Expand the bias to [heads, tile, places] in units of log2; `mirrored` is from a tile of keys to its queries."""
     if rpb is None:
         return None
     table = rpb.flip(1, 2, 3) if mirrored else rpb
@@ -515,9 +516,9 @@ def _spread(rpb: Tensor | None, launch: _Launch, *, mirrored: bool = False) -> T
 
 
 def _fold(spread: Tensor, launch: _Launch) -> Tensor:
-    """[splits, heads, tile, blocks of places] summed to the table [heads, 2 K - 1 per axis].
+    """Sum [splits, heads, tile, blocks of places] into the table [heads, 2 K - 1 per axis].
 
-    Query t of a tile finds offset o at place t + o, so one strided view lines up all queries' entries of an offset.
+    Query t of a tile finds offset o at place t + o, so one strided view aligns the entries of all queries per offset.
     """
     counts = [-(-n // b) for n, b in zip(launch.places, launch.block, strict=True)]
     parts = spread.view(*spread.shape[:2], *launch.tile, *counts, *launch.block)
@@ -533,7 +534,7 @@ def _fold(spread: Tensor, launch: _Launch) -> Tensor:
 
 
 def _configs(query: Tensor) -> tuple[Config, Config]:
-    """Forward and backward configuration of the narrowest entry that takes the heads of `query`."""
+    """Return the forward and backward configuration of the narrowest entry that supports the heads of `query`."""
     by_width = CONFIGS[query.element_size()]
     return by_width[min(width for width in by_width if width >= query.shape[-1])]
 
@@ -541,7 +542,7 @@ def _configs(query: Tensor) -> tuple[Config, Config]:
 def forward(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, windows: Windows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [batch, Z, Y, X, heads, head_dim] and natural log-sum-exp [batch, Z, Y, X, heads] in float32."""
+    """Return output [batch, Z, Y, X, heads, head_dim] and natural log-sum-exp [batch, Z, Y, X, heads] in float32."""
     launch = _Launch(query, windows, _configs(query)[0])
     query, key, value = _alike(query, key, value)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -560,7 +561,10 @@ def backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, lse: Tensor, delta: Tensor,
     windows: Windows, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of query, key, value and table. `delta` [batch, Z, Y, X, heads] is sum(out * grad_out) - grad_lse."""
+    """Return the gradients of query, key, value and table.
+
+    `delta` [batch, Z, Y, X, heads] is sum(out * grad_out) - grad_lse.
+    """
     launch = _Launch(query, windows, _configs(query)[1])
     query, key, value = _alike(query, key, value)
     grad_out, lse, delta = grad_out.contiguous(), lse.contiguous(), delta.float().contiguous()
@@ -583,7 +587,7 @@ def backward(
     if bias is None:
         return grads[0], grads[1], grads[2], None
     blocks = math.prod(-(-n // b) for n, b in zip(launch.places, launch.block, strict=True))
-    splits = max(1, min(launch.batch * launch.tiles, 1024 // (launch.heads * blocks)))  # about eight programs an SM
+    splits = max(1, min(launch.batch * launch.tiles, 1024 // (launch.heads * blocks)))  # about eight programs per SM
     sums = torch.empty(
         (splits, launch.heads, math.prod(launch.tile), blocks * math.prod(launch.block)),
         dtype=torch.float32, device=query.device,

@@ -31,7 +31,7 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], meani
 
 def _check_state(A: Tensor) -> None:
     if not 1 <= A.shape[-1] <= MAX_STATE:
-        raise ValueError(f"the state must have 1 to {MAX_STATE} numbers a channel; got A {tuple(A.shape)}")
+        raise ValueError(f"the state must have 1 to {MAX_STATE} numbers per channel; got A {tuple(A.shape)}")
 
 
 def _run(
@@ -48,9 +48,10 @@ def _run(
     merge: bool,
     save_states: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The operator on maps [batch, height, width, slots, channels], and the last states [batch, scans, state, dim].
+    """Run the operator on maps [batch, height, width, slots, channels]; return y and the last states.
 
-    y is [batch, height, width, dim], or if not `merge` [batch, scans, dim, pixels]; states only if `save_states`.
+    y is [batch, height, width, dim], or unless `merge` [batch, scans, dim, pixels]. The last states [batch, scans,
+    state, dim] are valid only if `save_states`.
     """
     maps, parameters = (x, delta, projected), (dt_weight, dt_bias, A, D)
     size = x.shape[1], x.shape[2]
@@ -85,27 +86,27 @@ def selective_scan_2d(
     *,
     paths: Sequence[ScanPath] = CROSS,
 ) -> Tensor:
-    """Selective scans of a map along several paths, added: the core of VMamba's SS2D.
+    """Scan a map along several paths and sum the results: the core of VMamba's SS2D.
 
-    delta_t = softplus(dt_weight @ low_rank_t + dt_bias) for each scan and channel. No sequence is made in memory: the
-    paths are index arithmetic, and delta is expanded where it is used. Differentiable once. The state and all sums are
-    float32 (float64 for float64 input) whatever the data types.
+    delta_t = softplus(dt_weight @ low_rank_t + dt_bias) for each scan and channel. No sequence is materialised: the
+    paths are index arithmetic, and delta is expanded where it is used. The result is differentiable once. The state and
+    all sums are float32 (float64 for float64 input), whatever the dtypes.
 
     Args:
-        x: [batch, height, width, dim], which all scans read, or [batch, height, width, scans, dim], one for each.
+        x: [batch, height, width, dim], shared by all scans, or [batch, height, width, scans, dim], one per scan.
         projected: [batch, height, width, scans, rank + 2 * state], along the last axis the low-rank delta, B and C of
-            each scan; or [batch, height, width, rank + 2 * state], which all scans read.
+            each scan; or [batch, height, width, rank + 2 * state], shared by all scans.
         dt_weight: [scans, dim, rank].
         dt_bias: [scans, dim].
         A: [scans, dim, state], negative for states that decay; `state` is 1 to 64.
-        D: [scans, dim], weight of the input itself.
-        paths: one for each scan.
+        D: [scans, dim], weight of the skip connection from the input.
+        paths: one per scan.
 
     Returns:
-        [batch, height, width, dim] in the data type of x.
+        [batch, height, width, dim] in the dtype of x.
 
     Raises:
-        ValueError: for shapes, devices or data types that do not belong together.
+        ValueError: if shapes, devices or dtypes are inconsistent.
     """
     paths = tuple(paths)
     check_paths(paths)
@@ -137,8 +138,8 @@ def selective_scan_2d(
 
 
 def _by_groups(B: Tensor, C: Tensor, batch: int, dim: int, length: int) -> tuple[Tensor, Tensor]:
-    """B and C in one form, [batch, groups, state, length]."""
-    found = []
+    """Expand B and C to the common form [batch, groups, state, length]."""
+    grouped = []
     for name, tensor in (("B", B), ("C", C)):
         if tensor.ndim == 2 and tensor.shape[0] == dim:
             tensor = tensor.expand(batch, *tensor.shape).unsqueeze(3).expand(-1, -1, -1, length)
@@ -149,11 +150,11 @@ def _by_groups(B: Tensor, C: Tensor, batch: int, dim: int, length: int) -> tuple
                 f"{name} must be [batch, state, length], [batch, groups, state, length] with groups that divide dim, "
                 f"or [dim, state], for batch {batch}, dim {dim}, length {length}; got {tuple(tensor.shape)}"
             )
-        found.append(tensor)
-    groups = max(tensor.shape[1] for tensor in found)
-    if any(groups % tensor.shape[1] for tensor in found):
-        raise ValueError(f"the groups of B and C do not divide each other: {[t.shape[1] for t in found]}")
-    B, C = (t.repeat_interleave(groups // t.shape[1], 1) if t.shape[1] != groups else t for t in found)
+        grouped.append(tensor)
+    groups = max(tensor.shape[1] for tensor in grouped)
+    if any(groups % tensor.shape[1] for tensor in grouped):
+        raise ValueError(f"the groups of B and C do not divide each other: {[t.shape[1] for t in grouped]}")
+    B, C = (t.repeat_interleave(groups // t.shape[1], 1) if t.shape[1] != groups else t for t in grouped)
     return B, C
 
 
@@ -170,27 +171,28 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The selective scan of a sequence, in the layouts of Mamba's own function of this name.
+    """Scan a sequence, in the tensor layouts of Mamba's function of this name.
 
-    Differentiable once. The state and all sums are float32 (float64 for float64 input) whatever the data types.
+    The result is differentiable once. The state and all sums are float32 (float64 for float64 input), whatever the
+    dtypes.
 
     Args:
         u: [batch, dim, length].
         delta: [batch, dim, length], the step sizes; softplus(delta + delta_bias) if `delta_softplus`.
         A: [dim, state], negative for states that decay; `state` is 1 to 64.
         B: [batch, state, length], or [batch, groups, state, length] where dim / groups neighbouring channels share
-            one, or [dim, state], the same at all steps.
-        C: as B.
-        D: [dim], weight of the input itself.
+            one, or [dim, state], constant over the steps.
+        C: in one of the forms of B.
+        D: [dim], weight of the skip connection from the input.
         z: [batch, dim, length], a gate: the result is multiplied by silu(z).
         delta_bias: [dim].
-        return_last_state: also return [batch, dim, state], without gradient.
+        return_last_state: also return the last state [batch, dim, state], without gradient.
 
     Returns:
-        [batch, dim, length] in the data type of u.
+        [batch, dim, length] in the dtype of u.
 
     Raises:
-        ValueError: for shapes, devices or data types that do not belong together.
+        ValueError: if shapes, devices or dtypes are inconsistent.
     """
     _check_tensors(u, "u", delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     if u.ndim != 3 or u.shape[2] == 0 or A.ndim != 2:

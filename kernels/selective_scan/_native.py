@@ -1,4 +1,4 @@
-"""The selective scan by the compiled kernel of kernels/cpu/selective_scan*.cpp; `_plain.py` explains the arguments."""
+"""Call the compiled selective scan of kernels/cpu/selective_scan*.cpp; `_plain.py` documents the arguments."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ __all__ = ["backward", "forward", "is_available"]
 
 
 def _view(tensor: Tensor | None) -> list[int]:
-    """The `View` of the C++ files of [batch, pixels, scans, channels]; where there is one scan's, all take that."""
+    """Return the C++ `View` of [batch, pixels, scans, channels]; a single scan slot is shared by all scans."""
     if tensor is None:
         return [0] * 5
     batch, pixel, scan, channel = tensor.stride()
@@ -18,12 +18,12 @@ def _view(tensor: Tensor | None) -> list[int]:
 
 
 def _by_pixels(y: Tensor, merge: bool) -> Tensor:
-    """y or its gradient as [batch, pixels, scans, dim]."""
+    """View y or its gradient as [batch, pixels, scans, dim]."""
     return y.unsqueeze(2) if merge else y.permute(0, 3, 1, 2)
 
 
 def _leaves_gaps(paths: list[int]) -> bool:
-    """Whether some path does not visit every pixel: what is written then starts as zeros."""
+    """Return whether some path skips pixels, so that outputs must be initialised to zero."""
     return any(step > 1 for step in paths[FIELDS - 1 :: FIELDS])
 
 
@@ -41,7 +41,7 @@ def _call(
     paths: list[int],
     softplus: bool,
 ) -> None:
-    """Run the function of that name. `views` begin with x, delta and projected; all `parameters` are contiguous."""
+    """Call the C function `name`. `views` begin with x, delta and projected; all `parameters` are contiguous."""
     x, _, projected = views[:3]
     assert x is not None and projected is not None
     scans, dim, state = A.shape
@@ -73,7 +73,7 @@ def forward(
     merge: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and `states`, which is empty unless `save_states`, of float32 CPU tensors."""
+    """Return y and `states` of float32 CPU tensors; `states` is empty unless `save_states`."""
     batch, pixels, _, dim = x.shape
     scans, _, state = A.shape
     shape = (batch, pixels, dim) if merge else (batch, scans, dim, pixels)
@@ -104,13 +104,13 @@ def backward(
     softplus: bool,
     merge: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for those that are None."""
-    given = [x, delta, projected]
+    """Return the gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for inputs that are None."""
+    inputs = [x, delta, projected]
     parameters = [None if p is None else p.contiguous() for p in (dt_weight, dt_bias, A, D)]
-    grads = [None if t is None else _empty_like(t, paths) for t in given]
+    grads = [None if t is None else _empty_like(t, paths) for t in inputs]
     sums = [None if p is None else torch.zeros_like(p) for p in parameters]
     if x.numel():
-        views = [*given, _by_pixels(grad, merge), *grads]
+        views = [*inputs, _by_pixels(grad, merge), *grads]
         _call("mixerzoo_scan_backward", A, views, states.contiguous(), parameters + sums, size, paths, softplus)
     grad_x, grad_delta, grad_projected = grads
     grad_weight, grad_bias, grad_A, grad_D = sums

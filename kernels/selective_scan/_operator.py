@@ -1,7 +1,7 @@
-"""The custom operator `mixerzoo::selective_scan`, its backward, and which implementation they take.
+"""Register `mixerzoo::selective_scan` with its backward operator, and choose the implementation of each.
 
-One operator serves the scan over a sequence and the scans over a map; `_plain.py` says what its arguments are. It keeps
-its inputs and one state for each chunk of steps for the backward, nothing that has the size of a sequence of states.
+One operator serves scans over sequences and over maps; `_plain.py` documents its arguments. It saves its inputs and one
+state per chunk of steps for the backward pass, never a sequence of states.
 """
 
 from types import ModuleType
@@ -15,7 +15,7 @@ from . import _native, _plain
 
 def _implementation(x: Tensor) -> ModuleType:
     if _runtime.runs_triton(x):
-        from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+        from . import _triton  # imported on use: importing Triton is slow, and not every platform has it
 
         return _triton
     return _native if x.device.type == "cpu" and x.dtype != torch.float64 and _native.is_available() else _plain
@@ -39,7 +39,7 @@ def scan(
     merge: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What the operator does."""
+    """Implement the operator."""
     with torch.autocast(x.device.type, enabled=False):
         implementation, tensors = _implementation(x), (x, delta, projected, dt_weight, dt_bias, A, D)
         if implementation is _native:
@@ -63,7 +63,7 @@ def _selective_scan(
     merge: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and the saved states."""
+    """Return y and the saved states."""
     return scan(x, delta, projected, dt_weight, dt_bias, A, D, size, paths, softplus, merge, save_states)
 
 
@@ -80,7 +80,7 @@ def _(x, delta, projected, dt_weight, dt_bias, A, D, size, paths, softplus, merg
 
 
 def _laid_out(grad: Tensor, like: Tensor) -> Tensor:
-    """`grad` in the data type and, so that nobody has to transpose it, the strides of an empty_like of its tensor."""
+    """Return `grad` in the dtype and the strides of `torch.empty_like(like)`, as the fake implementation promises."""
     if grad.dtype == like.dtype and grad.stride() == torch.empty_like(like, device="meta").stride():
         return grad
     return torch.empty_like(like).copy_(grad)
@@ -102,14 +102,14 @@ def _selective_scan_backward(
     softplus: bool,
     merge: bool,
 ) -> list[Tensor]:
-    """Gradients of those tensors before `states` that are given, in their order."""
-    given = (x, delta, projected, dt_weight, dt_bias, A, D)
+    """Return the gradients of the tensors before `states` that are not None, in order."""
+    inputs = (x, delta, projected, dt_weight, dt_bias, A, D)
     with torch.autocast(x.device.type, enabled=False):
-        implementation, tensors = _implementation(x), (grad, *given)
+        implementation, tensors = _implementation(x), (grad, *inputs)
         if implementation is _native:
             tensors = tuple(map(_single, tensors))
         grads = implementation.backward(*tensors, states, (size[0], size[1]), paths, softplus, merge)
-    return [_laid_out(g, t) for g, t in zip(grads, given, strict=True) if t is not None]
+    return [_laid_out(g, t) for g, t in zip(grads, inputs, strict=True) if t is not None]
 
 
 @_selective_scan_backward.register_fake
@@ -127,11 +127,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, _):
-    *given, states = ctx.saved_tensors
+    *inputs, states = ctx.saved_tensors
     grads = iter(
-        torch.ops.mixerzoo.selective_scan_backward(grad, *given, states, ctx.size, ctx.paths, ctx.softplus, ctx.merge)
+        torch.ops.mixerzoo.selective_scan_backward(grad, *inputs, states, ctx.size, ctx.paths, ctx.softplus, ctx.merge)
     )
-    return *(None if tensor is None else next(grads) for tensor in given), None, None, None, None, None
+    return *(None if tensor is None else next(grads) for tensor in inputs), None, None, None, None, None
 
 
 _selective_scan.register_autograd(_differentiate, setup_context=_save)

@@ -1,22 +1,22 @@
-"""The selective scan by standard PyTorch operators: for float64, and where nothing faster exists.
+"""Compute the selective scan with standard PyTorch operators: for float64, and as the fallback implementation.
 
-The recurrence is cut into chunks that are scanned side by side; their ends are scanned the same way, and their starts
-go back in. Decays are only ever multiplied together, each at most one: dividing by their product, or adding up their
-logarithms, is faster and gives NaN as soon as a chunk forgets its start.
+The recurrence is cut into chunks that are scanned in parallel; their final states are scanned recursively, and the
+resulting initial states are added back. Decays, each at most one, are only ever multiplied together. Dividing by their
+product, or adding their logarithms, is faster but gives NaN as soon as a chunk forgets its initial state.
 
 Arguments and shapes of `forward` and `backward`, which every implementation shares:
     x           [batch, pixels, inputs, dim]; `inputs` is 1 (all scans read the same) or the number of scans.
     delta       [batch, pixels, scans, dim], or None: then it is dt_weight @ low rank.
     projected   [batch, pixels, slots, rank + 2 * state]: low rank, B, C; `slots` is 1 or the number of scans.
-    dt_weight   [scans, dim, rank], or None where delta is given (then rank is 0).
+    dt_weight   [scans, dim, rank], or None if delta is given (then rank is 0).
     dt_bias, D  [scans, dim] or None.
     A           [scans, dim, state].
     size        height and width of the map; a sequence is a map of one row.
-    paths       six integers a scan, the fields of its ScanPath.
+    paths       six integers per scan, the fields of its ScanPath.
     softplus    whether delta is softplus(delta + dt_bias).
-    merge       True: y is [batch, pixels, dim], the scans added. False: y is [batch, scans, dim, pixels].
+    merge       True: y is [batch, pixels, dim], the sum of the scans. False: y is [batch, scans, dim, pixels].
     states      float32 [batch, scans, chunks + 1, state, dim]: before each chunk of CHUNK steps, and at the end.
-All strides are allowed. A step outside of the map has x = 0 and projected = 0, but not delta = 0: its state decays.
+All strides are allowed. A step outside the map has x = 0 and projected = 0, but not delta = 0: its state decays.
 """
 
 from typing import NamedTuple
@@ -34,18 +34,18 @@ FIELDS = len(ScanPath._fields)
 
 
 def to_integers(paths: tuple[ScanPath, ...]) -> list[int]:
-    """Paths as operators and kernels take them."""
+    """Flatten paths to the integers that operators and kernels take."""
     return [int(field) for path in paths for field in path]
 
 
 def to_paths(integers: list[int]) -> tuple[ScanPath, ...]:
-    """The inverse of `to_integers`."""
+    """Invert `to_integers`."""
     groups = [integers[i : i + FIELDS] for i in range(0, len(integers), FIELDS)]
     return tuple(ScanPath(bool(g[0]), bool(g[1]), bool(g[2]), g[3], g[4], g[5]) for g in groups)
 
 
 def _along_steps(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of decays and states from zero along axis 3, one step after the other."""
+    """Return the cumulative decay products and the states from zero along axis 3, computed sequentially."""
     decays, states = [decay[:, :, :, 0]], [value[:, :, :, 0]]
     for t in range(1, value.shape[3]):
         states.append(torch.addcmul(value[:, :, :, t], decay[:, :, :, t], states[-1]))
@@ -54,7 +54,7 @@ def _along_steps(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recurrence(decay: Tensor, value: Tensor) -> Tensor:
-    """h_t = decay_t h_{t-1} + value_t from h = 0 along axis 2 of [batch, scans, steps, ...]."""
+    """Solve h_t = decay_t h_{t-1} + value_t from h = 0 along axis 2 of [batch, scans, steps, ...]."""
     steps = value.shape[2]
     chunks = (steps + CHUNK - 1) // CHUNK
     if chunks > 1:
@@ -69,10 +69,10 @@ def recurrence(decay: Tensor, value: Tensor) -> Tensor:
 
 
 class _Sequences(NamedTuple):
-    """What the recurrence needs, along each path, in float32 or better."""
+    """Hold the inputs of the recurrence along each path, in float32 or better."""
 
     x: Tensor  # [batch, scans, steps, dim]
-    raw: Tensor  # delta before softplus, the same
+    raw: Tensor  # [batch, scans, steps, dim], delta before softplus
     delta: Tensor
     low_rank: Tensor  # [batch, scans, steps, rank]
     B: Tensor  # [batch, scans, steps, state]
@@ -82,7 +82,7 @@ class _Sequences(NamedTuple):
 
 
 def _along(x: Tensor, size: tuple[int, int], paths: tuple[ScanPath, ...]) -> Tensor:
-    """[batch, pixels, slots, channels] as [batch, scans, steps, channels], of one slot for all scans or one each."""
+    """Gather [batch, pixels, slots, channels] into [batch, scans, steps, channels]; one slot serves all scans."""
     x = x.unflatten(1, size)
     if x.shape[3] == 1:
         return cross_scan(x.squeeze(3), paths)
@@ -90,7 +90,7 @@ def _along(x: Tensor, size: tuple[int, int], paths: tuple[ScanPath, ...]) -> Ten
 
 
 def _back(y: Tensor, size: tuple[int, int], paths: tuple[ScanPath, ...], slots: int) -> Tensor:
-    """The adjoint of `_along`."""
+    """Apply the adjoint of `_along`."""
     if slots == 1:
         return cross_merge(y, size, paths).flatten(1, 2).unsqueeze(2)
     return torch.stack([cross_merge(y[:, i : i + 1], size, paths[i : i + 1]).flatten(1, 2) for i in range(slots)], 2)
@@ -136,7 +136,7 @@ def scan(
     softplus: bool,
     merge: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and the state [batch, scans, steps, state, dim] after each step; differentiable, for any number type."""
+    """Return y, and the state [batch, scans, steps, state, dim] after each step; differentiable, for any dtype."""
     s = _sequences(x, delta, projected, dt_weight, dt_bias, A, size, paths, softplus)
     states = recurrence(s.decay, s.value)
     y = (s.C.unsqueeze(3) @ states).squeeze(3)
@@ -160,12 +160,12 @@ def forward(
     merge: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and `states`, which is empty unless `save_states`."""
-    y, every = scan(x, delta, projected, dt_weight, dt_bias, A, D, size, to_paths(paths), softplus, merge)
+    """Return y and `states`, which is empty unless `save_states`."""
+    y, all_states = scan(x, delta, projected, dt_weight, dt_bias, A, D, size, to_paths(paths), softplus, merge)
     if not save_states:
-        return y, every.new_empty(0, dtype=torch.float32)
-    kept = F.pad(every[:, :, CHUNK - 1 : -1 : CHUNK], [0, 0, 0, 0, 1, 0])
-    return y, torch.cat([kept, every[:, :, -1:]], 2).float()
+        return y, all_states.new_empty(0, dtype=torch.float32)
+    chunk_starts = F.pad(all_states[:, :, CHUNK - 1 : -1 : CHUNK], [0, 0, 0, 0, 1, 0])
+    return y, torch.cat([chunk_starts, all_states[:, :, -1:]], 2).float()
 
 
 def backward(
@@ -183,36 +183,36 @@ def backward(
     softplus: bool,
     merge: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for those that are None.
+    """Return the gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for inputs that are None.
 
     With G_t the gradient of h_t, the recurrence runs backwards: G_t = C_t grad_t + decay_{t+1} G_{t+1}. The states are
-    computed again; `states` serves the implementations that start each chunk from it.
+    recomputed here; `states` is for the implementations that start each chunk from it.
     """
-    ways = to_paths(paths)
-    s = _sequences(x, delta, projected, dt_weight, dt_bias, A, size, ways, softplus)
+    scan_paths = to_paths(paths)
+    s = _sequences(x, delta, projected, dt_weight, dt_bias, A, size, scan_paths, softplus)
     grad = grad.unsqueeze(2) if merge else grad.permute(0, 3, 1, 2)
-    grad = _along(grad, size, ways).to(s.x.dtype)
-    every = recurrence(s.decay, s.value)
+    grad = _along(grad, size, scan_paths).to(s.x.dtype)
+    all_states = recurrence(s.decay, s.value)
     next_decay = F.pad(s.decay[:, :, 1:], [0, 0, 0, 0, 0, 1])
     G = recurrence(next_decay.flip(2), (s.C.unsqueeze(4) * grad.unsqueeze(3)).flip(2)).flip(2)
-    forgotten = every - s.value  # decay_t h_{t-1}
+    forgotten = all_states - s.value  # decay_t h_{t-1}
     GB = (s.B.unsqueeze(3) @ G).squeeze(3)
     grad_x = s.delta * GB if D is None else s.delta * GB + D.to(grad.dtype).unsqueeze(1) * grad
     grad_raw = s.x * GB + torch.einsum("bktnd,bktnd,kdn->bktd", G, forgotten, A.to(G.dtype))
     if softplus:
         grad_raw = grad_raw * torch.sigmoid(s.raw)
     grad_B = (G @ (s.delta * s.x).unsqueeze(4)).squeeze(4)
-    grad_C = (every @ grad.unsqueeze(4)).squeeze(4)
+    grad_C = (all_states @ grad.unsqueeze(4)).squeeze(4)
     grad_delta, grad_weight, columns = None, None, [grad_B, grad_C]
     if dt_weight is None:
-        grad_delta = _back(grad_raw, size, ways, len(ways))
+        grad_delta = _back(grad_raw, size, scan_paths, len(scan_paths))
     else:
         grad_weight = torch.einsum("bktd,bktr->kdr", grad_raw, s.low_rank)
         columns.insert(0, grad_raw @ dt_weight.to(grad_raw.dtype))
     return (
-        _back(grad_x, size, ways, x.shape[2]),
+        _back(grad_x, size, scan_paths, x.shape[2]),
         grad_delta,
-        _back(torch.cat(columns, 3), size, ways, projected.shape[2]),
+        _back(torch.cat(columns, 3), size, scan_paths, projected.shape[2]),
         grad_weight,
         None if dt_bias is None else grad_raw.sum((0, 2)),
         torch.einsum("bktnd,bktnd,bktd->kdn", G, forgotten, s.delta),

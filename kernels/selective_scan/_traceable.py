@@ -1,8 +1,9 @@
-"""The selective scan for exporters: standard operators, no loop over steps, and no view of an axis of unknown size.
+"""Compute the selective scan for exporters: standard operators, no loop over steps, no view of a symbolic axis.
 
-Whoever exports with free sizes pays for each reshape of such an axis with seconds of algebra. So steps are gathered
-from the map into chunks by index tensors, and gathered back; inside a chunk, and then over the ends of all chunks,
-states are combined in doubling strides. Decays are only multiplied together, as in `_plain.py`.
+When sizes are symbolic, each reshape of such an axis costs the exporter seconds of algebra. Steps are therefore
+gathered from the map into chunks by index tensors, and scattered back by another gather. Inside a chunk, and then over
+the final states of all chunks, states are combined at doubling strides. Decays are only multiplied together, as in
+`_plain.py`.
 """
 
 import torch
@@ -14,31 +15,31 @@ from ..cross_scan import ScanPath
 from ._plain import CHUNK
 
 _ROUNDS = 16
-"""Doublings over the chunks where their number is not known: enough for two million steps."""
+"""Doublings over the chunks if their number is symbolic: enough for two million steps."""
 
 
 def _steps(paths: tuple[ScanPath, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Row and column of each step, and whether it lies on the map: [scans, chunks, CHUNK] each."""
+    """Return the row and column of each step, and whether it is on the map: [scans, chunks, CHUNK] each."""
     rows, columns = paths[0].grid(height, width)
     steps = rows * columns
-    # Where the number is not known never just one: the exporter would take that for a constant.
+    # A symbolic number of chunks must never be one: the exporter would specialise it.
     chunks = (steps + CHUNK - 1) // CHUNK if isinstance(steps, int) else steps // CHUNK + 2
     step = torch.arange(chunks, device=device).unsqueeze(1) * CHUNK + torch.arange(CHUNK, device=device)
-    step = step.clamp(max=steps - 1)  # what comes after the end is read by nobody
-    found = []
+    step = step.clamp(max=steps - 1)  # steps past the end are never read
+    indices = []
     for path in paths:
-        # A tensor, since ONNX has no remainder of a division by a size.
+        # A tensor, because ONNX has no modulo by a symbolic size.
         inner = torch.full((1,), rows if path.by_columns else columns, dtype=torch.int64, device=device)
         i, j = (step % inner, step // inner) if path.by_columns else (step // inner, step % inner)
         i = rows - 1 - i if path.flip_rows else i
         j = columns - 1 - j if path.flip_columns else j
-        found.append((path.row + path.step * i, path.column + path.step * j))
-    row, column = (torch.stack(indices) for indices in zip(*found, strict=True))
+        indices.append((path.row + path.step * i, path.column + path.step * j))
+    row, column = (torch.stack(axis_indices) for axis_indices in zip(*indices, strict=True))
     return row.clamp(max=height - 1), column.clamp(max=width - 1), (row < height) & (column < width)
 
 
 def _visits(path: ScanPath, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Chunk and step in it at which each pixel is visited, and whether it is: [height, width] each."""
+    """Return the chunk and the step in it that visit each pixel, and whether any does: [height, width] each."""
     rows, columns = path.grid(height, width)
     down = torch.arange(height, device=device).unsqueeze(1)
     right = torch.arange(width, device=device)
@@ -51,7 +52,7 @@ def _visits(path: ScanPath, height: int, width: int, device: torch.device) -> tu
 
 
 def _place(y: Tensor, path: ScanPath, height: int, width: int) -> Tensor:
-    """[batch, chunks, CHUNK, dim] of one scan on the map [batch, height, width, dim], zeros where it does not come."""
+    """Place one scan's [batch, chunks, CHUNK, dim] on a map [batch, height, width, dim]; unvisited pixels are zero."""
     key = "scan visits", path, size_key(height), size_key(width), y.device
     chunk, step, visited = once_a_trace(key, lambda: _visits(path, height, width, y.device))
     y = y[:, chunk, step]
@@ -59,7 +60,7 @@ def _place(y: Tensor, path: ScanPath, height: int, width: int) -> Tensor:
 
 
 def _within_chunks(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of decays and states from zero along axis 3 of [batch, scans, chunks, CHUNK, state, dim]."""
+    """Return the decay products and the states from zero along axis 3 of [batch, scans, chunks, CHUNK, state, dim]."""
     shift = 1
     while shift < CHUNK:
         value = value + decay * F.pad(value[:, :, :, :-shift], [0, 0, 0, 0, shift, 0])
@@ -69,7 +70,7 @@ def _within_chunks(decay: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _earlier_chunks(value: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each stride, from 1 on, the chunk before each chunk, and whether there is one, for axis 2 of `_starts`."""
+    """Return for each doubling stride the index of the earlier chunk, and whether it exists, along axis 2."""
     chunks = value.shape[2]
 
     def make() -> list[tuple[Tensor, Tensor]]:
@@ -81,8 +82,10 @@ def _earlier_chunks(value: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _starts(decay: Tensor, value: Tensor) -> Tensor:
-    """The state before each chunk, from what each makes of zero and by how much it decays: axis 2 of
-    [batch, scans, chunks, state, dim]."""
+    """Return the state before each chunk, along axis 2 of [batch, scans, chunks, state, dim].
+
+    `value` is the final state of each chunk started from zero, `decay` its total decay.
+    """
     earlier = _earlier_chunks(value)
     for source, exists in earlier:
         value = torch.where(exists, value + decay * value.index_select(2, source), value)
@@ -102,9 +105,9 @@ def scan(
     paths: tuple[ScanPath, ...],
     softplus: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """Each scan's y [batch, height, width, dim], and the last states [batch, scans, state, dim].
+    """Return each scan's y [batch, height, width, dim], and the last states [batch, scans, state, dim].
 
-    Arguments are those of `_plain.scan` with the map's axes apart: [batch, height, width, inputs, dim] and so on.
+    The arguments are those of `_plain.scan`, with separate map axes: [batch, height, width, inputs, dim] and so on.
     """
     precise = torch.promote_types(x.dtype, torch.float32)
     height, width, scans = x.shape[1], x.shape[2], len(paths)
@@ -114,10 +117,10 @@ def scan(
     slot = torch.arange(scans, device=x.device).unsqueeze(1).unsqueeze(2)
 
     def gather(map_: Tensor) -> Tensor:
-        """[batch, height, width, slots, channels] as [batch, scans, chunks, CHUNK, channels]."""
+        """Gather [batch, height, width, slots, channels] into [batch, scans, chunks, CHUNK, channels]."""
         map_ = map_.to(precise)
-        found = map_[:, :, :, 0][:, row, column] if map_.shape[3] == 1 else map_[:, row, column, slot]
-        return found if paths[0].step == 1 else torch.where(inside.unsqueeze(3), found, 0)
+        gathered = map_[:, :, :, 0][:, row, column] if map_.shape[3] == 1 else map_[:, row, column, slot]
+        return gathered if paths[0].step == 1 else torch.where(inside.unsqueeze(3), gathered, 0)
 
     if dt_weight is not None:
         low_rank = projected[..., :rank].to(precise)

@@ -1,10 +1,10 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright knows neither launches nor that Triton makes constants of plain numbers.
-"""The selective scan in Triton: what is launched. The kernels are in `_triton_walk.py` and `_triton_chunks.py`.
+# pyright understands neither Triton launches nor that Triton turns plain numbers into constants.
+"""Launch the Triton kernels of the selective scan, which are in `_triton_walk.py` and `_triton_chunks.py`.
 
-One scan follows the other. Where several visit the same pixels each adds to what the ones before it left, in a float32
-map if y is of half precision, and the last writes y: no slab for each scan, no atomics, and the same bits each time.
-`_plain.py` says what the arguments are.
+Scans run one after the other. If several visit the same pixels, each adds to the sum of the earlier ones, in a float32
+map if y has half precision, and the last scan writes y. This needs no buffer per scan and no atomics, and the results
+are bitwise deterministic. `_plain.py` documents the arguments.
 """
 
 from typing import NamedTuple
@@ -19,21 +19,21 @@ from ._triton_chunks import _scan_bwd_kernel
 from ._triton_walk import Walk, _scan_walk_kernel, walk
 
 MAX_RANK = 16
-"""A low rank up to this is expanded in registers; a higher one by a product of matrices, one scan at a time."""
+"""Largest rank expanded in registers; a larger one takes a matrix product, one scan at a time."""
 
-# State numbers up to -> channels of a program, steps of a group in the scan and in its adjoint, warps. By what the
-# compiler reports (no spilled register, few instructions a step; tests/kernels/aot_compile.py), not by the clock.
+# Largest state -> channels per program, steps per group in the scan and in its adjoint, warps. Chosen from the
+# compiler's reports (no spilled register, few instructions per step; tests/kernels/aot_compile.py), not from timings.
 TILES = {1: (64, 4, 4, 1), 4: (64, 4, 4, 1), 16: (32, 4, 2, 1), 32: (32, 2, 2, 1), 64: (32, 1, 1, 2)}
 
 PARTS = 4
-"""Parts of a chunk in the backward: their adjoints are saved, and a lane has CHUNK // PARTS steps in registers."""
+"""Parts per chunk in the backward pass: the adjoint is saved per part, and a lane holds CHUNK // PARTS steps."""
 
 CHANNELS = 32
-"""Channels of a program of the backward."""
+"""Channels per program of the backward kernel."""
 
 
 class _Scan(NamedTuple):
-    """What one scan reads; the maps are [batch, pixels, channels] with neighbouring channels in memory."""
+    """Hold the inputs of one scan; the maps are [batch, pixels, channels] with contiguous channels."""
 
     x: Tensor
     delta: Tensor | None
@@ -50,17 +50,17 @@ class _Scan(NamedTuple):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` with its last axis contiguous."""
+    """Return `x` with a contiguous last axis."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _select(x: Tensor, scan: int) -> Tensor:
-    """The part [batch, pixels, channels] of [batch, pixels, 1 or scans, channels] that is for a scan."""
+    """Select the [batch, pixels, channels] of one scan from [batch, pixels, 1 or scans, channels]."""
     return x[:, :, scan if x.shape[2] > 1 else 0]
 
 
 class _Scans:
-    """The arguments of an operator call, as what each scan reads."""
+    """Split the arguments of an operator call into the inputs of each scan."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class _Scans:
 
     @property
     def places(self) -> list[tuple[int, int]]:
-        """The sub-grid of each scan: two have the same or no common pixel."""
+        """Return the sub-grid of each scan; two sub-grids are either equal or disjoint."""
         return [(path.row, path.column) for path in self.paths]
 
     @property
@@ -108,10 +108,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def segments_of(programs: int, chunks: int, multiprocessors: int) -> int:
-    """Segments into which each path is cut, of which there are `programs` by batch and channel blocks.
+    """Return the number of segments into which each path is cut, given `programs` batch entries times channel blocks.
 
-    One warp walks a segment; eight of them keep a multiprocessor busy. Cutting nearly doubles the work, so it is done
-    from three segments on. A segment begins by going over all before it, so it is not shorter than they are many.
+    One warp scans a segment; eight warps keep a multiprocessor busy. Cutting nearly doubles the work, so it starts at
+    three segments. A segment first reads the final states of all earlier ones, so there are at most as many segments
+    as the square root of the number of steps.
     """
     segments = min(8 * multiprocessors // max(programs, 1), chunks, int((chunks * CHUNK) ** 0.5))
     return segments if segments >= 3 else 1
@@ -128,10 +129,10 @@ def _walk(
     adjoint: bool = False,
     chunk: int = CHUNK,
 ) -> None:
-    """One scan over `value`, which is x or, for the adjoint, the gradient of y; y += before."""
+    """Scan `value`, which is x or, for the adjoint, the gradient of y, along one path; y += before."""
     batch, _, dim = value.shape
     state = scan.A.shape[1]
-    channels, *groups, warps = next(tile for most, tile in TILES.items() if state <= most)
+    channels, *groups, warps = next(tile for largest_state, tile in TILES.items() if state <= largest_state)
     chunks, blocks = triton.cdiv(scan.walk.steps, chunk), triton.cdiv(dim, channels)
     segments = segments_of(batch * blocks, chunks, _multiprocessors(value.device))
     segment_chunks = triton.cdiv(chunks, segments)
@@ -176,7 +177,7 @@ def forward(
     merge: bool,
     save_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y and `states`, which is empty unless `save_states`."""
+    """Return y and `states`, which is empty unless `save_states`."""
     scans = _Scans(x, delta, projected, dt_weight, dt_bias, A, D, size, paths)
     batch, pixels, _, dim = x.shape
     count, state = A.shape[0], A.shape[2]
@@ -193,14 +194,14 @@ def forward(
             if total is None and not is_last:
                 total = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
             target, before = y if is_last else total, None if is_first else total
-        kept = states[:, i] if save_states else None
+        scan_states = states[:, i] if save_states else None
         scan = scans[i]
-        _walk(scan, scan.x, kept, softplus=softplus, y=target, before=before)
+        _walk(scan, scan.x, scan_states, softplus=softplus, y=target, before=before)
     return y if merge else y.transpose(2, 3).contiguous(), states
 
 
 def _warps(threads: int) -> int:
-    """Warps that make up that many threads, in the sense of the device: AMD's have 64."""
+    """Return the number of warps that `threads` threads form on this device; AMD's warps have 64 threads."""
     if _runtime.INTERPRET:
         return 1
     target = triton.runtime.driver.active.get_current_target()
@@ -208,7 +209,7 @@ def _warps(threads: int) -> int:
 
 
 class _Partials(NamedTuple):
-    """What the programs of the backward of one scan leave to be added: float32."""
+    """Hold the float32 partial sums of the backward programs of one scan."""
 
     BC: Tensor  # [blocks, batch, pixels, 2 * state]
     A: Tensor  # [batch * chunks, state, dim]
@@ -219,7 +220,7 @@ class _Partials(NamedTuple):
 def _differentiate(
     scan: _Scan, grad: Tensor, states: Tensor, grad_x: Tensor, grad_delta: Tensor, *, softplus: bool, adds: bool
 ) -> _Partials:
-    """Write (or add) grad_x, write grad_delta: that of the argument of softplus; and return the rest."""
+    """Write or accumulate grad_x, write grad_delta (before softplus), and return the other partial gradients."""
     batch, pixels, dim = scan.x.shape
     state, device = scan.A.shape[1], scan.x.device
     chunks, blocks = triton.cdiv(scan.walk.steps, CHUNK), triton.cdiv(dim, CHANNELS)
@@ -263,7 +264,7 @@ def backward(
     softplus: bool,
     merge: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for those that are None."""
+    """Return the gradients of x, delta, projected, dt_weight, dt_bias, A and D, None for inputs that are None."""
     scans = _Scans(x, delta, projected, dt_weight, dt_bias, A, D, size, paths)
     grad = _rows(grad).unsqueeze(1) if merge else grad.transpose(2, 3).contiguous()
     places, rank = scans.places, 0 if dt_weight is None else dt_weight.shape[2]

@@ -1,10 +1,10 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# pyright knows neither launches nor that Triton makes constants of plain numbers.
-"""The gradients of a selective scan, in Triton: a program for each chunk of steps and block of channels.
+# pyright understands neither Triton launches nor that Triton turns plain numbers into constants.
+"""Triton backward kernel of the selective scan: one program per chunk of steps and block of channels.
 
-Before it, the walk has left the state at the start of each chunk and the adjoint at the end of each PART of one: the
-recurrences inside are all that is left. They are scanned for one number of the state after the other. With q the
-gradient that flows back from the step after, and G that of h_t,
+The forward scan has saved the state at the start of each chunk, and the adjoint scan the adjoint at the end of each
+PART of one, so only the recurrences inside remain. They are scanned for one state element after the other. With q the
+gradient that flows back from the next step, and G that of h_t,
 
     G_t = C_t grad_t + q_t                  grad_B_t = sum G_t delta_t x_t              over channels
     q_{t-1} = decay_t G_t                   grad_C_t = sum grad_t h_t                   over channels
@@ -13,14 +13,15 @@ gradient that flows back from the step after, and G that of h_t,
     grad_A = sum G_t delta_t decay_t h_{t-1}                                            over steps
 
 What is unusual:
-* A tile is [steps, parts, channels], with channels in lanes, each part of the chunk in a warp of its own (or two in one
-  of twice the lanes) and the steps of a part in the registers of a lane: a scan crosses no lane, and takes one or two
-  instructions an element. Triton arranges a tile so if it does not know that neighbouring channels are neighbours in
-  memory; `one`, a stride that it must not specialise, keeps that from it.
-* What starts a scan is added to its first element where that is known: the products of the decays are then not needed,
-  and the compiler drops them. The states before the later parts are not known, and a scan over the parts gives them.
-* grad_B and grad_C are sums over channels, and cost as much as all the rest: five additions across lanes a value.
-  Every block of channels writes its own, to be added outside.
+* A tile is [steps, parts, channels]: channels in lanes, each part of the chunk in its own warp (or two parts in one
+  warp of twice as many lanes), and the steps of a part in the registers of a lane. A scan therefore crosses no lanes,
+  and takes one or two instructions per element. Triton chooses this layout only if it does not know that neighbouring
+  channels are adjacent in memory; `one`, a stride that it must not specialise, hides that.
+* The initial value of a scan is added to its first element where it is known: the products of the decays are then
+  unused, and the compiler removes them. The states before the later parts are not known; a scan over the parts computes
+  them.
+* grad_B and grad_C are sums over channels, and cost as much as all the rest: five cross-lane additions per value.
+  Every block of channels writes its own partial sums, which are added outside.
 """
 
 import triton
@@ -31,20 +32,20 @@ from ._triton_walk import LOG2E, softplus
 
 @triton.jit
 def _then(decay, value, next_decay, next_value):
-    """h <- decay h + value, and after it the next."""
+    """Compose h <- decay h + value with the next such step."""
     return decay * next_decay, next_decay * value + next_value
 
 
 @triton.jit
 def _start(decay, value, factor, start, next_decay, next_value, next_factor, next_start):
-    """As `_then`, and with the state at the start of the last part, which is start + factor h."""
+    """Compose like `_then`, and carry the state at the start of the last part, which is start + factor h."""
     decay_both, value_both = _then(decay, value, next_decay, next_value)
     return decay_both, value_both, next_factor * decay, next_start + next_factor * value
 
 
 @triton.jit
 def _before(decay, factor, value, earlier_decay, earlier_factor, earlier_value):
-    """G = value + factor q, q <- decay G of some steps, and those of the steps before, which come after them here."""
+    """Compose G = value + factor q, q <- decay G of some steps with the earlier steps, which follow in this scan."""
     carried = earlier_factor * decay
     return earlier_decay, carried * factor, earlier_value + carried * value
 
@@ -55,15 +56,15 @@ def _pixels(
     LEAVES: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Of T PARTS steps from `start`, [T, PARTS]: the pixels, and masks of the steps that are and of those on the map.
+    """Return the pixels of T * PARTS steps from `start`, [T, PARTS], the mask of existing steps and that of the map.
 
-    Other steps have pixel 0, so that they can be read without a mask for each: their gradient of y and their delta, or
-    their x, are made 0, and then nothing else that is read there matters.
+    Steps outside either mask get pixel 0, so that loads need no per-step mask. Their gradient of y and their delta, or
+    their x, are set to 0, which cancels whatever else is loaded there.
     """
     o_t = tl.arange(0, T)[:, None] + tl.arange(0, PARTS)[None, :] * T
     m_t = start + o_t < end
     o_t += start % inner_steps
-    # The lines begun since the first: division takes long, and is done by a product where lines are short.
+    # Number of lines begun since the first. Division is slow, so short lines use a multiplication instead.
     lines = tl.where(o_t >= inner_steps, 1, 0)
     if inner_steps < T * PARTS:
         lines = (o_t * (65536 // inner_steps + 1)) >> 16
@@ -80,7 +81,7 @@ def _read(
     p_x, p_delta, p_projected, o_pixel, m_t, m_here, o_c, m_c, b_bias, p_weight, s_xp, s_dp, s_pp, one,
     RANK: tl.constexpr, SOFTPLUS: tl.constexpr, LEAVES: tl.constexpr,
 ):  # fmt: skip
-    """x and delta, [T, PARTS, channels]; delta is 0 at steps that are not."""
+    """Load x and delta, [T, PARTS, channels]; delta is 0 at steps past the end."""
     m = m_c[None, None, :]
     o_x = o_pixel[:, :, None] * s_xp + o_c[None, None, :] * one
     b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)
@@ -101,7 +102,7 @@ def _read(
 
 @triton.jit
 def _softplus_slope(delta):
-    """The derivative of softplus by what softplus gave, 1 - exp(-delta), in full relative precision."""
+    """Return the derivative of softplus from its value, 1 - exp(-delta), in full relative precision."""
     p = -0.0414906541 + delta * 0.007513606213
     p = 0.1666510821 + delta * p
     p = -0.4999995148 + delta * p
@@ -124,8 +125,11 @@ def _scan_bwd_kernel(
     ADD: tl.constexpr, LEAVES: tl.constexpr, WIDE: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
-    """states [batch, chunks + 1, state, dim], adjoint [batch, parts, state, dim], grad_BC [blocks, batch,
-    pixels, 2 state], grad_A [batch chunks, state, dim], grad_D and grad_bias [batch chunks, dim]."""
+    """Compute all gradients of one scan, those over several programs as partial sums.
+
+    states [batch, chunks + 1, state, dim], adjoint [batch, parts, state, dim], grad_BC [blocks, batch, pixels,
+    2 state], grad_A [batch chunks, state, dim], grad_D and grad_bias [batch chunks, dim].
+    """
     blocks = tl.cdiv(dim, BC)
     i_c, i_row = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     i_t, i_b = (i_row % chunks).to(tl.int32), i_row // chunks

@@ -1,25 +1,25 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# pyright knows neither launches, nor what Triton makes of plain numbers and of tuples.
-"""The walk along a path, in Triton: the scan itself, the ends of its segments, and the adjoint of the state.
+# pyright understands neither Triton launches nor what Triton makes of plain numbers and of tuples.
+"""Triton kernel that scans along a path: the scan itself, the final states of its segments, and the adjoint scan.
 
-A program owns a block of channels, one lane each (or two), of one image and one segment of the path, and takes one step
-after the other with the state in registers. An associative scan would do the same with two to three times the
-instructions: its time axis lies across lanes. The maps are channels-last, so a step in any direction is a row of
-channels, and all directions are one kernel: a path is eight integers (`Walk`), which the kernel takes as data.
+A program owns a block of channels (one or two per lane) of one image and one segment of the path, and steps through it
+sequentially with the state in registers. An associative scan would take two to three times as many instructions,
+because its time axis lies across lanes. The maps are channels_last, so a step in any direction is a row of channels,
+and one kernel serves all directions: a path is eight integers (`Walk`), which the kernel takes as data.
 
 What is unusual:
-* The low-rank delta is expanded here, step by step, from weights that stay in registers; delta is never in memory.
-* What the next GROUP steps read is loaded before the first of them stores: the compiler may not move a load before a
-  store that could be to the same place, and would wait for the memory at every step.
-* softplus is max(x, 0) + log1p(exp(-|x|)) with a polynomial: it cannot overflow, has full relative precision for the
-  small steps that Mamba starts from (the logarithm of the special function unit has not), and takes fewer instructions
-  than the library's logarithm.
-* A path cut into segments takes two launches. The first (CARRY) finds the state at the end of each segment from a start
-  of zero, and the sum of its delta, which is all there is to know about its decay: exp(A * sum). In the second each
-  segment puts together its start from all those before it, and walks. One segment is the same second launch alone.
-* The adjoint of the state obeys q <- exp(delta A) (q + C grad), walked from the last step to the first: the same kernel
-  on the reversed path.
+* The low-rank delta is expanded here, step by step, from weights held in registers; delta is never in memory.
+* The inputs of the next GROUP steps are loaded before the first of these steps stores. The compiler may not move a load
+  before a store that could alias it, and would wait for memory at every step.
+* softplus is max(x, 0) + log1p(exp(-|x|)) with a polynomial. It cannot overflow, keeps full relative precision for the
+  small steps of Mamba's initialisation (the logarithm of the special function unit does not), and takes fewer
+  instructions than the library's logarithm.
+* A path cut into segments takes two launches. The first (CARRY) computes the final state of each segment started from
+  zero, and the sum of its delta, which determines its decay: exp(A * sum). In the second, each segment combines those
+  of all earlier segments into its initial state, and scans. A single segment takes the second launch only.
+* The adjoint of the state obeys q <- exp(delta A) (q + C grad), scanned from the last step to the first by the same
+  kernel on the reversed path.
 """
 
 from typing import NamedTuple
@@ -33,13 +33,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Walk(NamedTuple):
-    """A path over a map as a kernel takes it: pixels counted along the rows; positions counted in the order walked."""
+    """Encode a path over a map for the kernel: row-major pixel indices, and positions in scan order."""
 
-    inner_steps: int  # steps of a line
-    first: int  # pixel of the first step, which may lie outside of the map
-    inner: int  # from a step of a line to the next
-    outer: int  # from a line to the next
-    low_inner: int  # the positions of a line, and the lines, that lie on the map: from low to below high
+    inner_steps: int  # steps per line
+    first: int  # pixel of the first step, which may lie outside the map
+    inner: int  # pixel distance between steps of a line
+    outer: int  # pixel distance between lines
+    low_inner: int  # positions of a line, and lines, that are on the map: [low, high)
     high_inner: int
     low_outer: int
     high_outer: int
@@ -67,11 +67,11 @@ class Walk(NamedTuple):
 
 
 def walk(path: ScanPath, height: int, width: int) -> Walk:
-    """The walk of a path over a map."""
+    """Encode a path over a map of the given size."""
     axes = []
     sizes = zip(path.grid(height, width), (height, width), strict=True)
-    ways = ((path.row, width, path.flip_rows), (path.column, 1, path.flip_columns))
-    for (count, size), (start, stride, is_flipped) in zip(sizes, ways, strict=True):
+    path_axes = ((path.row, width, path.flip_rows), (path.column, 1, path.flip_columns))
+    for (count, size), (start, stride, is_flipped) in zip(sizes, path_axes, strict=True):
         inside = (size - start + path.step - 1) // path.step
         low, high = (count - inside, count) if is_flipped else (0, inside)
         first, step = start + (count - 1) * path.step * is_flipped, -path.step if is_flipped else path.step
@@ -82,7 +82,7 @@ def walk(path: ScanPath, height: int, width: int) -> Walk:
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)); the polynomial is log1p(e) / e on [0, 1] to 2e-7."""
+    """Return log(1 + exp(x)); the polynomial is log1p(e) / e on [0, 1] to 2e-7."""
     e = tl.exp2(tl.abs(x) * -LOG2E)
     p = 0.04349389981533136 + e * -0.00837115254944365
     p = -0.1068500286374956 + e * p
@@ -96,7 +96,7 @@ def softplus(x):
 
 @triton.jit
 def _column(p, o_n, is_here, STATE: tl.constexpr, LEAVES: tl.constexpr):
-    """B or C of a step: a number for each state; state 1 has no axis."""
+    """Load B or C of a step, one element per state; there is no state axis if STATE is 1."""
     if STATE == 1:
         b_column = tl.load(p).to(tl.float32)
     else:
@@ -113,32 +113,32 @@ def _steps(
     ADD: tl.constexpr, LEAVES: tl.constexpr, ADJOINT: tl.constexpr, CARRY: tl.constexpr, WIDE: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """GROUP steps: the state, the sum of delta and the position after them."""
+    """Advance GROUP steps; return the state, the sum of delta and the position after them."""
     WRITES: tl.constexpr = not (ADJOINT or CARRY)
     o_n = tl.arange(0, PADDED)
     x, raw, feed, read, before, place, mask = (), (), (), (), (), (), ()
     for _ in tl.static_range(GROUP):
-        at, m, is_here = pixel.to(tl.int64) if WIDE else pixel, m_c, True
+        o_pixel, m, is_here = pixel.to(tl.int64) if WIDE else pixel, m_c, True
         if LEAVES:
             is_here = (i >= low_i) & (i < high_i) & (o >= low_o) & (o < high_o)
-            at, m = tl.where(is_here, at, 0), tl.where(is_here, o_c, dim) < dim
-        x += (tl.load(p_x + at * s_xp + o_c, mask=m, other=0.0).to(tl.float32),)
-        p_row = p_projected + at * s_pp
+            o_pixel, m = tl.where(is_here, o_pixel, 0), tl.where(is_here, o_c, dim) < dim
+        x += (tl.load(p_x + o_pixel * s_xp + o_c, mask=m, other=0.0).to(tl.float32),)
+        p_row = p_projected + o_pixel * s_pp
         if RANK > 0:
             b_raw = b_bias
             for r in tl.static_range(RANK):
                 b_z = tl.load(p_row + r).to(tl.float32)
                 b_raw += (tl.where(is_here, b_z, 0.0) if LEAVES else b_z) * b_weights[r]
         else:
-            b_raw = b_bias + tl.load(p_delta + at * s_dp + o_c, mask=m, other=0.0).to(tl.float32)
+            b_raw = b_bias + tl.load(p_delta + o_pixel * s_dp + o_c, mask=m, other=0.0).to(tl.float32)
         raw += (b_raw,)
         feed += (_column(p_row + RANK + (STATE if ADJOINT else 0), o_n, is_here, STATE, LEAVES),)
         if WRITES:
             read += (_column(p_row + (RANK + STATE), o_n, is_here, STATE, LEAVES),)
-            place += (at * s_yp,)
+            place += (o_pixel * s_yp,)
             mask += (m,)
             if ADD:
-                before += (tl.load(p_before + at * s_yp + o_c, mask=m, other=0.0).to(tl.float32),)
+                before += (tl.load(p_before + o_pixel * s_yp + o_c, mask=m, other=0.0).to(tl.float32),)
         is_end = i + 1 == inner_steps
         pixel += tl.where(is_end, outer - (inner_steps - 1) * inner, inner)
         i = tl.where(is_end, 0, i + 1)
@@ -174,9 +174,10 @@ def _scan_walk_kernel(
     HAS_D: tl.constexpr, ADD: tl.constexpr, LEAVES: tl.constexpr, ADJOINT: tl.constexpr, CARRY: tl.constexpr,
     SAVE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """states [batch, chunks + 1, state, dim]; ends [batch, segments, state, dim], times [batch, segments, dim].
+    """Scan the segments of all images and channel blocks along one path.
 
-    The adjoint is saved once a chunk too, before it is walked: what flows back into the chunk's last state.
+    Shapes: states [batch, chunks + 1, state, dim], ends [batch, segments, state, dim], times [batch, segments, dim].
+    The adjoint is saved once per chunk as well, before the chunk is scanned: the gradient of the chunk's last state.
     """
     blocks = tl.cdiv(dim, BC)
     i_c, i_s, i_b = (
@@ -215,7 +216,7 @@ def _scan_walk_kernel(
     chunks = tl.cdiv(steps, CHUNK)
     begin, end = i_s * segment_chunks, tl.minimum((i_s + 1) * segment_chunks, chunks)
     t = begin * CHUNK
-    if ADJOINT:  # its chunks are counted from the end, and so the first, not the last, may be short
+    if ADJOINT:  # chunks are counted from the end, so the first one scanned, not the last, may be short
         t = steps - tl.minimum((chunks - begin) * CHUNK, steps)
     i, o = t % inner_steps, t // inner_steps
     pixel = first + o * outer + i * inner

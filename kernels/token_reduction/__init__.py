@@ -1,9 +1,9 @@
-"""Fewer tokens: merge the most similar ones, keep the most important ones, put them back; and the attention that says
-which are important, without ever writing its matrix.
+"""Token reduction: merge similar tokens, keep important tokens, restore the full sequence; and attention that also
+returns the importance of each token, without storing the attention matrix.
 
-Every change is one map, `slot` [batch, tokens in]: the position of each token in the new sequence, -1 if it has none.
-Maps compose (`later_slot.gather(1, slot)`), undo themselves (`unmerge_tokens`, `scatter_tokens`) and are all that a
-picture of the reduction needs.
+Each reduction is described by one map, `slot` [batch, tokens in]: the position of each token in the new sequence, or -1
+for a dropped token. Maps compose (`later_slot.gather(1, slot)`), can be undone (`unmerge_tokens`, `scatter_tokens`) and
+contain all that is needed to draw the reduction.
 
 Papers: Bolya et al., "Token Merging: Your ViT But Faster" (ToMe, arXiv 2210.09461); Liang et al., "Not All Patches are
 What You Need: Expediting Vision Transformers via Token Reorganizations" (EViT, arXiv 2202.07800); Rao et al.,
@@ -11,10 +11,10 @@ What You Need: Expediting Vision Transformers via Token Reorganizations" (EViT, 
 "SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning" (arXiv 2012.09852).
 
 What is unusual:
-* Lengths depend on shapes and rates alone, never on values, so that everything compiles, exports and batches.
-* Of equal values the one with the lower index counts as the larger, everywhere, on every device.
+* Sequence lengths depend only on shapes and rates, never on values, so all functions compile, export and batch.
+* Ties are resolved in favour of the lower index, in every function and on every device.
 * The first `num_prefix` tokens (class, distillation, registers) are never merged, dropped or moved.
-* Tokens that did not merge come out of `merge_tokens` bit by bit as they went in.
+* `merge_tokens` returns tokens that were not merged bit for bit as they were.
 """
 
 from ._functional import (

@@ -1,7 +1,7 @@
 """The public functions of `mixerzoo.kernels.token_reduction`.
 
-TorchScript compiles the plain operators under them, without the checks; and as it knows no keyword-only arguments with
-defaults, there are none here.
+TorchScript compiles the plain operators that these functions call, without the argument checks. It does not support
+keyword-only arguments with defaults, so these functions have none.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def _check_slot(slot: Tensor, batch: int, tokens: int | None) -> None:
 
 
 def _without_autocast(function: Callable[..., _T], x: Tensor, *arguments: object) -> _T:
-    """Products in the precision that the inputs have: choices and sums are not what autocast is for."""
+    """Call `function` with autocast disabled, so that rankings and sums are computed in the precision of the inputs."""
     if not _runtime.is_autocast(x):
         return function(x, *arguments)
     with torch.autocast(x.device.type, enabled=False):
@@ -50,30 +50,30 @@ def _without_autocast(function: Callable[..., _T], x: Tensor, *arguments: object
 
 
 def merged_length(tokens: int, r: int, num_prefix: int = 1) -> int:
-    """How many of `tokens` are left when r are to merge into others, which no more than half after the prefix do."""
+    """Return how many of `tokens` remain after merging r of them, at most half of those after the prefix."""
     if not torch.jit.is_scripting():
         _check_r(tokens, r, num_prefix)
     return tokens - _plain.at_most_half(tokens, r, num_prefix)
 
 
 def bipartite_match(metric: Tensor, r: int, num_prefix: int = 1) -> Tensor:
-    """Find r tokens to merge and those to merge them into.
+    """Select r tokens to merge, and the token that each of them merges into.
 
-    After the prefix, every token at an even position looks for the one at an odd position that is most like it, by the
-    cosine; the r most alike pairs merge. The new order is prefix, even tokens that stay, odd tokens, each ascending;
-    with r = 0 nothing moves. Differentiable in nothing.
+    After the prefix, every token at an even position is paired with the token at an odd position that has the highest
+    cosine similarity to it; the r most similar pairs merge. The new order is prefix, unmerged even tokens, odd tokens,
+    each in ascending order; with r = 0 nothing moves. The result has no gradient.
 
     Args:
-        metric: what to compare: [batch, tokens, dim], or the keys of attention, [batch, heads, tokens, dim], of which
-            ToMe takes the mean over the heads.
-        r: tokens to lose, at least 0; no more than half of those after the prefix are.
-        num_prefix: tokens at the start that have no part in it.
+        metric: features to compare: [batch, tokens, dim], or the keys of attention, [batch, heads, tokens, dim], which
+            are averaged over the heads as in ToMe.
+        r: number of tokens to merge away, at least 0; limited to half of the tokens after the prefix.
+        num_prefix: tokens at the start that are excluded from merging.
 
     Returns:
-        int64 [batch, tokens], the new position of each; `merged_length` says how many there are.
+        int64 [batch, tokens], the new position of each token; `merged_length` returns the length of the new sequence.
 
     Raises:
-        ValueError: for a metric that is not [batch, tokens, dim], or an r or prefix that is out of range.
+        ValueError: for a metric of another shape, or an r or prefix that is out of range.
     """
     if torch.jit.is_scripting():
         return _plain.match(metric, r, num_prefix)
@@ -93,17 +93,27 @@ def bipartite_match(metric: Tensor, r: int, num_prefix: int = 1) -> Tensor:
         return _operator.match(metric, merging, num_prefix)
 
 
+def _check_in_range(slot: Tensor, length: int) -> None:
+    """Raise for slots past the end, but only where the check needs no synchronisation and breaks no graph."""
+    if torch.compiler.is_compiling() or type(slot) is not Tensor or slot.device.type != "cpu":
+        return
+    if not _runtime.wants_plain_ops() and slot.numel() and slot.max() >= length:
+        raise ValueError(f"slots are below length={length}, or -1 for dropped tokens; got slots up to {slot.max()}")
+
+
 def merge_tokens(x: Tensor, slot: Tensor, length: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The mean, weighted by size, of the tokens that share a slot.
+    """Merge tokens that share a slot into their size-weighted mean.
 
     Args:
         x: [batch, tokens, dim].
-        slot: as `bipartite_match` gives it. Each slot below `length` needs a token; tokens of slot -1 are left out.
-        length: tokens of the new sequence.
-        size: [batch, tokens], positive, how many tokens each one stands for; 1 each if None.
+        slot: the map returned by `bipartite_match`. Each slot below `length` needs at least one token; tokens with slot
+            -1 are left out.
+        length: number of tokens in the new sequence.
+        size: [batch, tokens], positive: the number of original tokens that each token represents; 1 each if None.
 
     Returns:
-        [batch, length, dim], and the sizes [batch, length]. Differentiable in x and size; sums are float32 at least.
+        Merged tokens [batch, length, dim] and their sizes [batch, length]. Differentiable in x and size; sums are
+        computed in at least float32.
     """
     if torch.jit.is_scripting():
         return _plain.merge(x, slot, length, size)
@@ -114,10 +124,11 @@ def merge_tokens(x: Tensor, slot: Tensor, length: int, size: Tensor | None = Non
             raise ValueError(f"length, the tokens of the new sequence, must be at least 1; got {length}")
         if size is not None and (size.shape != slot.shape or not size.is_floating_point()):
             raise ValueError(
-                f"size must be one number a token, floating-point {list(slot.shape)}; "
+                f"size must be one number per token, floating-point {list(slot.shape)}; "
                 f"got {list(size.shape)}, {size.dtype}"
             )
         if not (_operator.runs_triton(x) or _operator.runs_native(x)):
+            _check_in_range(slot, length)
             return _plain.merge(x, slot, length, size)
         if _runtime.needs_operator(x, size):
             return torch.ops.mixerzoo.merge_tokens(x, slot, length, size)
@@ -125,11 +136,11 @@ def merge_tokens(x: Tensor, slot: Tensor, length: int, size: Tensor | None = Non
 
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
-    """Every token of the old sequence gets the value of the one that it is in now; zeros if it is in none.
+    """Restore the original sequence: each token gets the value of the token it was merged into, or zeros if dropped.
 
     Args:
         x: [batch, length, dim], the new sequence.
-        slot: [batch, tokens], the map that led to it, or several in one: `later.gather(1, earlier)`.
+        slot: [batch, tokens], the map that produced x, or a composition of several: `later.gather(1, earlier)`.
 
     Returns:
         [batch, tokens, dim]. Differentiable in x.
@@ -139,23 +150,24 @@ def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
     else:
         _check_tokens("x", x)
         _check_slot(slot, x.shape[0], None)
+        _check_in_range(slot, x.shape[1])
         return _operator.unmerge(x, slot)
 
 
 def keep_tokens(x: Tensor, score: Tensor, keep: int, num_prefix: int = 1, fuse: bool = False) -> tuple[Tensor, Tensor]:
-    """Keep the prefix and the `keep` tokens of the highest score, in descending order of it.
+    """Keep the prefix and the `keep` tokens with the highest scores, in descending order of score.
 
     Args:
         x: [batch, num_prefix + candidates, dim].
         score: [batch, candidates], floating-point.
-        keep: from 0 to the number of candidates.
-        num_prefix: tokens at the start that stay whatever happens.
-        fuse: one token more at the end, the sum of score * token over those that were dropped (zeros if none was); the
-            weights are not made to add up to 1.
+        keep: number of candidates to keep, from 0 to all of them.
+        num_prefix: tokens at the start that are always kept.
+        fuse: append one token: the sum of score * token over the dropped tokens (zeros if none was dropped). The
+            weights are not normalised to add up to 1.
 
     Returns:
-        [batch, num_prefix + keep (+ 1), dim] and the new positions, int64 [batch, num_prefix + candidates], -1 for
-        dropped tokens, fused or not. Differentiable in x, and through the fused token in score.
+        The kept tokens [batch, num_prefix + keep (+ 1), dim] and the new positions, int64 [batch, num_prefix +
+        candidates], -1 for dropped tokens, fused or not. Differentiable in x, and through the fused token in score.
     """
     if torch.jit.is_scripting():
         return _plain.keep(x, score, keep, num_prefix, fuse)
@@ -178,11 +190,11 @@ def keep_tokens(x: Tensor, score: Tensor, keep: int, num_prefix: int = 1, fuse: 
 
 
 def scatter_tokens(x: Tensor, slot: Tensor, canvas: Tensor) -> Tensor:
-    """A copy of the canvas in which the tokens that still exist have their new values.
+    """Return a copy of the canvas in which the remaining tokens have their new values.
 
     Args:
         x: [batch, length, dim], the shorter sequence.
-        slot: [batch, tokens], where each token of the canvas is in it; -1 leaves the canvas alone.
+        slot: [batch, tokens], the position in x of each token of the canvas; -1 keeps the canvas's value.
         canvas: [batch, tokens, dim].
 
     Returns:
@@ -199,6 +211,7 @@ def scatter_tokens(x: Tensor, slot: Tensor, canvas: Tensor) -> Tensor:
                 f"x and canvas must share batch, dim and data type; got {list(x.shape)}, {x.dtype} and "
                 f"{list(canvas.shape)}, {canvas.dtype}"
             )
+        _check_in_range(slot, x.shape[1])
         return torch.where(slot.unsqueeze(2) >= 0, _operator.unmerge(x, slot), canvas)
 
 
@@ -209,21 +222,21 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None) -
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}, {q.dtype}"
         )
     if log_size is not None and log_size.shape != (k.shape[0], k.shape[2]):
-        raise ValueError(f"log_size must be [{k.shape[0]}, {k.shape[2]}], one number a key; got {list(log_size.shape)}")
+        wanted = [k.shape[0], k.shape[2]]
+        raise ValueError(f"log_size must be {wanted}, one number per key; got {list(log_size.shape)}")
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, sums: bool
 ) -> tuple[Tensor, Tensor]:
-    _check_attention(q, k, v, log_size)
     if not _runtime.is_autocast(q):
-        return _attend_as_given(q, k, v, log_size, scale, sums)
+        return _attend_in_input_dtype(q, k, v, log_size, scale, sums)
     q, k, v = (_runtime.as_autocast_wants(x) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
-        return _attend_as_given(q, k, v, log_size, scale, sums)
+        return _attend_in_input_dtype(q, k, v, log_size, scale, sums)
 
 
-def _attend_as_given(
+def _attend_in_input_dtype(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, sums: bool
 ) -> tuple[Tensor, Tensor]:
     if _operator.can_attend(q):
@@ -238,18 +251,20 @@ def _attend_as_given(
 def attention_with_class_row(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention, and how much of it the first token, the class token, pays to each.
+    """Compute attention, and return the attention weights of the first token (the class token) as well.
 
     Args:
         q, k, v: [batch, heads, tokens, head_dim].
-        log_size: [batch, tokens], added to every logit of a key: the logarithm of the sizes makes a merged token count
-            as many (ToMe's proportional attention).
-        scale: of the logits; head_dim ** -0.5 if None.
+        log_size: [batch, tokens], added to the logits of each key: with the logarithm of the sizes, a merged token has
+            the weight of all its parts (ToMe's proportional attention).
+        scale: factor of the logits; head_dim ** -0.5 if None.
 
     Returns:
-        [batch, heads, tokens, head_dim], and the first row of each head's attention matrix, [batch, heads, tokens],
-        float32 at least also under autocast. Differentiable in all but scale, through both.
+        The output [batch, heads, tokens, head_dim], and the first row of each head's attention matrix, [batch, heads,
+        tokens], in at least float32, also under autocast. Both are differentiable in all arguments except scale.
     """
+    if not torch.jit.is_scripting():
+        _check_attention(q, k, v, log_size)
     factor = q.shape[3] ** -0.5 if scale is None else scale
     if torch.jit.is_scripting():
         return _plain.attend_row(q, k, v, log_size, factor)
@@ -260,11 +275,14 @@ def attention_with_class_row(
 def attention_with_column_sums(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention, and how much of it all tokens together pay to each (SpAtten's importance).
+    """Compute attention, and return the total attention that each token receives (SpAtten's importance) as well.
 
-    As `attention_with_class_row`, but for the sum of all rows in place of the first. The attention matrix is only ever
-    there for a few queries, except in exported programs, which have no loop whose length may vary.
+    Arguments and results are those of `attention_with_class_row`, with the sum over all rows in place of the first row.
+    The attention matrix is computed for a few queries at a time, except in exported programs, which cannot contain a
+    loop of variable length.
     """
+    if not torch.jit.is_scripting():
+        _check_attention(q, k, v, log_size)
     factor = q.shape[3] ** -0.5 if scale is None else scale
     if torch.jit.is_scripting():
         return _plain.attend_columns(q, k, v, log_size, factor)

@@ -1,9 +1,10 @@
-"""The custom operators of token reduction, their gradients, and which implementation each takes.
+"""The custom operators of token reduction, their gradients, and the choice of the implementation of each.
 
-* `mixerzoo::match_tokens`, `merge_tokens`, `keep_tokens`, `unmerge_tokens`, and `attention_with_evidence`, for the row
-  and for the sums. Backwards of merging and keeping gather rows, that of unmerging merges: no atomics anywhere.
-* The operators are for Triton and for the native CPU kernels. Where neither runs, the public functions call `_plain`,
-  which autograd and exporters can look into.
+* The operators are `mixerzoo::match_tokens`, `merge_tokens`, `keep_tokens`, `unmerge_tokens`, and
+  `attention_with_evidence`, where the evidence is either the first row or the column sums of the attention matrix. The
+  backward passes of merging and keeping gather rows, and that of unmerging merges, so no operator needs atomics.
+* The operators call the Triton or the native CPU kernels. Where neither is available, the public functions call
+  `_plain`, whose PyTorch operators autograd and exporters can trace.
 """
 
 import torch
@@ -14,13 +15,15 @@ from . import _native, _plain
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether the Triton kernels serve `x`, which nobody wants as standard operators."""
+    """Return whether the Triton kernels support `x` and no exporter or transform needs standard operators."""
     return _runtime.runs_triton(x) and not _runtime.wants_plain_ops()
 
 
 def runs_native(x: Tensor) -> bool:
-    """Whether the compiled CPU kernels serve `x`. Compilers take the operators on trust: whether there is a library is
-    asked when they run."""
+    """Return whether the compiled CPU kernels support `x`.
+
+    While compiling, the answer does not depend on the availability of the library: the operator tests it at run time.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32 or _runtime.wants_plain_ops():
         return False
     if torch.compiler.is_compiling():
@@ -29,9 +32,9 @@ def runs_native(x: Tensor) -> bool:
 
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
-    """`_plain.match` by the fastest kernel; r at least 1 and no more than the tokens allow."""
+    """Compute `_plain.match` with the fastest kernel, for r from 1 to half of the tokens after the prefix."""
     if metric.numel() and _runtime.runs_triton(metric):
-        from . import _triton  # only where it runs: importing Triton takes a while, and not every platform has it
+        from . import _triton  # imported only where it runs: Triton imports slowly and is not available everywhere
 
         if _triton.can_match(metric):
             return _triton.match(metric, r, num_prefix)
@@ -51,7 +54,7 @@ def _(metric, r, num_prefix):
 
 
 def merge(x: Tensor, slot: Tensor, length: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_plain.merge` by the fastest kernel."""
+    """Compute `_plain.merge` with the fastest kernel."""
     if x.numel() and length:
         if _runtime.runs_triton(x):
             from . import _triton
@@ -81,7 +84,7 @@ def _save_merge(ctx, inputs, output) -> None:
 
 
 def _differentiate_merge(ctx, grad, grad_total):
-    """merged[s] is the sum over its tokens of size * x, divided by that of size."""
+    """Differentiate merged[s] = sum(size * x) / sum(size), with both sums over the tokens of slot s."""
     slot, size, total, *values = ctx.saved_tensors
     at_tokens = _plain.unmerge(grad, slot)
     of_slot = torch.where(slot < 0, 1.0, total.gather(1, slot.clamp(min=0)))
@@ -99,7 +102,7 @@ _merge_tokens.register_autograd(_differentiate_merge, setup_context=_save_merge)
 
 
 def unmerge(x: Tensor, slot: Tensor) -> Tensor:
-    """`_plain.unmerge`; with a gradient that adds up in one order, where PyTorch's own would not."""
+    """Compute `_plain.unmerge` with a gradient whose sums have a fixed order, unlike those of PyTorch's gradient."""
     if runs_triton(x) and torch.is_grad_enabled() and x.requires_grad:
         return torch.ops.mixerzoo.unmerge_tokens(x, slot)
     return _plain.unmerge(x, slot)
@@ -131,7 +134,7 @@ _unmerge_tokens.register_autograd(_differentiate_unmerge, setup_context=_save_un
 
 
 def select(x: Tensor, score: Tensor, keep: int, num_prefix: int, fuse: bool) -> tuple[Tensor, Tensor]:
-    """`_plain.keep` by the fastest kernel."""
+    """Compute `_plain.keep` with the fastest kernel."""
     if x.numel() and _runtime.runs_triton(x):
         from . import _triton
 
@@ -179,12 +182,12 @@ _keep_tokens.register_autograd(_differentiate_keep, setup_context=_save_keep)
 def _attention_with_evidence(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, what the first row of the attention or all of them give to each key, and the rows' log sums."""
+    """Return the output of attention, the first row or column sums of its matrix, and the log-sum-exp of each row."""
     return attend(q, k, v, log_size, scale, sums)
 
 
 def can_attend(q: Tensor) -> bool:
-    """Whether the Triton kernels serve these queries."""
+    """Return whether the Triton kernels support these queries."""
     if not runs_triton(q) or q.numel() == 0:
         return False
     from . import _triton_attention
@@ -195,7 +198,7 @@ def can_attend(q: Tensor) -> bool:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float, sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator does; for tensors that Triton runs on."""
+    """Compute `mixerzoo::attention_with_evidence` for tensors that the Triton kernels support."""
     from . import _triton_attention
 
     return _triton_attention.attend(q, k, v, log_size, scale, sums)
@@ -222,7 +225,7 @@ def _attention_with_evidence_backward(
     scale: float,
     sums: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, and of log_size where there is one."""
+    """Return the gradients of q, k, v, and of log_size unless it is None."""
     from . import _triton_attention
 
     return _triton_attention.attend_backward(grad, grad_evidence, q, k, v, log_size, out, evidence, lse, scale, sums)

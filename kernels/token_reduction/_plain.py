@@ -1,6 +1,6 @@
-"""Token reduction by PyTorch operators: on the CPU, for exporters, TorchScript, functional transforms and autograd.
+"""Token reduction in PyTorch operators: for the CPU, exporters, TorchScript, functional transforms and autograd.
 
-* No number of tokens decides which operators run, so a program that was exported holds for any.
+The choice of operators never depends on the number of tokens, so an exported program works for any number.
 """
 
 import torch
@@ -12,14 +12,15 @@ from .._runtime import wants_plain_ops
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Half precision to float32, in which all sums run and all decisions fall."""
+    """Convert half precision to float32, in which all sums and comparisons are computed."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 def _descending(score: Tensor) -> Tensor:
-    """[batch, n] to the order that sorts each row; of equal scores those of lower index come first.
+    """Return the indices that sort each row of [batch, n] in descending order; ties keep the order of their indices.
 
-    ONNX has no stable sort. Counting how many come before each takes it n^2 comparisons, and no n stands in them.
+    ONNX has no stable sort. Exported programs rank each element by counting those before it, which takes n^2
+    comparisons but does not fix n.
     """
     if not is_exporting():
         return torch.sort(score, dim=1, descending=True, stable=True)[1]
@@ -30,19 +31,19 @@ def _descending(score: Tensor) -> Tensor:
 
 
 def at_most_half(tokens: int, r: int, num_prefix: int) -> int:
-    """How many of `tokens` merge when r are to: no more than half of those after the prefix."""
+    """Limit r to half of the tokens after the prefix."""
     half = (tokens - num_prefix) // 2
     if torch.jit.is_scripting():
         return min(r, half)
     else:
         if r == 0:
             return r
-        # While exporting no guard on which of them is the smaller; Dynamo of torch 2.11 takes no plain numbers.
+        # sym_min avoids a guard on which one is smaller while exporting; Dynamo of torch 2.11 rejects plain integers.
         return min(r, half) if isinstance(half, int) else torch.sym_min(r, half)  # pyright: ignore[reportReturnType]
 
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
-    """`bipartite_match`."""
+    """Compute `bipartite_match`; r may be larger than the tokens allow."""
     metric = _wide(metric.detach())
     if metric.dim() == 4:
         metric = metric.mean(1)
@@ -59,16 +60,18 @@ def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
     merges = torch.zeros_like(best, dtype=torch.bool).scatter(1, best, (position[: a.shape[1]] < r).expand(best.shape))
     first_b = num_prefix + a.shape[1] - r
     slot_a = torch.where(merges, first_b + partner, num_prefix - 1 + (~merges).cumsum(1))
-    slot = position.expand(batch, tokens).clone()
-    slot[:, of_a::2] = slot_a
-    slot[:, of_b::2] = first_b + position[: b.shape[1]]
-    return slot
+    prefix, slot_b = position[:num_prefix], first_b + position[: b.shape[1]]
+    slots = torch.cat([prefix.expand(batch, -1), slot_a, slot_b.expand(batch, -1)], 1)
+    # Interleaved by an index, since an assignment to every second element has no rule under vmap.
+    order = torch.where((position - of_a) % 2 == 0, (position - of_a) // 2, a.shape[1] + (position - of_b) // 2)
+    return slots.index_select(1, torch.where(position < num_prefix, position, num_prefix + order))
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """[batch, n, dim] and [batch, m] to [batch, m, dim].
+    """Select rows of x [batch, n, dim] by index [batch, m]; return [batch, m, dim].
 
-    `gather` reads an index for every number; whole rows are ten times as fast, but exporters would fix their count.
+    `gather` reads one index per element. `index_select` of whole rows is ten times as fast, but exporters would fix the
+    number of rows.
     """
     batch, tokens, dim = x.shape
     if wants_plain_ops():
@@ -78,13 +81,13 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def merge(x: Tensor, slot: Tensor, length: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`merge_tokens`. Weights are divided before the sum, so that of a token by itself it is exactly 1."""
+    """Compute `merge_tokens`, normalising the weights before the sum so that the weight of an unmerged token is 1."""
     if size is None:
         size = torch.ones(slot.shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     if wants_plain_ops():
         return _merge_traceably(x, slot, length, size)
     batch = x.shape[0]
-    end = batch * length  # dropped tokens come last, and are in no bag
+    end = batch * length  # the index of dropped tokens: they sort last and belong to no bag
     first = torch.arange(0, end, length, device=slot.device).unsqueeze(1)
     flat = torch.where(slot < 0, end, slot + first).flatten()
     by_slot, order = torch.sort(flat, stable=True)
@@ -98,8 +101,8 @@ def merge(x: Tensor, slot: Tensor, length: int, size: Tensor | None) -> tuple[Te
 
 
 def _merge_traceably(x: Tensor, slot: Tensor, length: int, size: Tensor) -> tuple[Tensor, Tensor]:
-    """In operators that ONNX and forward-mode differentiation have, too."""
-    slot = torch.where(slot < 0, length, slot)  # dropped tokens meet in one place more, that is cut off
+    """Compute `merge` with operators that ONNX and forward-mode differentiation support."""
+    slot = torch.where(slot < 0, length, slot)  # dropped tokens share one extra slot, which is cut off
     total = size.new_zeros(x.shape[0], length + 1).scatter_add(1, slot, size)
     weight = size / total.gather(1, slot)
     wide = _wide(x)
@@ -110,26 +113,26 @@ def _merge_traceably(x: Tensor, slot: Tensor, length: int, size: Tensor) -> tupl
 
 
 def unmerge(x: Tensor, slot: Tensor) -> Tensor:
-    """`unmerge_tokens`."""
-    found = slot >= 0
-    return torch.where(found.unsqueeze(2), _rows(x, slot.clamp(min=0)), 0.0).to(x.dtype)
+    """Compute `unmerge_tokens`."""
+    is_present = slot >= 0
+    return torch.where(is_present.unsqueeze(2), _rows(x, slot.clamp(min=0)), 0.0).to(x.dtype)
 
 
 def scatter(x: Tensor, slot: Tensor, canvas: Tensor) -> Tensor:
-    """`scatter_tokens`."""
-    found = slot >= 0
-    return torch.where(found.unsqueeze(2), _rows(x, slot.clamp(min=0)), canvas)
+    """Compute `scatter_tokens`."""
+    is_present = slot >= 0
+    return torch.where(is_present.unsqueeze(2), _rows(x, slot.clamp(min=0)), canvas)
 
 
 def keep(x: Tensor, score: Tensor, count: int, num_prefix: int, fuse: bool) -> tuple[Tensor, Tensor]:
-    """`keep_tokens`."""
+    """Compute `keep_tokens`."""
     batch, candidates = score.shape[0], score.shape[1]
     order = _descending(_wide(score.detach()))
     position = torch.arange(candidates, device=x.device)
     places = torch.where(position < count, num_prefix + position, -1).expand(batch, -1)
     slot = torch.zeros_like(order).scatter(1, order, places)
     of_prefix = torch.arange(num_prefix, device=x.device).expand(batch, -1)
-    # Both at once: while exporting, a length of their own of those that are kept would be taken for never 1.
+    # One gather for both: exporters would assume that a separate length of the kept tokens is never 1.
     parts = [_rows(x, torch.cat([of_prefix, num_prefix + order], 1)[:, : num_prefix + count])]
     if fuse:
         wide = _wide(x[:, num_prefix:])
@@ -144,7 +147,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: flo
 
 
 def _probabilities(q: Tensor, k: Tensor, log_size: Tensor | None, scale: float) -> Tensor:
-    """The rows of the attention matrix for these queries, in float32 at least."""
+    """Return the rows of the attention matrix for these queries, in at least float32."""
     logits = (_wide(q) * scale) @ _wide(k).transpose(2, 3)
     if log_size is not None:
         logits = logits + log_size[:, None, None].to(logits.dtype)
@@ -152,13 +155,13 @@ def _probabilities(q: Tensor, k: Tensor, log_size: Tensor | None, scale: float) 
 
 
 def attend_row(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`attention_with_class_row`."""
+    """Compute `attention_with_class_row`."""
     row = _probabilities(q[:, :, :1], k, log_size, scale).squeeze(2)
     return _attend(q, k, v, log_size, scale), row
 
 
 def attend_columns(q: Tensor, k: Tensor, v: Tensor, log_size: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`attention_with_column_sums`: the matrix for a few queries at a time, or for all where no loop may stand."""
+    """Compute `attention_with_column_sums` for a few queries at a time, or for all at once if loops are not allowed."""
     out = _attend(q, k, v, log_size, scale)
     if wants_plain_ops():
         return out, _probabilities(q, k, log_size, scale).sum(2)

@@ -1,18 +1,18 @@
 # pyright: basic, reportCallIssue=false, reportArgumentType=false
-# pyright knows neither launches nor that Triton makes constants of plain numbers.
-"""Matching, merging and keeping tokens in Triton.
+# pyright understands neither kernel launches nor that Triton turns plain numbers into constants.
+"""Triton kernels that match, merge and keep tokens.
 
-* `_partner_kernel` has a program for a few even tokens. The odd ones come past it in tiles, the sum over heads and the
-  norm are taken while loading, and of the similarities only the largest so far stays: they are never in memory.
-* `_slot_kernel` has a program an image. It ranks the pairs by counting, for each, how many come before it: so many
-  comparisons are quicker than the steps of a sort, one after the other, and a tie goes where the comparison says.
-* Merging goes from results to inputs: `_members_kernel` lists each slot's tokens, counting as well, and `_merge_kernel`
-  adds them up, a program for some slots. So nothing is added by atomics, and the order of a sum is that of the tokens.
-* Keeping goes from inputs to results: `_rank_kernel` gives each token its slot, `_keep_kernel` writes it there. For
-  each block of channels one more program adds up what was dropped.
+* `_partner_kernel` runs one program per tile of even tokens. It loops over the odd tokens in tiles, sums the heads and
+  normalises while loading, and keeps only the largest similarity so far: similarities are never stored in memory.
+* `_slot_kernel` runs one program per image. It ranks each pair by counting the pairs before it: these independent
+  comparisons take less time than the sequential steps of a sort, and the comparison defines how ties are resolved.
+* Merging gathers. `_members_kernel` lists the tokens of each slot, also by counting, and `_merge_kernel` sums them, one
+  program per tile of slots. It needs no atomics, and each sum is in the order of the tokens.
+* Keeping scatters. `_rank_kernel` computes the slot of each token, and `_keep_kernel` writes the token there. One extra
+  program per block of channels sums the dropped tokens.
 
-Ranks and sums are float32. Similarities are full float32 products, since pairs differ by less than TF32 tells apart.
-No GPU has timed any of this yet; the compiler's reports say that nothing spills (tests/kernels/aot_compile.py).
+Scores and sums are float32. Similarities use full float32 products, because TF32 cannot resolve their differences.
+These kernels have not been timed on a GPU; the compiler reports no register spills (tests/kernels/aot_compile.py).
 """
 
 from typing import Any
@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 WIDEST_METRIC, MOST_TOKENS = 128, 2048
-"""Channels of a metric that fit registers, and tokens of an image whose pairs one program ranks; more than that takes
-plain operators."""
+"""The most channels of a metric that fit into registers, and the most tokens per image whose pairs one program can
+rank; larger inputs use the plain operators."""
 
 
 @triton.jit
 def _metric_tile(p_x, o_n, m_n, heads, s_h, s_n, D: tl.constexpr, BD: tl.constexpr):
-    """[tokens, BD] in float32, the sum over the heads, of which cosines do not know the size."""
+    """Load tokens as [tokens, BD] in float32, summed over the heads: cosine similarity is invariant to scale."""
     o_d = tl.arange(0, BD)
     o_x = o_n.to(tl.int64)[:, None] * s_n + o_d[None, :]
     m_x = m_n[:, None] & (o_d < D)[None, :]
@@ -49,7 +49,7 @@ def _partner_kernel(
     p_x, p_best, p_partner, heads, s_b, s_h, s_n, first_a, count_a, first_b, count_b,
     D: tl.constexpr, BD: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
-    """For each even token the largest cosine with an odd one, and the lowest index of those that have it."""
+    """Find for each even token the largest cosine similarity to an odd token, and the lowest index that attains it."""
     i_a, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p_x += i_b * s_b
     o_a = i_a * BA + tl.arange(0, BA)
@@ -63,7 +63,7 @@ def _partner_kernel(
         b_b = _metric_tile(p_x, first_b + 2 * o_b, m_b, heads, s_h, s_n, D, BD)
         b_b *= _inverse_norm(b_b)[:, None]
         b_s = tl.dot(b_a, tl.trans(b_b), input_precision="ieee")
-        b_s = tl.where(m_b[None, :] & (b_s == b_s), b_s, float("-inf"))  # NaN has no place in an order
+        b_s = tl.where(m_b[None, :] & (b_s == b_s), b_s, float("-inf"))  # NaN cannot be ordered
         b_max = tl.max(b_s, 1)
         b_index = tl.min(tl.where(b_s == b_max[:, None], o_b[None, :], 2147483647), 1)
         is_better = b_max > b_best
@@ -80,7 +80,7 @@ def _slot_kernel(
     p_best, p_partner, p_slot, tokens, prefix, r, first_a, count_a, first_b, count_b,
     PAIRS: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """All slots of an image: the r best pairs merge."""
+    """Compute all slots of an image, merging the r best pairs."""
     i_b = tl.program_id(0).to(tl.int64)
     p_best += i_b * count_a
     p_slot += i_b * tokens
@@ -104,7 +104,7 @@ def _slot_kernel(
 
 @triton.jit
 def _members_kernel(p_slot, p_order, p_start, tokens, length, BI: tl.constexpr, BJ: tl.constexpr):
-    """Tokens sorted by slot, dropped ones last, and where each slot begins in that: [tokens] and [length + 1]."""
+    """Sort the tokens by slot, dropped ones last, into [tokens], and store the start of each slot in [length + 1]."""
     i_i, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p_slot += i_b * tokens
     o_i = i_i * BI + tl.arange(0, BI)
@@ -128,7 +128,7 @@ def _merge_kernel(
     p_x, p_size, p_order, p_start, p_out, p_total, tokens, length, dim, s_xb, s_xn,
     HAS_SIZE: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Means of the tokens of BS slots, for BC channels."""
+    """Compute the weighted means of the tokens of BS slots, for BC channels."""
     i_s, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_x += i_b * s_xb
     p_size += i_b * tokens
@@ -153,7 +153,7 @@ def _merge_kernel(
         b_weight = tl.where(m_n, 1.0, 0.0)
         if HAS_SIZE:
             b_weight = tl.load(p_size + o_n, mask=m_n, other=0.0).to(tl.float32)
-        b_weight /= tl.where(m_n, b_total, 1.0)  # 1 for a token by itself
+        b_weight /= tl.where(m_n, b_total, 1.0)  # exactly 1 for an unmerged token
         o_x = o_n.to(tl.int64)[:, None] * s_xn + o_c[None, :]
         b_x = tl.load(p_x + o_x, mask=m_n[:, None] & m_c[None, :], other=0.0).to(tl.float32)
         b_out += b_weight[:, None] * b_x
@@ -166,12 +166,12 @@ def _merge_kernel(
 @triton.jit
 def _load_score(p_score, o_i, m_i):
     b_score = tl.load(p_score + o_i, mask=m_i, other=0.0).to(tl.float32)
-    return tl.where(b_score == b_score, b_score, float("inf"))  # NaN first, as PyTorch sorts it
+    return tl.where(b_score == b_score, b_score, float("inf"))  # NaN sorts first, as in PyTorch
 
 
 @triton.jit
 def _rank_kernel(p_score, p_slot, tokens, prefix, keep, BI: tl.constexpr, BJ: tl.constexpr):
-    """The slot of each token: of the prefix its own, of the `keep` best the rank, else -1."""
+    """Compute the slot of each token: its own position in the prefix, by rank for the `keep` best, otherwise -1."""
     i_i, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     candidates = tokens - prefix
     p_score += i_b * candidates
@@ -193,7 +193,7 @@ def _keep_kernel(
     p_x, p_score, p_slot, p_out, tokens, prefix, length, dim, s_xb, s_xn,
     FUSE: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Tokens to where they belong; with FUSE the last program adds up the dropped ones."""
+    """Copy each kept token to its slot; with FUSE, the last program sums the dropped tokens."""
     i_n, i_c, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_x += i_b * s_xb
     p_slot += i_b * tokens
@@ -224,23 +224,23 @@ def _power_of_two(n: int, least: int = 16) -> int:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """With channels that lie beside each other; the other axes may lie as they like."""
+    """Make the channels contiguous; the other axes may have any stride."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _sides(tokens: int, prefix: int) -> tuple[int, int, int, int]:
-    """First and number of the even tokens after the prefix, and of the odd ones."""
+    """Return the first index and the number of the even tokens after the prefix, then those of the odd tokens."""
     even, odd = prefix + prefix % 2, prefix + 1 - prefix % 2
     return even, (tokens - even + 1) // 2, odd, (tokens - odd + 1) // 2
 
 
 def can_match(metric: Tensor) -> bool:
-    """Whether the kernels serve a metric of this size."""
+    """Return whether the kernels support a metric of this size."""
     return metric.shape[-1] <= WIDEST_METRIC and metric.shape[-2] <= MOST_TOKENS
 
 
 def match(metric: Tensor, r: int, num_prefix: int) -> Tensor:
-    """`_plain.match`, for an r that the tokens allow."""
+    """Compute `_plain.match`; r must be in range."""
     metric = _dense(metric if metric.dim() == 4 else metric.unsqueeze(1))
     batch, heads, tokens, dim = metric.shape
     sides = _sides(tokens, num_prefix)
@@ -265,7 +265,7 @@ def _channel_blocks(x: Tensor) -> dict[str, Any]:
 
 
 def merge(x: Tensor, slot: Tensor, length: int, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_plain.merge`."""
+    """Compute `_plain.merge`."""
     x, slot = _dense(x), slot.contiguous()
     batch, tokens, dim = x.shape
     order = torch.empty(batch, tokens, device=x.device, dtype=torch.int32)
@@ -285,7 +285,7 @@ def merge(x: Tensor, slot: Tensor, length: int, size: Tensor | None) -> tuple[Te
 
 
 def keep(x: Tensor, score: Tensor, count: int, num_prefix: int, fuse: bool) -> tuple[Tensor, Tensor]:
-    """`_plain.keep`."""
+    """Compute `_plain.keep`."""
     x, score = _dense(x), score.contiguous()
     batch, tokens, dim = x.shape
     slot = torch.empty(batch, tokens, device=x.device, dtype=torch.int64)

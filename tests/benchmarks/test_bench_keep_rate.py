@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 from mixerzoo.vision.backbones import reduce_tokens
+from mixerzoo.vision.summary import summarize
 from mixerzoo.vision.training import results as results_module
-from mixerzoo.vision.training.summary import summarize
 
 SHAPE = (1, 28, 28)
 

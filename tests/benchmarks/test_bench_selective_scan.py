@@ -40,7 +40,7 @@ def test_a_miss_is_named_and_gives_status_1(
     assert run_main(bench, monkeypatch, "--markdown", str(table)) == bool(missed)
     out, err = capsys.readouterr()
     assert table.read_text() in out
-    assert f"| 40 steps, D 8, state 1 | forward | **1e+03** | {times * 1e3:.3g} ({times:.1f}x) |" in out
+    assert f"| 40 steps, D 8, state 1 | forward | **1000** | {times * 1e3:.0f} ({times:.1f}x) |" in out
     assert "| map 5x5, D 16, state 1 | forward + backward |" in out
     lines = err.splitlines()
     assert len(lines) == missed and all(line.startswith("missed: ") for line in lines)

@@ -1,4 +1,4 @@
-"""One test a fault: `run_train` runs train.py in a process of its own, which may be killed, starved or fed nonsense."""
+"""Fixtures of the fault tests: `run_train` runs train.py in a separate process that a test can kill or disturb."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TINY = (
     *("model.kwargs.stem_stride=2", "model.kwargs.embed_dim=8", "model.kwargs.depths=[1,1,1,1]"),
     *("model.kwargs.num_heads=[1,1,1,1]", "model.kwargs.kernel_size=3"),
 )
-"""Four steps an epoch of a model that is trained in a second."""
+"""A run with four steps per epoch of a model that trains in a second."""
 
 
 @pytest.fixture(scope="session")

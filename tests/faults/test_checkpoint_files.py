@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, of something else, or a trap: found, named, and never run."""
+"""Damaged, mismatched and malicious checkpoints are detected and named, and their code is never executed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_byte_counts(tmp_path: Path) -> None:
 
 
 def test_a_sealed_file_loads_everywhere(tmp_path: Path) -> None:
-    """In torch, mapped into memory, and in timm; and its checksum is of what torch wrote."""
+    """torch.load, also memory-mapped, and timm read the file, and its checksum covers what torch wrote."""
     from timm.models import load_state_dict
 
     content = {"state_dict": {"weight": torch.randn(7, 5)}}
@@ -82,7 +82,7 @@ def test_a_sealed_file_loads_everywhere(tmp_path: Path) -> None:
 def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(
     damage: Callable[[bytes], bytes] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """None: last.ckpt is missing."""
+    """With None, last.ckpt is missing."""
     last = tmp_path / "checkpoints" / "last.ckpt"
     for step in (1, 2):
         _write(last, {"step": step})
@@ -101,7 +101,7 @@ def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     tiny: tuple[str, ...], run_train: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    """A run whose last.ckpt is damaged goes on from the one before; with both damaged it ends in one line."""
+    """A run whose last.ckpt is damaged resumes from the previous one; with both damaged it ends with one line."""
     command = (*tiny, "train.epochs=2", f"out={tmp_path / 'run'}")
     assert run_train(*command).code == 0
     folder = tmp_path / "run" / "checkpoints"
@@ -171,7 +171,7 @@ def test_resume_auto_begins_where_nothing_is(repository: Path, tmp_path: Path) -
 
 
 class _Evil:
-    """Makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -198,7 +198,7 @@ def _plain_pickle(path: Path, content: Any) -> None:
 
 
 def _legacy_tar(path: Path, content: Any) -> None:
-    """The format of torch before 0.1.10: an archive of pickles."""
+    """Write the format of torch before 0.1.10, a tar archive of pickles."""
     parts = path.parent / "parts"
     parts.mkdir()
     for name in ("sys_info", "pickle", "storages", "tensors"):
@@ -209,7 +209,7 @@ def _legacy_tar(path: Path, content: Any) -> None:
 
 
 def _lightning(content: Any) -> dict[str, Any]:
-    """Hidden where Lightning keeps hyper-parameters (CVE-2026-58659)."""
+    """Write the object where Lightning keeps hyper-parameters (CVE-2026-58659)."""
     weights = {"model.head.weight": torch.zeros(1)}
     return {"state_dict": weights, "hyper_parameters": content, "mixerzoo": {"model": "test_convnext"}}
 
@@ -270,7 +270,7 @@ LOADERS = (
 def test_files_that_would_run_code_are_refused(
     write: Callable[[Path, Any], None], suffix: str, repository: Path, tmp_path: Path
 ) -> None:
-    """By whatever reads weights, in whatever form, and wherever the trap is in them."""
+    """Every reader of weights rejects every format, wherever the malicious object is in the file."""
     victim = tmp_path / "owned"
     for number, content in enumerate((_Evil(victim), _lightning(_Evil(victim)), {"state_dict": _Evil(victim)})):
         path = tmp_path / str(number) / f"weights.{suffix}"
@@ -285,7 +285,7 @@ def test_files_that_would_run_code_are_refused(
 
 
 def test_no_loader_of_ours_can_run_code(repository: Path) -> None:
-    """Every torch.load in the sources says so, and none that is told otherwise."""
+    """Every torch.load in the sources passes weights_only=True."""
     calls = [
         line.strip()
         for folder in ("vision", "mixers", "kernels")

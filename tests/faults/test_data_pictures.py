@@ -1,4 +1,4 @@
-"""Pictures as they lie around: what is read properly, what is skipped in training, what ends an evaluation."""
+"""Unusual and damaged pictures: which are read, which are skipped in training, and which end an evaluation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def _gradient(width: int = 48, height: int = 32) -> Image.Image:
-    """Red grows to the right, green downwards."""
+    """Return a picture whose red increases to the right and whose green increases downwards."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns * 5, rows * 7, 0 * rows], -1).astype(np.uint8))
 
@@ -90,7 +90,7 @@ def test_a_cameras_orientation_is_applied(orientation: int, turn: Image.Transpos
 
 
 def _folder(root: Path, *, broken: int = 0, count: int = 8) -> Path:
-    """Two classes in train and val; the first pictures of train/a are broken, each in another way."""
+    """Write two classes in train and val; the first pictures of train/a are broken in different ways."""
     for split in ("train", "val"):
         for number, name in enumerate(("a", "b")):
             (root / split / name).mkdir(parents=True)
@@ -151,6 +151,12 @@ def test_too_many_unreadable_pictures_end_the_training(workers: int, tmp_path: P
     splits = _load(_folder(tmp_path, broken=3), max_bad=2)
     with pytest.raises(DataError, match=r"^3 training pictures cannot be read, more than data\.max_bad=2 allows"):
         _epochs(splits, workers=workers)
+
+
+def test_one_unreadable_picture_is_counted_in_the_singular(tmp_path: Path) -> None:
+    splits = _load(_folder(tmp_path, broken=1), max_bad=0)
+    with pytest.raises(DataError, match=r"^1 training picture cannot be read, more than data\.max_bad=0 allows"):
+        _epochs(splits)
 
 
 def test_pictures_that_are_all_unreadable_end_the_training_at_once(tmp_path: Path) -> None:
@@ -240,7 +246,7 @@ def test_what_a_model_is_judged_by_must_be_readable_before_training(kind: str, t
 
 @pytest.fixture
 def every_check_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """So long that what was right is remembered, in a cache of this test's own."""
+    """A scan that takes long enough for its result to be cached, in a cache of this test."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("mixerzoo.vision.data.mask_files._LONG", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

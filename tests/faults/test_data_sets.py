@@ -1,4 +1,4 @@
-"""Data sets that are too small or too odd: they train, or one line says what is needed."""
+"""Very small and unusual data sets either train or end with one line that says what is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def _folder(root: Path, counts: dict[str, int]) -> Path:
-    """`counts`: pictures by split/class."""
+    """Write a folder with `counts` pictures by split/class."""
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for index in range(count):
@@ -27,7 +27,7 @@ def _load(root: Path, **settings: object) -> Splits:
 
 @pytest.fixture
 def run(tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str], tiny: tuple[str, ...]):
-    """train.py in this process: its exit code, and the lines that begin with `error`."""
+    """Run train.py in this process; return its exit code and the lines that begin with `error`."""
 
     def start(*settings: str) -> tuple[int, list[str]]:
         out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Processes that load data and die or hang: a clear error soon, or a new start at the same batch; never a zombie."""
+"""Data loading workers that die or hang cause a quick error or are restarted at the same batch, without zombies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixerzoo.vision.data.workers import WorkerError
 
 
 class Fragile:
-    """Noise that a request's seed makes. The worker asked for picture `at` ends itself once, or `times` times."""
+    """A data set of seeded noise. The worker that gets picture `at` kills itself once, or `times` times."""
 
     def __init__(self, folder: Path, *, at: int = -1, how: str = "SIGKILL", times: int = 1) -> None:
         self.folder, self.at, self.how, self.times = folder, at, how, times
@@ -47,7 +47,7 @@ def _same(batches: list, expected: list) -> bool:
 
 
 def _children() -> set[int]:
-    """The processes that this one started, also dead ones that nobody has asked after."""
+    """Return the child processes of this one, including zombies."""
     found = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # ended since
@@ -112,7 +112,7 @@ def test_restarts_are_limited_and_the_error_names_the_setting(tmp_path: Path) ->
 
 
 def test_workers_outlive_signals_to_the_group(tmp_path: Path) -> None:
-    """Ctrl-C and Slurm signal every process; the main one finishes its step, for which it may need more data."""
+    """Ctrl-C and Slurm signal every process; the main process may need more data to finish its step."""
     expected = list(_loader(Fragile(tmp_path), workers=0))
     batches = iter(_loader(Fragile(tmp_path), timeout=5))
     first = [next(batches), next(batches)]  # one of each worker, so that both are past their start

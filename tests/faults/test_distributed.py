@@ -1,4 +1,4 @@
-"""Runs of two processes: they compute what one would, all of them end together, and nothing of a step is lost."""
+"""Runs of two processes compute what one would, end together, and lose no step."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ TINY = (
     *("model.kwargs.embed_dim=8", "model.kwargs.depths=[1,1,1,1]", "model.kwargs.num_heads=[1,1,1,1]"),
     "model.kwargs.kernel_size=3",
 )
-"""Four steps an epoch of 16 pictures."""
+"""A run with four steps of 16 pictures per epoch."""
 
 TWO = ("train.devices=2", "train.accelerator=cpu", "train.batch_size=8")
 STILL = ("augment.shift=0", "augment.hflip=0", "train.epochs=1", "schedule.warmup_epochs=0")
-"""Without augmentation, whose seeds are of the process that asks for it."""
+"""No augmentation: its seeds depend on the rank."""
 
 
 def plain(evaluated: int | None = None) -> None:
-    """Forked processes that draw nothing; of the pictures for validation and test only the first `evaluated`."""
+    """Fork the processes of a run, draw nothing, and evaluate only the first `evaluated` pictures."""
     from mixerzoo.vision.data import module
     from mixerzoo.vision.training import report, run
     from mixerzoo.vision.training.settings import to_yaml
@@ -59,7 +59,7 @@ def plain(evaluated: int | None = None) -> None:
 
 
 class First:
-    """The first pictures of a data set."""
+    """A data set cut to its first pictures."""
 
     def __init__(self, dataset: Any, length: int) -> None:
         self.dataset, self.length = dataset, length
@@ -72,7 +72,7 @@ class First:
 
 
 def disturb(rank: int, step: int, how: str) -> None:
-    """Before its training step number `step` the process of this rank raises, gets a signal, or waits for `go`."""
+    """Make the process of this rank raise, receive a signal, or wait for `go` before training step `step`."""
     from mixerzoo.vision.training.tasks import Task
 
     usual = Task.on_train_batch_start
@@ -95,7 +95,7 @@ def disturb(rank: int, step: int, how: str) -> None:
 
 
 def _both_end(folder: Path, seconds: float = 10) -> bool:
-    """Whether the two processes that noted their ids in the folder have ended, or soon do."""
+    """Return whether both processes whose ids are in the folder exit soon."""
     until = time.monotonic() + seconds
     pids = [int((folder / name).read_text()) for name in ("0", "1")]
     while any(map(_is_alive, pids)) and time.monotonic() < until:
@@ -117,7 +117,7 @@ def _weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def together(warm: WarmServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run of two processes under DDP."""
+    """Return the folder of an undisturbed run of two processes under DDP."""
     folder = tmp_path_factory.mktemp("together")
     settings = (*TINY, *TWO, *STILL, "out=run")
     done = warm.train(*settings, cwd=folder, prepare=plain).wait()
@@ -148,7 +148,7 @@ def _weights_at_the_start(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_metric_of_two_processes_is_that_of_one(together: Path) -> None:
-    """299 pictures on two processes: one has 150 and one 149, none is counted twice."""
+    """Of 299 pictures, one process has 150 and the other 149; none is counted twice."""
     config = load([f"resume={together}"], together)
     splits = load_data(config)
     model = build_model(config, splits).eval()
@@ -247,7 +247,7 @@ def test_a_mistake_that_all_processes_find_is_told_once(run_train: Callable[...,
 
 @pytest.fixture
 def torchrun(warm: WarmServer, tmp_path: Path) -> Callable[..., list[Finished]]:
-    """Two processes with the variables that torchrun gives to those it starts."""
+    """Start two processes with the environment variables of torchrun."""
 
     def start(*arguments: str, **how: Any) -> list[Finished]:
         with socket.socket() as free:
@@ -264,7 +264,7 @@ def torchrun(warm: WarmServer, tmp_path: Path) -> Callable[..., list[Finished]]:
 def test_fsdp_learns_what_ddp_learns_and_its_checkpoint_is_one_of_whole_weights(
     together: Path, torchrun: Callable[..., list[Finished]], run_train: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    """With a single picture to evaluate: one of the processes has none, and gathers weights all the same."""
+    """With a single picture to evaluate, one process has none but still takes part in gathering weights."""
     settings = (*TINY, *TWO, *STILL, "train.strategy=fsdp", "out=run")
     for done in torchrun(*settings, prepare=plain, prepare_with={"evaluated": 1}):
         assert done.code == 0, done.err
@@ -277,11 +277,14 @@ def test_fsdp_learns_what_ddp_learns_and_its_checkpoint_is_one_of_whole_weights(
     for done in torchrun("resume=run", "out=run", "train.epochs=2", prepare=plain):
         assert done.code == 0, done.err
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 8
+    longer = _weights(tmp_path / "run")
+    assert not any(torch.equal(value, longer[name]) for name, value in two.items())
 
     alone = ("train.devices=1", "train.strategy=auto", "train.accumulate=2", "resume_force=true", "train.epochs=3")
     done = run_train("resume=run", *alone, cwd=tmp_path, prepare=plain)
     assert done.code == 0, done.err
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 12
+    assert not any(torch.equal(value, longer[name]) for name, value in _weights(tmp_path / "run").items())
 
 
 def test_a_sweep_trains_all_goes_on_after_ctrl_c_and_passes_over_a_failure(

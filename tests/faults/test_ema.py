@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, what sees it, and that it and the weights are never taken for each other."""
+"""The moving average of the weights: its definition, its use, and that it is never confused with the raw weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DIGITS = ("data=digits", "model=test_convnext", "data.limit=64", "train.batch_si
 
 
 class Expected:
-    """The same average by its definition, in float64, of the weights that each step leaves."""
+    """Compute the average by its definition in float64 from the weights after each step."""
 
     def __init__(self, decay: float, *, warmup: bool, every: int, start_step: int) -> None:
         self.decay, self.warmup, self.every, self.start_step = decay, warmup, every, start_step
@@ -74,7 +74,7 @@ def test_the_average_is_its_definition(warmup: bool, every: int, start_step: int
 
 
 def test_it_is_small_and_can_be_sent_to_another_process(repository: Path) -> None:
-    """Of the task only the network is copied, not its metrics, and nothing in it is a function of some other place."""
+    """Only the network of the task is copied, not its metrics, and the copy has no references to the original."""
     config = load([*DIGITS, "ema.decay=0.99"], repository / "configs")
     splits = load_data(config)
     network = timm.create_model("test_convnext", in_chans=1, num_classes=10)
@@ -103,7 +103,7 @@ def test_settings_that_contradict_are_refused(ema: EmaConfig, train: TrainConfig
 
 
 class Follow(pl.Callback):
-    """Computes the average beside the one that trains, step by step."""
+    """A callback that computes the reference average beside the one under test, step by step."""
 
     def __init__(self, expected: Expected) -> None:
         self.expected, self.step = expected, 0
@@ -145,7 +145,7 @@ SLOW = pytest.mark.slow
 def test_it_goes_with_everything_else(
     extra: tuple[str, ...], follow: Any, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what is validated, saved under the usual name, tested and exported is the average."""
+    """The average is also what is validated, saved as state_dict, tested and exported."""
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="eager"))
     if "distill.teacher=test_convnext2" in extra:
@@ -199,7 +199,7 @@ def test_evit_is_validated_at_its_own_rates(follow: Any, repository: Path, tmp_p
 
 
 class SaveAtTheEnd(pl.Callback):
-    """As Lightning's OnExceptionCheckpoint does, and keeps what it saw."""
+    """A callback that saves on an exception, as Lightning's OnExceptionCheckpoint does, and keeps the weights."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

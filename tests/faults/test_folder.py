@@ -1,4 +1,4 @@
-"""Folders that cannot be used: told before training, and never somebody else's results overwritten."""
+"""Unusable run folders are reported before training, and results of other runs are never overwritten."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from mixerzoo.vision.training import run
 from mixerzoo.vision.training.callbacks import Curves, EpochTable, read_table
 from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, SaveError, load_best, load_checkpoint
+from mixerzoo.vision.training.cli import main
 from mixerzoo.vision.training.config import Config
 from mixerzoo.vision.training.failures import TrainingError
 from mixerzoo.vision.training.folder import make_folder
@@ -40,7 +42,7 @@ def test_a_file_in_the_way_is_an_error_before_training(tmp_path: Path) -> None:
 def test_a_folder_without_permission_is_an_error_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may write anywhere, so the refusal is played."""
+    """Root may write anywhere, so the permission error is simulated."""
 
     def refuse(dir: Path) -> Any:
         raise PermissionError(13, "Permission denied", str(dir))
@@ -80,11 +82,84 @@ def test_resume_auto_begins_where_a_run_ended_before_its_first_checkpoint(tmp_pa
         make_folder(_config(tmp_path / "mine", resume="auto"))
 
 
+def test_a_new_run_is_not_mixed_with_an_old_one(tmp_path: Path) -> None:
+    """overwrite=true deletes every file that a run writes, of all its processes, and nothing else."""
+    old = ("metrics.csv", "error.txt", "error-1.txt", "nonfinite.json", "nonfinite-12.json", "batch.png", "summary.txt")
+    old = (*old, "checkpoints/best.ckpt", "checkpoints/last.ckpt", "tensorboard/events.out.tfevents.17.host.4.0")
+    mine = ("notes.txt", "error-notes.txt", "tensorboard/notes.txt", "checkpoints/mine.ckpt")
+    for name in (*old, *mine):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    make_folder(_config(tmp_path, overwrite=True))
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(mine)
+
+
+def test_curves_of_a_run_that_began_are_not_mixed_with_those_of_its_next_start(tmp_path: Path) -> None:
+    for name in ("config.yaml", "tensorboard/events.out.tfevents.17.host.4.0"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    make_folder(_config(tmp_path, resume="auto"))
+    assert not list((tmp_path / "tensorboard").iterdir())
+
+
 # A full disk
 
 
+def limit_all_files(size: int) -> None:
+    """In the process of the run: let no file grow beyond this size, as on a disk that is full from the start."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_start_is_an_error_before_training(
+    tiny: tuple[str, ...], run_train: Callable[..., Finished], tmp_path: Path
+) -> None:
+    """Empty and small files can still be written there."""
+    done = run_train(*tiny, f"out={tmp_path / 'run'}", prepare=limit_all_files, prepare_with={"size": 100_000})
+    assert done.code == 2 and "Traceback" not in done.err
+    assert done.err.splitlines()[-1] == f"error: out={tmp_path / 'run'} cannot be written: [Errno 27] File too large"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_disk_that_fills_up_is_one_line_wherever_it_is_noticed(
+    saved: bool, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room for the trial but not for the run: the error comes from any of the files, here summary.txt."""
+
+    def full(folder: Path, *_: Any) -> None:
+        if saved:
+            AtomicCheckpointIO().save_checkpoint({}, folder / "checkpoints" / "last.ckpt")
+        raise OSError(28, "No space left on device", str(folder / "summary.txt"))
+
+    monkeypatch.setattr(run, "describe_run", full)
+    settings = ("data=digits", "data.limit=64", "model=test_convnext", "train.batch_size=16", "train.progress=false")
+    assert main([*settings, f"out={tmp_path}"], configs=repository / "configs") == 1
+    err = capsys.readouterr().err
+    advice = "Make room and go on with resume=" if saved else "There is nothing to resume yet: make room"
+    assert f"error: {tmp_path}/summary.txt could not be written (No space left on device). {advice}" in err
+    assert "Traceback" not in err and not (tmp_path / "error.txt").exists()
+
+
+def test_a_first_checkpoint_that_cannot_be_written_promises_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, best = (tmp_path / "run" / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    with monkeypatch.context() as patch:
+        _Full(patch, 0)
+        for path in (last, best):
+            with pytest.raises(SaveError, match=r"on device\). There is nothing to resume yet: make room and start"):
+                AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, last)
+    _Full(monkeypatch, 0)
+    with pytest.raises(
+        SaveError, match=r"best.ckpt could not be written \(.*\). Make room and go on with resume=.*run$"
+    ):
+        AtomicCheckpointIO().save_checkpoint({"step": 1}, best)
+
+
 class _Full:
-    """A disk with so many bytes left."""
+    """A simulated disk with this many free bytes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         import builtins
@@ -142,7 +217,7 @@ def test_full_disk_keeps_the_old_checkpoint(
 def test_a_full_disk_ends_no_run_at_a_table_or_a_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is not written now is written later, or stands in metrics.csv."""
+    """Rows that cannot be written are written later, and TensorBoard's values are also in metrics.csv."""
     table = EpochTable(tmp_path / "metrics.csv")
     table.log_metrics({"val/loss": 0.5, "epoch": 0})
     with monkeypatch.context() as full:
@@ -167,7 +242,7 @@ def test_a_run_that_never_could_save_says_so(tmp_path: Path) -> None:
 
 
 def limit_files(size: int, after: int) -> None:
-    """In the run's process: from the save of that number on, no file can grow beyond so many bytes."""
+    """In the process of the run: limit the size of files from this save on."""
     original = AtomicCheckpointIO.save_checkpoint
     saves = 0
 

@@ -1,19 +1,18 @@
-"""A run that is killed anywhere, and started again by the same command each time, ends as if nothing had been."""
+"""A run that is killed anywhere and started again gives the same results as an uninterrupted one."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from forked import fork_processes
-from hypothesis import HealthCheck, Phase, example, given, settings
-from hypothesis import strategies as st
 from mixerzoo.vision.training import callbacks, checkpoints
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.tasks import Task
@@ -30,12 +29,12 @@ RANDOM = (
     ),
     *("augment.mixup=0.5", "augment.erasing=0.3", "augment.shift=1", "model.kwargs.drop_path_rate=0.3"),
 )
-"""Six steps an epoch with everything random that there is."""
+"""Settings with six steps per epoch and every kind of randomness."""
 
 
 def kill(place: str, count: int, rank: int | None = None) -> None:
-    """In the run's process: makes it, or the one of two with this rank, kill itself at the `count`th time that it comes
-    to the place."""
+    """In the process of the run: make it, or only this rank, kill itself when it reaches the place for the `count`th
+    time."""
     left = count
     if rank is not None:
         fork_processes()
@@ -117,7 +116,7 @@ def assert_same_runs(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(warm: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of the uninterrupted run with these settings, made once."""
+    """Return a function that gives the folder of the uninterrupted run with these settings, cached."""
     folders: dict[tuple[str, ...], Path] = {}
 
     def make(*arguments: str, **how: Any) -> Path:
@@ -136,73 +135,94 @@ def _check(
     whole: Callable[..., Path],
     run_train: Callable[..., Finished],
     folder: Path,
+    resume: Literal["auto", "last"] = "auto",
 ) -> None:
-    command = (*arguments, f"out={folder}", "resume=auto")
+    """Kill a run at each of the places, start it again every time, and compare it with an uninterrupted one.
+
+    Every kill must happen: a place that the run does not reach fails the test.
+    `resume`: "auto" is one command for every start; "last" is added to it from the second start on.
+    """
+    first = (*arguments, f"out={folder}", *(["resume=auto"] if resume == "auto" else []))
+    again = first if resume == "auto" else (*first, "resume=last")
+    command = first
     for place, count in kills:
         done = run_train(*command, prepare=kill, prepare_with={"place": place, "count": count})
-        assert done.code in (-signal.SIGKILL, 0), done.err  # 0: it did not come there so often
-    done = run_train(*command)
+        assert done.code == -signal.SIGKILL, f"not killed at {place} {count}: code {done.code}\n{done.err}"
+        command = again
+    done = run_train(*again)
     assert done.code == 0, done.err
     assert_same_runs(whole(*arguments), folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kills",
-    [[("step", 0)], [("step", 9), ("validation", 0)], [("save", 1), ("rename", 2), ("table", 1)]],
-    ids=lambda kills: "-".join(place for place, _ in kills),
+    ("kills", "resume"),
+    [
+        ([("step", 0)], "auto"),
+        ([("step", 9), ("validation", 0)], "auto"),
+        ([("save", 1), ("rename", 2), ("table", 1)], "auto"),
+        ([("rename", 1), ("step", 2)], "last"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(place for place, _ in value),
 )
 def test_a_killed_run_ends_as_an_uninterrupted_one(
+    kills: list[tuple[str, int]],
+    resume: Literal["auto", "last"],
+    tiny: tuple[str, ...],
+    whole: Callable[..., Path],
+    run_train: Callable[..., Finished],
+    tmp_path: Path,
+) -> None:
+    _check(kills, (*tiny, *RANDOM), whole, run_train, tmp_path / "run", resume)
+
+
+IN_FIRST_EPOCH = {"step": 6, "save": 3, "rename": 1, "validation": 19, "table": 2}
+"""How often a run comes to each place in its first epoch at least, with and without accumulation."""
+AFTER_IT = {"step": 6, "save": 3, "rename": 2, "validation": 19, "table": 2}
+"""The same for what is left of a run that was killed in its first epoch."""
+AT_THE_END = {"validation": 19, "test": 19}
+"""The same for a run that was killed once more."""
+SAMPLE, ALL = 2, 12
+"""How many drawn lists of three kills `make test` and `make test-exhaustive` take for each of the two settings."""
+
+
+def draw(name: str) -> list[tuple[str, int]]:
+    """Draw three kills that all happen, from a random stream seeded by the name."""
+    stream = random.Random(name)
+    kills = []
+    for counts in (IN_FIRST_EPOCH, AFTER_IT, AT_THE_END):
+        place = stream.choice(sorted(counts))
+        kills.append((place, stream.randrange(counts[place])))
+    return kills
+
+
+def cases() -> Iterator[Any]:
+    """Yield settings and kills: a chosen list and the drawn ones."""
+    for setting in ("data.workers=2", "train.accumulate=2"):
+        drawn = [draw(f"{setting} {number}") for number in range(ALL)]
+        for number, kills in enumerate([[("save", 0), ("validation", 19)], *drawn]):
+            mark = pytest.mark.slow if number <= SAMPLE else pytest.mark.exhaustive
+            name = "-".join(f"{place}{count}" for place, count in kills)
+            yield pytest.param(setting, kills, marks=mark, id=f"{setting.split('=')[0].split('.')[1]}-{name}")
+
+
+@pytest.mark.parametrize(("setting", "kills"), list(cases()))
+def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(
+    setting: str,
     kills: list[tuple[str, int]],
     tiny: tuple[str, ...],
     whole: Callable[..., Path],
     run_train: Callable[..., Finished],
     tmp_path: Path,
 ) -> None:
-    _check(kills, (*tiny, *RANDOM), whole, run_train, tmp_path / "run")
-
-
-PLACES = st.one_of(
-    st.tuples(st.just("step"), st.integers(0, 11)),
-    st.tuples(st.sampled_from(["save", "rename"]), st.integers(0, 5)),
-    st.tuples(st.just("validation"), st.integers(0, 30)),
-    st.tuples(st.sampled_from(["test", "table"]), st.integers(0, 3)),
-)
-
-
-@pytest.mark.parametrize("extra", [("data.workers=2",), ("train.accumulate=2",)], ids=["workers", "accumulate"])
-@pytest.mark.parametrize(
-    "examples", [pytest.param(1, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.exhaustive)]
-)
-def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(
-    extra: tuple[str, ...],
-    examples: int,
-    tiny: tuple[str, ...],
-    whole: Callable[..., Path],
-    run_train: Callable[..., Finished],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.explicit, Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(kills=st.lists(PLACES, min_size=1, max_size=2))
-    @example(kills=[("save", 0), ("validation", 19)])
-    def check(kills: list[tuple[str, int]]) -> None:
-        _check(kills, (*tiny, *RANDOM, *extra), whole, run_train, tmp_path_factory.mktemp("killed") / "run")
-
-    check()
+    _check(kills, (*tiny, *RANDOM, setting), whole, run_train, tmp_path / "run")
 
 
 @pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_end_as_uninterrupted_ones(
     tiny: tuple[str, ...], whole: Callable[..., Path], run_train: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    """In a step, in a save and in an evaluation, one after the other; with two batches to a step."""
+    """A process is killed in a step, in a save and in an evaluation in turn, with two batches per step."""
     two = ("train.devices=2", "train.accelerator=cpu", "train.batch_size=8", "train.accumulate=2")
     arguments = (*tiny, *RANDOM, *two)
     command = (*arguments, f"out={tmp_path / 'run'}", "resume=auto")

@@ -1,4 +1,4 @@
-"""Memory that is too small: words that say what to change, exit code 1, and a checkpoint to go on from."""
+"""Running out of memory gives advice, exit code 1, and a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from mixerzoo.vision.segmentation import build_segmenter
+from mixerzoo.vision.training.build import checkpoint_gradients
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.config import Config
 from mixerzoo.vision.training.failures import OutOfMemory, memory_advice
+from mixerzoo.vision.training.settings import ConfigError
 from mixerzoo.vision.training.tasks import Task
 from warm import WarmServer
 
@@ -40,7 +44,7 @@ def test_each_kind_of_error_becomes_advice(fail: Any, where: str) -> None:
     assert f"the memory of the {where} is too small" in message and "\n" not in message
     for advice in (
         *("train.batch_size=32 train.total_batch=128 train.accumulate=1", "train.precision=bf16-mixed"),
-        *("a data.size below 32", "fewer data.workers than 4"),
+        *("train.grad_checkpointing=true", "a data.size below 32", "fewer data.workers than 4"),
     ):
         assert advice in message
 
@@ -56,16 +60,58 @@ def test_the_batch_that_is_advised_divides_the_step(batch_size: int, smaller: in
 
 def test_advice_gives_what_can_still_be_given_and_other_errors_pass() -> None:
     config = Config()
-    config.train.batch_size, config.train.precision = 1, "bf16-mixed"
+    config.train.batch_size, config.train.precision, config.train.grad_checkpointing = 1, "bf16-mixed", True
     with pytest.raises(OutOfMemory) as caught, memory_advice(config):
         _cuda()
-    assert "batch_size" not in str(caught.value) and "bf16" not in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("batch_size", "bf16", "checkpointing"))
     with pytest.raises(RuntimeError, match="shape"), memory_advice(config):
         raise RuntimeError("shape mismatch")
 
 
+def _kept_and_gradients(model: torch.nn.Module, images: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
+    """Return how many numbers autograd keeps for the backward pass, and the gradients of all parameters."""
+    kept = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    model.zero_grad()
+    torch.manual_seed(1)  # of drop path
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images).square().mean()
+    loss.backward()
+    return kept, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm", pytest.param("segmenter", marks=pytest.mark.slow)])
+def test_checkpointing_keeps_fewer_activations_and_the_same_gradients(kind: str) -> None:
+    name = "vit_tiny_patch16_224" if kind == "timm" else "nat_mini"
+    own: dict[str, Any] = {"img_size": 64, "depth": 3} if kind == "timm" else {"depths": [2, 2, 2, 2], "embed_dim": 16}
+    if kind == "segmenter":
+        model: torch.nn.Module = build_segmenter(name, 3, head={"name": "semantic_fpn", "channels": 8}, **own)
+    else:
+        model = timm.create_model(name, num_classes=3, drop_path_rate=0.3, **own)
+    images = torch.randn(2, 3, 64, 64)
+    before, plain = _kept_and_gradients(model.train(), images)
+    checkpoint_gradients(model, name)
+    after, recomputed = _kept_and_gradients(model, images)
+    assert after < 0.7 * before
+    assert len(plain) == len(recomputed)
+    for one, two in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), "crossvit_9_240"], ids=["no method", "refuses"])
+def test_a_model_that_cannot_recompute_activations_is_an_error(model: Any) -> None:
+    network = timm.create_model(model) if isinstance(model, str) else model
+    with pytest.raises(ConfigError, match=r"grad_checkpointing=true: it cannot recompute.*; set it to false"):
+        checkpoint_gradients(network, "it")
+
+
 def fill(batch: int) -> None:
-    """In the run's process: memory ends in the batch of that number."""
+    """In the process of the run: make it run out of memory in the batch with this number."""
     original = Task.training_step
     left = batch
 

@@ -1,25 +1,29 @@
-"""Losses and gradients that are NaN or infinite: nothing of them gets into the weights, and the pictures are named."""
+"""NaN or infinite losses and gradients never reach the weights, and their pictures are named."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from forked import fork_processes
+from mixerzoo.vision.data.classification import digits, split_indices
 from mixerzoo.vision.data.loading import EpochBatches
 from mixerzoo.vision.data.module import ZooData
+from mixerzoo.vision.data.streams import Stream, StreamBatches
 from mixerzoo.vision.training.callbacks import read_table
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.cli import main
-from mixerzoo.vision.training.finite import NonFiniteLossError
-from mixerzoo.vision.training.run import run
+from mixerzoo.vision.training.finite import NonFiniteLossError, _pictures, _write_down
+from mixerzoo.vision.training.run import load_data, run
 from mixerzoo.vision.training.settings import load
 from mixerzoo.vision.training.tasks import Task
+from PIL import Image
 from warm import Finished
 
 pytestmark = [
@@ -28,12 +32,12 @@ pytestmark = [
 ]
 
 DIGITS = ("data=digits", "model=test_convnext", "data.limit=64", "train.batch_size=16", "train.progress=false")
-"""Four steps an epoch."""
+"""A run with four steps per epoch."""
 
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`spoil(value, at={batches}, what="loss" | "gradient")`: makes the losses, or a gradient, of batches `value`."""
+    """Return `spoil(value, at={batches}, what="loss" | "gradient")`, which sets the loss or a gradient of batches."""
 
     def install(value: float, at: set[int], what: str = "loss") -> None:
         original = Task.training_step
@@ -78,18 +82,21 @@ def test_training_stops_before_the_weights_change(
     error = capsys.readouterr().err
     found = f"the loss is {value}" if what == "loss" else "a gradient is not finite"
     assert f"{found} at epoch 1, batch 1" in error
-    assert f"{folder / 'nonfinite.json'} lists the pictures" in error
+    assert f"{folder / 'nonfinite.json'} lists the pictures, last.ckpt is from before that" in error
     last = load_checkpoint(folder / "checkpoints" / "last.ckpt")
     assert last["global_step"] == 5 and _finite(last)
 
     [event] = json.loads((folder / "nonfinite.json").read_text())
     [batch] = event["batches"]
     expected = list(EpochBatches(64, 16, seed=0, training=True)._requests(1, 0))[1].indices
-    assert (event["epoch"], batch["batch"], batch["pictures"]) == (1, 1, expected)
+    train: Any = load_data(load(arguments, repository / "configs")).train
+    assert (event["epoch"], batch["batch"]) == (1, 1)
+    pictures = torch.from_numpy(digits().train_images[batch["pictures"]])  # rows of the original data set
+    assert torch.equal(pictures, train.originals[expected])
 
 
 def test_a_skipped_step_changes_nothing(spoil: Any, repository: Path, tmp_path: Path) -> None:
-    """Not the weights, the average, the optimiser or the statistics of batch norm: only the schedule goes on."""
+    """Weights, average, optimizer state and batch norm statistics stay; only the schedule continues."""
     states = []
 
     class Record(pl.Callback):
@@ -120,6 +127,16 @@ def _named(prefix: str, values: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {f"{prefix}.{name}": value for name, value in values.items() if torch.is_tensor(value)}
 
 
+def test_a_first_step_that_is_not_finite_promises_no_checkpoint(
+    spoil: Any, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(float("nan"), {0})
+    assert main([*DIGITS, "train.epochs=1", f"out={tmp_path}"], configs=repository / "configs") == 1
+    error = capsys.readouterr().err
+    assert "no checkpoint was saved before that. Try a lower optim.lr" in error and "last.ckpt" not in error
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 def test_more_in_a_row_than_allowed_stops(spoil: Any, repository: Path, tmp_path: Path) -> None:
     spoil(float("inf"), {1, 3, 4, 5})
@@ -130,7 +147,7 @@ def test_more_in_a_row_than_allowed_stops(spoil: Any, repository: Path, tmp_path
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "lion", "adafactor", "nadamw", "adopt", "muon", "lars"])
 def test_optimisers_pass_over_a_step_without_gradients(optimizer: str) -> None:
-    """On which skipping stands: nothing changes, be it the first step or a later one."""
+    """Skipping relies on this: a step without gradients changes nothing, whether it is the first or a later one."""
     from timm.optim import create_optimizer_v2
 
     torch.manual_seed(0)
@@ -147,32 +164,63 @@ def test_optimisers_pass_over_a_step_without_gradients(optimizer: str) -> None:
         assert not torch.equal(before[0], model[0].weight)
 
 
-def test_pictures_of_a_batch_are_those_that_were_read(repository: Path) -> None:
-    """The numbers that are written down are those that the data set was asked for."""
-    from types import SimpleNamespace
-
-    from mixerzoo.vision.training.finite import _pictures
-    from mixerzoo.vision.training.run import load_data
-
-    splits = load_data(load([*DIGITS], repository / "configs"))
-    asked: list[list[int]] = []
-    original = splits.train.__getitems__
-    splits.train.__class__.__getitems__, restore = (
-        lambda self, request: (asked.append(request.indices), original(request))[1],
-        splits.train.__class__.__getitems__,
-    )
-    try:
-        loader = ZooData(splits, batch_size=16).train_dataloader()
-        loader.batches.set_epoch(3)
-        list(loader)
-    finally:
-        splits.train.__class__.__getitems__ = restore
+@pytest.mark.parametrize("source", ["digits", "image_folder", "mask_folder", "fashion_scenes"])
+def test_pictures_of_a_batch_are_named_as_they_were_read(source: str, repository: Path, tmp_path: Path) -> None:
+    """Pictures are named by file, by row in the original data set, or by the number of a scene."""
+    configs = repository / "configs"
+    if source == "digits":
+        own = load([*DIGITS], configs)
+        wanted = {int(row) for row in split_indices(len(digits().train_images), own.data.held_out, 0, 64)[0]}
+    elif source == "fashion_scenes":
+        own = load(["recipe=segmentation", "data.scenes=32", "data.size=32", "data.download=false"], configs)
+        wanted = set(range(32))
+    else:
+        files = _write_pictures(tmp_path / "pictures", masks=source == "mask_folder")
+        own = load([f"data={tmp_path / 'pictures'}", "model=test_convnext", "data.size=32"], configs)
+        wanted = {str(file) for file in files}
+    loader = ZooData(load_data(own), batch_size=8).train_dataloader()
     trainer: Any = SimpleNamespace(train_dataloader=loader, current_epoch=3)
-    assert [_pictures(trainer, index) for index in range(4)] == asked
+    named = [name for batch in range(len(loader)) for name in _pictures(trainer, batch) or ()]
+    assert len(set(named)) == len(named) == 8 * len(loader) and wanted.issuperset(named)
+    if source == "image_folder":
+        loader.batches.set_epoch(3)
+        for batch, (_, labels) in enumerate(loader):
+            classes = [Path(str(name)).parent.name for name in _pictures(trainer, batch) or ()]
+            assert classes == ["ab"[label] for label in labels]
+
+
+def _write_pictures(root: Path, *, masks: bool) -> list[Path]:
+    """Write training and validation pictures of two classes, or with masks; return the training files."""
+    files = []
+    for split in ("train", "val") if not masks else ("training", "validation"):
+        for number in range(16):
+            folder = root / "images" / split if masks else root / split / "ab"[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / f"{number}.png"
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(file)
+            files += [file] if split.startswith("train") else []
+            if masks:
+                (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
+                Image.new("L", (32, 32), number % 2).save(root / "annotations" / split / f"{number}.png")
+    if masks:
+        (root / "classes.txt").write_text("a\nb\n")
+    return files
+
+
+def test_pictures_of_a_stream_have_no_names(tmp_path: Path) -> None:
+    stream = Stream(SimpleNamespace(), 64, SimpleNamespace(), classes=2, training=True)  # type: ignore[arg-type]
+    batches = StreamBatches(64, 16, workers=0, seed=0, training=True)
+    loader = SimpleNamespace(source=stream, batches=batches)
+    trainer: Any = SimpleNamespace(
+        train_dataloader=loader, current_epoch=0, global_rank=0, global_step=7, default_root_dir=tmp_path
+    )
+    path, named = _write_down(trainer, [(7, torch.tensor(float("nan")))])
+    assert not named
+    assert json.loads(path.read_text())[0]["batches"] == [{"batch": 7, "loss": "nan"}]
 
 
 def spoil_one(rank: int, batch: int) -> None:
-    """In the run's process: of two, the one of this rank has a loss that is NaN in its batch of this number."""
+    """In the process of the run: set the loss of this rank to NaN in the batch with this number."""
     fork_processes()
     original = Task.training_step
     count = -1

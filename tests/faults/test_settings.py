@@ -1,4 +1,4 @@
-"""Settings that cannot be used, and failures that nobody expected: exit codes a scheduler can trust, in one line."""
+"""Invalid settings and unexpected errors: one line on the terminal and a reliable exit code."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mixerzoo.vision.training import cli, run, settings
+from mixerzoo.vision.segmentation import inference
+from mixerzoo.vision.training import cli, run, settings, sweep
 from mixerzoo.vision.training.config import Config
 from mixerzoo.vision.training.failures import TrainingError
+from mixerzoo.vision.training.optimization import check_names
 from mixerzoo.vision.training.signals import Interrupted
 
 
@@ -17,7 +19,7 @@ from mixerzoo.vision.training.signals import Interrupted
 def train(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in an empty folder: its exit code, and what it wrote to both streams."""
+    """Return a function that runs the command in an empty folder: its exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -37,7 +39,10 @@ def train(
         ("train.strategy=dpp", "train.strategy needs a value of type auto | ddp | fsdp"),
         ("train.nodes=2", "train.nodes=2: one command cannot start processes on other machines"),
         ("train.strategy=ddp", "train.strategy=ddp is for several processes; give train.devices=2 or more"),
-        ("model=nat_minni", "did you mean nat_mini"),
+        ("data=/nope/path", "data=/nope/path: there is no such folder; give one that exists, or one of ade20k, "),
+        ("data=sub/dir", "data=sub/dir: there is no such folder"),
+        (f"data={__file__}", "test_settings.py is a file; give a folder, a .tar or one of ade20k, "),
+        ("data=digitz", "data=digitz: choose one of "),
         ("--fast", "there is no option --fast"),
     ],
 )
@@ -49,6 +54,42 @@ def test_settings_that_cannot_be_used_are_one_line_and_code_2(
     assert [line for line in err.splitlines() if line.startswith("error: ")] == err.splitlines()[-1:]
     assert message in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model=nat_minni", "timm and mixerzoo have no such model; did you mean nat_mini"),
+        ("optim.name=adamww", "timm has no such optimizer; did you mean adamw?"),
+        ("optim.name=lookahead_sdg", "timm has no such optimizer; did you mean lookahead_sgd?"),
+        ("schedule.name=cosin", "choose one of constant, cosine, poly, step, tanh, wsd; did you mean cosine?"),
+        ("schedule.name=plateau", "choose one of constant"),  # timm's steps once an epoch only
+        ("schedule.name=multistep", "choose one of constant"),  # timm's has milestones, for which there is no setting
+        ("schedule.name=none", "choose one of constant"),
+    ],
+)
+@pytest.mark.parametrize("swept", [False, True], ids=["run", "sweep"])
+def test_names_are_checked_before_data_is_read(
+    argument: str,
+    message: str,
+    swept: bool,
+    train: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def read(_: Config) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr(run, "load_data", read)
+    code, _, err = train("data=digits", argument, *(["seed=1,2"] if swept else []))
+    key = argument.replace("model=", "model.name=")
+    assert code == 2 and err.startswith(f"error: {key}: {message}"), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_optimizers_are_read_as_timm_reads_them(repository: Path) -> None:
+    for name in ("adamw", "AdamW", "lookahead_sgd", "muon"):
+        check_names(settings.load([f"optim.name={name}"], repository / "configs"))
 
 
 def _replace_run(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> None:
@@ -93,7 +134,7 @@ def test_every_end_has_its_code(
 def test_what_nobody_expected_is_a_line_and_a_file(
     error: Exception, train: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A `ValueError` of a library is no mistake in the settings, whatever it says."""
+    """A `ValueError` of another library is not reported as an invalid setting."""
 
     def fail(config: Config) -> None:
         Path(config.out or "").mkdir(parents=True, exist_ok=True)
@@ -108,6 +149,27 @@ def test_what_nobody_expected_is_a_line_and_a_file(
     assert "library.py" in (tmp_path / "x" / "error.txt").read_text()
     code, _, err = train("--debug", "data=digits", "out=x")
     assert code == 1 and err.startswith("Traceback") and "library.py" in err
+
+
+def test_a_bug_of_ours_is_no_mistake_in_the_settings(
+    train: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A `ValueError` that the interpreter raises in our code, here by unpacking, is an unexpected error."""
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr(run, "run", lambda _: list(sweep._markdown([])))
+    code, _, err = train("data=digits", "out=x")
+    assert code == 1 and err.endswith("(traceback in x/error.txt)\n")
+    assert "_markdown" in (tmp_path / "x" / "error.txt").read_text()
+
+
+def test_what_our_code_refuses_is_a_mistake_in_the_settings(
+    train: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr(run, "run", lambda _: inference.of_settings({"mode": "slide", "stride": [1]}, size=8))
+    code, _, err = train("data=digits", "out=x")
+    assert code == 2 and err.startswith("error: strides are two numbers from 1 to the window's sides [8, 8]")
+    assert not (tmp_path / "x" / "error.txt").exists()
 
 
 def test_without_a_folder_the_traceback_is_on_the_terminal(

@@ -1,4 +1,4 @@
-"""Signals: what they leave behind, and what the scheduler is told by the exit code."""
+"""Signals: the checkpoint that they leave and the exit code that the scheduler sees."""
 
 from __future__ import annotations
 
@@ -13,20 +13,6 @@ from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.signals import Interrupted, SignalWatch, exit_code
 from mixerzoo.vision.training.tasks import Task
 from warm import Finished
-
-
-@pytest.fixture
-def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of that name on the PATH; what it was called with is in the file."""
-    calls = tmp_path / "calls"
-    program = tmp_path / "bin" / "scontrol"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n[ "$2" != 13 ]\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
-        monkeypatch.delenv(name, raising=False)
-    return calls
 
 
 def test_usr1_puts_the_job_back_into_the_queue(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +49,7 @@ def test_the_first_signal_counts_and_handlers_are_given_back(number: int) -> Non
 
 
 def send(place: str, count: int, numbers: list[int]) -> None:
-    """In the run's process: it signals itself when it comes to the place for the `count`th time."""
+    """In the process of the run: send it a signal when it reaches the place for the `count`th time."""
     left = count
     method = getattr(Task, place)
 
@@ -100,7 +86,7 @@ def test_a_signal_saves_and_stops_within_a_step(
     run_train: Callable[..., Finished],
     tmp_path: Path,
 ) -> None:
-    """`step`: batches that are done when it stops. Odd counts are waited out with two batches to a step."""
+    """`step` is the number of batches done when it stops; with two batches per step it stops at an even one."""
     extra = ("train.accumulate=2",) if count in (0, 6) and place == "training_step" else ()
     fault = {"place": place, "count": count, "numbers": [number]}
     run = tmp_path / "run"
@@ -132,7 +118,7 @@ def test_usr1_under_slurm_ends_with_0_and_the_same_command_goes_on(
 def test_a_second_ctrl_c_stops_at_once(
     place: str, tiny: tuple[str, ...], run_train: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    """Nothing is saved then; what was saved before stays whole."""
+    """Nothing more is saved, and the last checkpoint stays intact."""
     fault = {"place": place, "count": 2, "numbers": [signal.SIGINT, signal.SIGINT]}
     run = tmp_path / "run"
     done = run_train(*tiny, "train.save_every=1", "train.epochs=2", f"out={run}", prepare=send, prepare_with=fault)

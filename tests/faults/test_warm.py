@@ -1,4 +1,4 @@
-"""The warm process itself: what it starts is a process like any other."""
+"""The warm server: the processes that it starts behave like normal ones."""
 
 from __future__ import annotations
 

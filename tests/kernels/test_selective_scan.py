@@ -359,7 +359,7 @@ class Scan(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         projected = self.project(x).unflatten(3, (len(self.paths), -1))
-        return selective_scan_2d(x, projected, **self.weights, paths=self.paths)
+        return selective_scan_2d(x, projected, **dict(self.weights.items()), paths=self.paths)
 
 
 def graph_targets(graph: torch.fx.Graph) -> str:

@@ -342,6 +342,13 @@ def test_dropped_tokens_are_not_merged(implementation: str) -> None:
     assert size.tolist() == [[4, 1], [4, 2]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_slot_behind_the_end_is_an_error(dtype: torch.dtype) -> None:
+    x, slot = torch.randn(2, 2, 4, dtype=dtype), torch.tensor([[0, 2], [0, 1]])
+    with pytest.raises(ValueError, match="below length=2, or -1 for dropped tokens; got slots up to 2"):
+        merge_tokens(x, slot, 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_sums_in_float32(dtype: torch.dtype, implementation: str) -> None:
     x = torch.randn(2, 21, 8).to(dtype)
@@ -403,6 +410,13 @@ def test_functional_transforms_take_plain_operators() -> None:
         got = torch.func.jvp(function, (x,), (tangent,))
         torch.testing.assert_close(got[1], function(tangent))  # both are linear
         torch.testing.assert_close(got[0], function(x))
+
+
+@pytest.mark.parametrize(("tokens", "num_prefix"), [(9, 1), (10, 0), (7, 2)])
+def test_matching_under_vmap(tokens: int, num_prefix: int) -> None:
+    x = torch.randn(3, tokens, 4)
+    each = torch.func.vmap(lambda one: bipartite_match(one[None], 2, num_prefix)[0])(x)
+    assert torch.equal(each, bipartite_match(x, 2, num_prefix))
 
 
 @pytest.mark.slow

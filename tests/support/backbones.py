@@ -52,7 +52,7 @@ def on_meta(name: str, **kwargs: Any) -> nn.Module:
 
 @functools.cache
 def shallow_args(name: str, most: int = 2) -> dict[str, Any]:
-    """Arguments that leave a model its widths and at most so many blocks a stage, twice as many without stages."""
+    """Arguments that leave a model its widths and at most so many blocks per stage, twice as many without stages."""
     model = on_meta(name)
     accepted = inspect.signature(type(model).__init__).parameters
     if isinstance(model, HierarchicalBackbone) and "depths" in accepted:

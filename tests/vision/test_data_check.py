@@ -6,7 +6,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from mixerzoo.vision.data.check import main
+from mixerzoo.vision.data.__main__ import main, settings_of
+from mixerzoo.vision.data.classification import load_image_folder
+from mixerzoo.vision.training.settings import load
 from PIL import Image
 
 
@@ -62,6 +64,35 @@ def test_every_problem_of_a_folder_is_listed(tmp_path: Path, capsys: pytest.Capt
         "val/fox: training has no such class",
         f"val/dog/9.png: the same as {root}/train/cat/0.png: val and train must not share pictures",
     }
+
+
+def test_one_class_is_a_problem_as_it_is_for_training(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for index in range(3):
+        _save(tmp_path / "one" / "cat" / f"{index}.png", index)
+    code, problems, _ = _run(capsys, tmp_path / "one")
+    assert (code, problems) == (1, [f"{tmp_path / 'one'}: there is one class only (cat); at least 2 are needed"])
+    config = load([f"data={tmp_path / 'one'}"], repository / "configs")
+    with pytest.raises(ValueError, match="there is one class only"):
+        load_image_folder(config.data, config.augment, 0)
+
+
+@pytest.mark.parametrize("splits", [("test",), ("val",), ("validation", "test")])
+def test_a_folder_without_training_pictures_is_named(
+    splits: tuple[str, ...], tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its splits are not taken for classes."""
+    root = tmp_path / "pictures"
+    for split in splits:
+        for value, name in enumerate(("cat", "dog")):
+            _save(root / split / name / "0.png", value)
+    message = f"{root} holds {', '.join(splits)} but no folder train; pictures for training are needed in {root}/train"
+    code, problems, error = _run(capsys, root)
+    assert (code, problems) == (2, []) and message in error
+    config = load([f"data={root}"], repository / "configs")
+    with pytest.raises(ValueError, match="but no folder train"):
+        load_image_folder(config.data, config.augment, 0)
 
 
 def test_masks_without_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,3 +156,38 @@ def test_masks_of_unknown_classes_need_their_number(tmp_path: Path, capsys: pyte
     (root / "classes.txt").unlink()
     code, _, error = _run(capsys, root)
     assert code == 2 and "add " in error and "classes.txt, or data.classes=" in error
+
+
+@pytest.mark.parametrize(
+    ("folders", "source"),
+    [
+        (("images", "videos"), "image_folder"),  # classes that happen to be called so
+        (("images", "annotations"), "mask_folder"),
+        (("images", "masks"), "mask_folder"),
+        (("annotations", "masks"), "image_folder"),
+        (("train", "val"), "image_folder"),
+        ((), "image_folder"),
+    ],
+)
+def test_training_and_check_take_a_folder_for_the_same(
+    folders: tuple[str, ...], source: str, tmp_path: Path, repository: Path
+) -> None:
+    for name in folders:
+        (tmp_path / name).mkdir()
+    checked = settings_of([str(tmp_path)], None).data
+    trained = load([f"data={tmp_path}"], repository / "configs").data
+    assert (checked.source, checked.root) == (trained.source, trained.root) == (source, str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["hfds/beans", "Torch/cifar10", "some/where.tar"])
+def test_training_and_check_take_a_name_for_the_same(place: str, repository: Path) -> None:
+    checked, trained = settings_of([place], None).data, load([f"data={place}"], repository / "configs").data
+    located = (checked.source, checked.root, checked.dataset)
+    assert located == (trained.source, trained.root, trained.dataset)
+    assert located == ("timm", place, None) if place.endswith(".tar") else ("timm", None, place)
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").touch()
+    code, _, error = _run(capsys, tmp_path / "notes.txt")
+    assert code == 2 and "notes.txt: neither a folder nor a .tar" in error

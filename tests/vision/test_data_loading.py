@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from mixerzoo.vision.data.classification import load_digits
 from mixerzoo.vision.data.items import SeededItems
 from mixerzoo.vision.data.loading import EpochBatches, Request, ResumableLoader, mix_seed
+from mixerzoo.vision.data.module import ZooData
+from mixerzoo.vision.training.settings import load
 
 
 class Numbers:
@@ -141,3 +146,18 @@ def test_sizes_count_from_their_epoch_on() -> None:
         batches.set_epoch(epoch)
         sizes.append({request.size for request in batches})
     assert sizes == [{None}, {None}, {96}, {96}, {96}, {128}, {128}]
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+def test_no_more_workers_than_processors_start(
+    processors: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PyTorch warns of more. The batches do not depend on it."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(processors)), raising=False)
+    settings = load(["data=digits", "data.limit=8"], Path(__file__).parents[2] / "configs")
+    splits = load_digits(settings.data, settings.augment, 0)
+    for workers in (0, 1, 64):
+        data = ZooData(splits, batch_size=4, workers=workers)
+        for loader in (data.train_dataloader(), data.val_dataloader()):
+            assert loader.num_workers == min(workers, processors)
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]

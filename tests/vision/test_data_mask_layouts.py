@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mixerzoo.vision.data.check import main
+from mixerzoo.vision.data.__main__ import main
 from mixerzoo.vision.data.loading import Request
 from mixerzoo.vision.data.module import SOURCES
 from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits

@@ -356,7 +356,7 @@ def test_a_path_or_a_name_of_timms_stands_for_settings(
 
 
 def test_a_name_that_is_no_data_set_is_an_error(repository: Path) -> None:
-    with pytest.raises(ConfigError, match="data=other/cifar10: choose one of"):
+    with pytest.raises(ConfigError, match="data=other/cifar10: there is no such folder"):
         load(["data=other/cifar10"], repository / "configs")
 
 

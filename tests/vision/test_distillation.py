@@ -1,4 +1,4 @@
-"""The losses against the official ones, the teacher, EViT's warm start, delayed learning, and runs that use them."""
+"""Distillation losses against the official ones, the teacher, EViT's keep rate schedule, and runs that use them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VIT = (
     *("data=digits", "data.size=16", "data.limit=160", "train.batch_size=32", "train.progress=false"),
     *("augment.shift=0", "schedule.warmup_epochs=0", "train.epochs=2"),
 )
-"""Five steps an epoch of a ViT of 16 patches; the name is still to be given."""
+"""Five steps per epoch of a ViT with 16 patches; the test adds the name of the model."""
 
 
 class Decided(NamedTuple):
@@ -52,9 +52,9 @@ class Decided(NamedTuple):
 
 
 class Deciding(nn.Module):
-    """The least that a model with decisions is: sixteen patches, two stages, straight-through thresholds."""
+    """A minimal model that decides on tokens: sixteen patches, two stages, straight-through thresholds."""
 
-    keep_rates = (0.5, 0.25)
+    target_keep_rates = (0.5, 0.25)
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def _splits(classes: int = 10, *, size: int = 16, dense: bool = False, channels:
 
 
 def test_a_teacher_sees_pictures_as_it_learned_them() -> None:
-    """The same picture, normalised with the student's numbers and with its own."""
+    """A picture normalised for the student gives the same answer as one normalised for the teacher."""
     teacher = Teacher(nn.Flatten(), _splits(), normalised_for=([0.2], [0.4]))
     pictures = torch.rand(3, 1, 2, 2)
     seen, tokens = teacher((pictures - 0.5) / 0.25)
@@ -163,7 +163,7 @@ def test_a_teacher_is_frozen_and_answers_with_its_normed_tokens() -> None:
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_mambaout", "nat_mini", "vim_tiny", "test_efficientnet"])
 def test_every_kind_of_model_can_be_taught(name: str, configs: Path) -> None:
-    """Tokens of teacher and student of one kind agree, and the teacher is right about itself."""
+    """With the teacher as its own student, the tokens have the same shape and both losses are zero."""
     config = load(["data=digits", f"model={name}", "distill.teacher=x", "distill.tokens_weight=1"], configs)
     kwargs = {"depth": 2} if name == "vim_tiny" else {"depths": (1, 1, 1, 1), "embed_dim": 16} if "nat" in name else {}
     model = timm.create_model(name, num_classes=10, in_chans=1, **kwargs).eval()
@@ -205,8 +205,8 @@ TEACHER = "distill.teacher=test_vit"
         (["distill.labels_weight=0"], "there is nothing to learn"),
         (["distill.teacher=test_vitt"], "did you mean test_vit"),
         ([TEACHER, "distill.checkpoint=nowhere.pth"], "there is no checkpoint nowhere.pth"),
-        ([TEACHER, "distill.kwargs={colour: 3}"], "distill.teacher=test_vit: cannot build test_vit"),
-        (["reduction.shrink_epochs=2"], "test_vit drops no tokens while it trains (EViT does)"),
+        ([TEACHER, "distill.kwargs={colour: 3}"], "the published weights of test_vit are not on this machine"),
+        (["reduction.shrink_epochs=2"], "test_vit has no keep rate that can fall while it trains (EViT and EET have)"),
         (["reduction.shrink_start_epoch=2"], "give shrink_epochs"),
         (["model.start_from=nowhere.ckpt"], "no model is called 'nowhere.ckpt'; a file, or a timm model, is needed"),
         (
@@ -231,7 +231,7 @@ def test_settings_that_cannot_work_are_refused_before_training(
 
 
 def _saved(path: Path, **changes: Any) -> Path:
-    """A checkpoint as train.py writes it, of a test_vit on digits."""
+    """Write a checkpoint of train.py with a test_vit on digits."""
     kwargs = {"img_size": 16}
     facts = {"model": "test_vit", "model_kwargs": kwargs, "head": None, "classes": list("0123456789"), "in_chans": 1}
     facts |= {"size": 16, "mean": [0.3], "std": [0.4], **changes}
@@ -272,7 +272,7 @@ def test_a_teacher_of_another_grid_or_for_masks_is_refused(configs: Path, tmp_pa
 
 
 def test_weights_of_another_model_are_the_start(configs: Path, tmp_path: Path) -> None:
-    """Of a run's checkpoint: all its tensors, its head too; what it lacks stays new; a stranger is refused."""
+    """All tensors of the checkpoint are loaded, missing ones stay new, and other architectures are rejected."""
     path = _saved(tmp_path / "dense.ckpt")
     start = [*VIT[1:], f"model.start_from={path}"]
     small = "{img_size: 16, patch_size: 16, embed_dim: 64, depth: 6, num_heads: 2, mlp_ratio: 3}"
@@ -332,7 +332,7 @@ def _run(configs: Path, *arguments: str) -> dict[str, Any]:
 
 
 def _rates_by_epoch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[float]]]:
-    """What a run sets, and the stage in which it does."""
+    """Record the keep rates that a run sets, and in which stage."""
     seen: list[tuple[str, list[float]]] = []
     start, end = KeepRateWarmup.on_train_batch_start, KeepRateWarmup.on_validation_start
 
@@ -368,7 +368,7 @@ def test_evit_is_warmed_up_and_judged_at_its_own_rate(
 def test_a_resumed_warm_start_equals_an_uninterrupted_one(
     configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a teacher and a late backbone besides: bit for bit the same weights and losses."""
+    """With a teacher and a backbone that is frozen at first, weights and losses are equal bit for bit."""
     from mixerzoo.vision.training.tasks import Task
 
     teacher = _saved(tmp_path / "teacher.ckpt")
@@ -409,7 +409,7 @@ def test_a_backbone_under_a_head_is_warmed_up_too(configs: Path) -> None:
     assert {module.keep_rate for module in model.modules() if hasattr(module, "keep_rate")} == {0.9}
     with pytest.raises(ConfigError, match=r"train\.compile=true would compile it each time"):
         make_keep_rate_warmup(model, load([*arguments, "train.compile=true"], configs), make_plan(config, 320))
-    assert distillation.keep_rates(model) is None
+    assert distillation.target_keep_rates(model) is None
 
 
 @pytest.mark.slow
@@ -424,7 +424,7 @@ def test_a_backbone_under_a_head_is_warmed_up_too(configs: Path) -> None:
 def test_segmentation_trains_on_models_with_fewer_tokens(
     name: str, given: str, configs: Path, tmp_path: Path, no_pictures: None
 ) -> None:
-    """Every map has all positions, and what can learn does."""
+    """Every feature map has all positions, and every trainable parameter gets a gradient."""
     arguments = [
         *("recipe=segmentation", f"model={name}", "data.scenes=12", "data.size=32", "train.batch_size=4"),
         *("train.epochs=1", "train.progress=false", "train.limit_batches=3", "head.channels=8"),

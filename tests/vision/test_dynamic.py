@@ -13,7 +13,7 @@ import torch
 from mixerzoo.mixers.token_predictor import PredictorLG
 from mixerzoo.vision.backbones._dynamic import DynamicBlock, keep_ratios
 from mixerzoo.vision.backbones.dynamicvit_convnext import DynamicConvNeXtBlock
-from mixerzoo.vision.training.summary import summarize
+from mixerzoo.vision.summary import summarize
 from torch import Tensor, nn
 
 RECORDS = {
@@ -76,7 +76,7 @@ def test_official_outputs_and_choices(golden, tmp_path: Path, name: str) -> None
     assert gold.error("logits", decided.logits[:1]) < 5e-6 and decided.mask is None
     assert decided.tokens.shape == (2, 49, 768)
     wanted = gold.record["keep_decisions"]
-    assert [stage["ratio"] for stage in wanted] == model.keep_rates
+    assert [stage["ratio"] for stage in wanted] == model.target_keep_rates
     for score, decision, stage in zip(scores, decided.decisions, wanted, strict=False):
         order = score.argsort(dim=1, descending=True, stable=True)[0]
         assert order[: stage["keep"]].tolist() == stage["kept_local"]
@@ -104,6 +104,15 @@ def test_official_block(golden) -> None:
     order = route.argsort(dim=1, descending=True, stable=True)
     assert order[:, :97].tolist() == case["idx_slow"] and order[:, 97:].tolist() == case["idx_fast"]
     assert gold.error("block_out", block(x, route)) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"),
+    [({}, [0.9, 0.7, 0.5]), ({"keep_rate": 0.6}, [0.6, 0.4, 0.2]), ({"keep_rate": [1, 1, 1]}, [1, 1, 1])],
+)
+def test_a_tag_brings_its_keep_rate(given: dict[str, Any], rates: list[float]) -> None:
+    model: Any = timm.create_model("dynamicvit_convnext_tiny.r09_in1k", dims=(16, 32, 64, 128), **given)
+    assert model.target_keep_rates == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -167,7 +176,8 @@ def test_decisions_learn(name: str) -> None:
     assert [decision.shape for decision in decided.decisions] == [(2, 24)] * 2
     assert all(set(decision.unique().tolist()) <= {0.0, 1.0} for decision in decided.decisions)
     assert decided.tokens.shape == (2, 6, 768) and decided.logits.shape == (2, 5)
-    rates = sum((d.mean(1) - rate).square().mean() for d, rate in zip(decided.decisions, model.keep_rates, strict=True))
+    targets = model.target_keep_rates
+    rates = sum((d.mean(1) - rate).square().mean() for d, rate in zip(decided.decisions, targets, strict=True))
     biases = [b.predictor.out_conv[4].bias for b in dynamic_blocks(model)[::2]]
     gradients = torch.autograd.grad(rates, biases, retain_graph=True)
     assert all(gradient.any() for gradient in gradients)
@@ -202,12 +212,12 @@ def test_cost(name: str, gmacs: float) -> None:
 
 def test_rates_and_locations() -> None:
     assert keep_ratios(0.9, (1, 3), 4) == [None, 0.9, None, 0.9 - 0.2]
-    assert timm.create_model("dynamicvit_swin_small", device="meta").keep_rates == [0.7, 0.7 - 0.2, 0.7 - 0.4]
+    assert timm.create_model("dynamicvit_swin_small", device="meta").target_keep_rates == [0.7, 0.7 - 0.2, 0.7 - 0.4]
     with pytest.raises(ValueError, match=r"ascending, from 0 to 8; got \[1, 2, 9\]"):
         timm.create_model("dynamicvit_convnext_tiny", locations=(1, 2, 9))
     with pytest.raises(ValueError, match=r"falls by 0.2 at each of the 3 locations.*got 0.4"):
         timm.create_model("dynamicvit_swin_tiny", keep_rate=0.4)
-    with pytest.raises(ValueError, match="dims and depths need one entry a stage"):
+    with pytest.raises(ValueError, match="dims and depths need one entry per stage"):
         timm.create_model("dynamicvit_convnext_tiny", dims=(96, 192))
-    with pytest.raises(ValueError, match="depths and num_heads need one entry a stage"):
+    with pytest.raises(ValueError, match="depths and num_heads need one entry per stage"):
         timm.create_model("dynamicvit_swin_tiny", num_heads=(3, 6))

@@ -7,15 +7,16 @@ import mixerzoo.vision  # noqa: F401  registers the models
 import pytest
 import timm
 import torch
+from mixerzoo.mixers import token_predictor
 from mixerzoo.mixers.token_predictor import PredictedPruning, PredictorLG
 from mixerzoo.vision.backbones._token_reduction import TokenReducedViT, reduce_tokens, restore_tokens
 from mixerzoo.vision.backbones.lvvit import LVViT
-from mixerzoo.vision.training.summary import summarize
+from mixerzoo.vision.summary import summarize
 from torch import Tensor, nn
 
-RECORDS = {
-    "dynamicvit_deit_small_r07": ("dynamicvit_deit_small_patch16_224", 0.7),
-    "dynamicvit_lvvit_small_r05": ("dynamicvit_lvvit_small", 0.5),
+RECORDS = {  # the tag of the published file, which brings its keep rate
+    "dynamicvit_deit_small_r07": "dynamicvit_deit_small_patch16_224.r07_in1k",
+    "dynamicvit_lvvit_small_r05": "dynamicvit_lvvit_small.r05_in1k",
 }
 TINY: dict[str, Any] = {"embed_dim": 64, "num_heads": 2, "depth": 4, "num_classes": 10}
 
@@ -56,8 +57,8 @@ def decide(model: nn.Module, keep: bool) -> None:
 @pytest.mark.parametrize("record", RECORDS)
 @torch.no_grad()
 def test_official_outputs_scores_and_choices(golden, tmp_path: Path, record: str) -> None:
-    gold, (name, rate) = golden(record), RECORDS[record]
-    model = load(name, {"model": gold.checkpoint()}, tmp_path, keep_rate=rate).eval()
+    gold = golden(record)
+    model = load(RECORDS[record], {"model": gold.checkpoint()}, tmp_path).eval()
     assert sum(p.numel() for p in model.parameters()) == gold.record["params"]
     scores: list[Tensor] = []
     for predictor in predictors(model):
@@ -71,7 +72,7 @@ def test_official_outputs_scores_and_choices(golden, tmp_path: Path, record: str
     decided = model.forward_decided(gold.picture())
     assert torch.equal(decided.logits, got["logits"]) and torch.equal(decided.tokens, tokens[:, 1:])
     wanted = gold.record["keep_decisions"]
-    assert [stage["ratio"] for stage in wanted] == model.keep_rates
+    assert [stage["ratio"] for stage in wanted] == model.target_keep_rates
     for score, decision, stage in zip(scores, decided.decisions, wanted, strict=False):
         order = score.argsort(dim=1, descending=True, stable=True)[0]
         assert order[: stage["keep"]].tolist() == stage["kept_local"]
@@ -162,8 +163,9 @@ def test_decisions_learn_and_are_never_taken_back(name: str) -> None:
     )
     assert (second <= first).all() and (third <= second).all() and torch.equal(decided.mask, third)
     assert decided.tokens.shape == (4, 24, 64)
-    assert model.keep_rates == [0.7, 0.7**2, 0.7**3]
-    rates = sum((d.mean(1) - rate).square().mean() for d, rate in zip(decided.decisions, model.keep_rates, strict=True))
+    assert model.target_keep_rates == [0.7, 0.7**2, 0.7**3]
+    targets = model.target_keep_rates
+    rates = sum((d.mean(1) - rate).square().mean() for d, rate in zip(decided.decisions, targets, strict=True))
     for loss in (rates, decided.logits.square().sum()):
         for predictor in predictors(model):
             weight = predictor.in_conv[1].weight
@@ -192,6 +194,17 @@ def test_a_mean_over_patches_is_of_kept_ones_while_training() -> None:
     torch.testing.assert_close(decided.logits, model.head(model.fc_norm(mean)))
     with pytest.raises(ValueError, match=r"global_pool=.map.\. Use tome"):
         tiny(class_token=False, global_pool="map")
+    model.reset_classifier(10, "max")
+    with pytest.raises(ValueError, match="cannot leave out masked patches"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_a_mean_that_includes_the_class_token_is_that_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(locations=(1,), keep_rate=0.5, global_pool="avg", pool_include_prefix=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    evaluated = model.forward_decided(x)
+    monkeypatch.setattr(token_predictor, "draw_decision", lambda *_: evaluated.decisions[0])
+    torch.testing.assert_close(model.train().forward_decided(x).logits, evaluated.logits, atol=1e-3, rtol=1e-3)
 
 
 def test_training_with_decisions_checkpoints_too() -> None:
@@ -221,6 +234,25 @@ def test_dropped_patches_keep_their_last_value_in_features() -> None:
     maps = [level.flatten(2)[0].T for level in model.forward_intermediates(x, intermediates_only=True)]
     assert torch.equal(maps[1][~kept], maps[2][~kept]) and torch.equal(maps[2][~kept], maps[3][~kept])
     assert not torch.isclose(maps[1][kept], maps[2][kept]).all(1).any()
+
+
+def test_features_while_training_are_those_of_evaluation_for_the_same_decisions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A head that is trained on them sees what it will see: masked patches keep their last value, too."""
+    model, x = tiny(locations=(1, 2), keep_rate=[0.6, 0.3]).eval(), torch.randn(2, 3, 64, 64)
+    decisions = iter(model.forward_decided(x).decisions)
+    evaluated = model.forward_intermediates(x, intermediates_only=True)
+    monkeypatch.setattr(token_predictor, "draw_decision", lambda *_: next(decisions))
+    training = model.train().forward_intermediates(x, intermediates_only=True)
+    for there, here in zip(training, evaluated, strict=True):
+        torch.testing.assert_close(there, here, atol=1e-3, rtol=1e-3)  # masked keys keep a trace of weight
+
+
+def test_a_loss_on_features_teaches_the_predictors() -> None:
+    model = tiny().train()
+    model.forward_intermediates(torch.randn(2, 3, 64, 64), intermediates_only=True)[-1].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in predictors(model)[-1].parameters())
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,8 @@ def test_without_bits_it_is_a_classifier() -> None:
         model.hash_codes(torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="got -1"):
         little(bits=-1)
+    with pytest.raises(ValueError, match=r"got 2\.5"):
+        little(bits=2.5)
 
 
 def test_gradients_of_the_hash_reach_all_weights() -> None:
@@ -173,7 +175,7 @@ def test_any_vit_with_a_class_token() -> None:
     [
         ({"keep_rate": (0.5, 0.6, 0.1)}, "may not rise"),
         ({"keep_rate": (0.5, 0.1)}, "three numbers"),
-        ({"keep_rate": (0.5, 0.1), "locations": (1,)}, "one a location"),
+        ({"keep_rate": (0.5, 0.1), "locations": (1,)}, "one per location"),
         ({"keep_rate": (0.5, 0.1), "locations": (3, 1)}, "in order"),
         ({"keep_rate": (0.5, 0.1), "locations": (1, 4)}, "from 0 to 3"),
         ({"keep_rate": (2, 0.5, 0.1)}, "above 0"),

@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 from mixerzoo.mixers.token_reduction import AttentivePruning, initial_state
+from mixerzoo.vision import reduce_tokens, restore_tokens
 from torch import Tensor
 
-RECORDS = {
-    "evit_deit_small_k07_fuse": {"keep_rate": 0.7},
-    "evit_deit_small_k05_nofuse": {"keep_rate": 0.5, "fuse_token": False},
+RECORDS = {  # the tag of the published file, which brings its settings
+    "evit_deit_small_k07_fuse": "evit_deit_small_patch16_224.k07_fuse_in1k",
+    "evit_deit_small_k05_nofuse": "evit_deit_small_patch16_224.k05_in1k",
 }
 
 
@@ -24,10 +25,7 @@ def official(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     file = tmp_path_factory.mktemp("evit") / "checkpoint.pth"
     torch.save({"model": record.checkpoint()}, file)
     overlay = {"file": str(file), "num_classes": 1000}
-    settings = RECORDS[request.param]
-    model = timm.create_model(
-        "evit_deit_small_patch16_224", pretrained=True, pretrained_cfg_overlay=overlay, **settings
-    )
+    model = timm.create_model(RECORDS[request.param], pretrained=True, pretrained_cfg_overlay=overlay)
     return record, model.eval()
 
 
@@ -46,6 +44,29 @@ def test_official_outputs(official: tuple[Any, Any]) -> None:
     assert record.error("logits", model.forward_head(tokens)) < 2e-5
     if "logits_288" in record.record["outputs"]:
         assert record.error("logits_288", model(record.picture((288, 288)))) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("tag", "keep_rate", "fuse_token"),
+    [("", 0.7, True), (".k09_in1k", 0.9, False), (".k06_fuse_in1k", 0.6, True), (".k08_in1k", 0.8, False)],
+)
+def test_tags_bring_the_settings_of_their_training(tag: str, keep_rate: float, fuse_token: bool) -> None:
+    name = f"evit_deit_small_patch16_224{tag}"
+    method = timm.create_model(name, depth=4).method
+    assert (method.keep_rate, method.fuse_token) == (keep_rate, fuse_token)
+    method = timm.create_model(name, depth=4, keep_rate=0.75, fuse_token=not fuse_token).method
+    assert (method.keep_rate, method.fuse_token) == (0.75, not fuse_token)
+
+
+@torch.no_grad()
+def test_positions_are_resized_as_published_after_a_change_of_method() -> None:
+    model = timm.create_model("evit_deit_small_patch16_224", depth=4, embed_dim=32, num_heads=2).eval()
+    model.pos_embed.normal_()
+    x = torch.randn(1, 3, 160, 128)
+    again = reduce_tokens(model, "evit", keep_rate=0.7)
+    assert torch.equal(again(x), model(x))
+    every = reduce_tokens(model, "evit", keep_rate=1.0)
+    torch.testing.assert_close(restore_tokens(model)(x), every(x))
 
 
 @torch.no_grad()

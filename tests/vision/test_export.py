@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +15,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from mixerzoo.vision._loading import weights_overlay
-from mixerzoo.vision.export import ExportError, Report, export_model, load_model, main
+from mixerzoo.vision._loading import path_of, weights_overlay
+from mixerzoo.vision.export import ExportError, Report, _data_config, export_model, load_model, main
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -124,6 +128,26 @@ def test_wrong_file_is_not_written(format: Any, tmp_path: Path) -> None:
     assert file.read_bytes() == b"an earlier export"
 
 
+@pytest.mark.slow
+def test_sigterm_leaves_an_earlier_export_and_nothing_else(repository: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.pt2"
+    file.write_bytes(b"an earlier export")
+    command = [sys.executable, "-m", "mixerzoo.vision.export", "test_convnext2", "--format", "pt2", "--output", file]
+    process = subprocess.Popen(command, cwd=repository, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob(".export-*")):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 143 and "Traceback" not in error, error
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == b"an earlier export"
+
+
 @pytest.mark.parametrize("kind", ["lightning", "timm", "ema", "safetensors"])
 def test_checkpoints_of_all_kinds(kind: str, tmp_path: Path) -> None:
     model = timm.create_model("test_convnext2", num_classes=5, in_chans=1).eval()
@@ -198,7 +222,7 @@ def test_run_folder_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("facts", "arguments", "message"),
     [
-        ({}, ["--num-classes", "3"], "knows its model, weights and classes"),
+        ({}, ["--num-classes", "3"], "brings its model, weights and classes"),
         ({"head": {"channels": 8}}, [], "cannot build the segmenter"),
     ],
 )
@@ -212,16 +236,55 @@ def test_run_folder_that_cannot_be_exported(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_name_of_a_folder_too_is_not_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """`export` and `predict` take one rule: a separator makes a path, and options of a timm name a timm name."""
+    from mixerzoo.vision.predict import main as predict
+    from mixerzoo.vision.predict import parser
+
+    monkeypatch.chdir(tmp_path)
+    _run_folder(tmp_path / "nat_mini")
+    for command, words in ((main, ["--format", "pt2"]), (predict, ["x.png"])):
+        assert command(["nat_mini", *words]) == 2
+        error = capsys.readouterr().err
+        assert "nat_mini is a timm model and also a folder here; write ./nat_mini" in error and error.count("\n") == 1
+    for words, want in (
+        (["./nat_mini"], Path("nat_mini")),
+        ([str(tmp_path / "nat_mini")], tmp_path / "nat_mini"),
+        (["nat_mini", "--pretrained"], None),
+        (["nat_tiny"], None),
+    ):
+        assert path_of(parser().parse_args([*words[:1], "x.png", *words[1:]])) == want
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ValueError, match=r"replaces the whole folder .*, which holds notes\.md; name another output"):
+        export_model(timm.create_model("test_convnext2"), tmp_path, format="safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.md"]
+
+
 @pytest.mark.slow
 def test_onnx_of_a_run_names_classes_and_preparation(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    _run_folder(tmp_path / "run", size=96, crop=0.8, interpolation="bicubic")
+    _run_folder(tmp_path / "run", size=96, crop=0.8, interpolation="bicubic", framed=False)
     file = tmp_path / "model.onnx"
     assert main([str(tmp_path / "run"), "--format", "onnx", "--static", "--output", str(file)]) == 0
     metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
     assert metadata["label_names"] == ["cat", "dog"] and metadata["input_size"] == [1, 96, 96]
     assert (metadata["mean"], metadata["std"], metadata["crop_pct"]) == ([0.3], [0.4], 0.8)
-    assert metadata["interpolation"] == "bicubic" and metadata["axes"] == {}
+    assert metadata["interpolation"] == "bicubic" and metadata["axes"] == {} and metadata["crop_mode"] == "center"
+
+
+def test_what_is_exported_says_that_pictures_are_framed(tmp_path: Path) -> None:
+    """Grey pictures of 28 x 28 are judged inside a black frame, which no transform of timm makes."""
+    pytest.importorskip("safetensors")
+    _run_folder(tmp_path / "run", framed=True)
+    model = load_model("nat_mini", checkpoint=tmp_path / "run" / "checkpoints" / "best.ckpt")
+    stated = _data_config(model, None)
+    assert stated["crop_mode"] == "frame" and "crop_pct" not in stated
+    assert main([str(tmp_path / "run"), "--format", "safetensors", "--output", str(tmp_path / "folder")]) == 0
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["pretrained_cfg"]["crop_mode"] == "frame"
 
 
 @pytest.mark.parametrize(("crop", "size"), [(None, 32), (None, 224), (0.8, 96), (1.0, 64)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mixerzoo.vision._checked_files import Check, Report, publish_if_right
+from mixerzoo.vision._checked_files import Check, Report, _publish, publish_if_right
 from mixerzoo.vision.export import ExportError, export_segmenter, main, segments_any_size
 from mixerzoo.vision.segmentation import Segmenter, build_segmenter
 from mixerzoo.vision.segmentation.segformer import SegFormerHead
@@ -165,7 +166,7 @@ def test_run_folders_and_parts_are_told_apart(
     wrong = {
         ("run", "--format", "safetensors"): "a segmenter goes to onnx or pt2",
         ("run", "--format", "onnx", "--features", "0"): "--features are of classifiers",
-        ("run", "--format", "onnx", "--head", "upernet"): "knows its model, weights and classes",
+        ("run", "--format", "onnx", "--head", "upernet"): "brings its model, weights and classes; leave out --head",
         ("test_convnext", "--format", "onnx", "--labels"): "--labels is for segmenters",
         ("test_convnext", "--format", "onnx", *parts, "--num-classes", "3"): "give --classes",
     }
@@ -174,3 +175,39 @@ def test_run_folders_and_parts_are_told_apart(
         assert main(command) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+
+
+class _Right(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_a_folder_takes_the_place_of_an_earlier_one_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "stale").touch()
+
+    def write(draft: Path) -> Any:
+        draft.mkdir()
+        (draft / "config.json").write_text("new")
+        return {}, [Check(_Right(), lambda images: [[image] for image in images], ["x"])]
+
+    publish_if_right(tmp_path / "folder", _Right(), (1, 3, 8, 8), 1e-4, write)
+    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")} == {"folder", "folder/config.json"}
+
+
+def test_a_folder_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("old")
+    draft = tmp_path / ".export" / "folder"
+    draft.mkdir(parents=True)
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if source == draft:
+            raise OSError("no space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OSError, match="no space left"):
+        _publish(draft, tmp_path / "folder")
+    assert (tmp_path / "folder" / "config.json").read_text() == "old"

@@ -223,8 +223,8 @@ def test_stem_stride_for_small_pictures(stride: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_heads": (3, 6)}, r"num_heads needs one entry a stage, 4; got \(3, 6\)"),
-        ({"window_sizes": (2, 1)}, r"window_sizes needs one entry a stage, 4; got \(2, 1\)"),
+        ({"num_heads": (3, 6)}, r"num_heads needs one entry per stage, 4; got \(3, 6\)"),
+        ({"window_sizes": (2, 1)}, r"window_sizes needs one entry per stage, 4; got \(2, 1\)"),
         ({"window_sizes": (0, 0, -2, 1)}, "window_size must be 1 or more"),
         ({"alpha": 2.0}, "from 0 to 1; got 2.0"),
         ({"stem_stride": 3}, "stem_stride must be 4, 2 or 1; got 3"),

@@ -99,9 +99,12 @@ def test_one_model_many_budgets() -> None:
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         noisy(compressed_size=size).load_state_dict(state)
     assert not torch.allclose(logits[3], logits[7])
-    for bad in (0, (3, 0)):
+    for bad in (0, (3, 0), (1, 2, 3)):
         with pytest.raises(ValueError, match="compressed_size is a number of rows and columns"):
             model.set_compressed_size(bad)
+    for bad in ("5", 2.5):
+        with pytest.raises(ValueError, match="compressed_size must be a number or a sequence of whole numbers"):
+            model.set_compressed_size(bad)  # type: ignore[arg-type]
 
 
 def multiply_adds(model: nn.Module) -> float:

@@ -220,8 +220,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dims": (32, 64)}, r"dims needs one entry a stage, 3; got \(32, 64\)"),
-        ({"kernel_sizes": (3,)}, r"kernel_sizes needs one entry a stage, 3; got \(3,\)"),
+        ({"dims": (32, 64)}, r"dims needs one entry per stage, 3; got \(32, 64\)"),
+        ({"kernel_sizes": (3,)}, r"kernel_sizes needs one entry per stage, 3; got \(3,\)"),
         ({"kernel_sizes": (4, 5, 3)}, "kernel_size must be odd"),
         ({"global_ratios": (0.0, 0.5, 0.5)}, "must leave channels to both parts"),
     ],

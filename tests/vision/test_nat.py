@@ -178,10 +178,10 @@ def test_overlapping_patches_are_centred() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dilations": (1, 2)}, r"dilations needs one number, or one entry a stage, 4; got \(1, 2\)"),
+        ({"dilations": (1, 2)}, r"dilations needs one number, or one entry per stage, 4; got \(1, 2\)"),
         ({"dilations": ((1,), (1,), (), (1,))}, r"each 1 or more; got \[\]"),
         ({"dilations": 0}, r"each 1 or more; got \[0\]"),
-        ({"num_heads": (2, 4)}, r"num_heads needs one entry a stage, 4; got \(2, 4\)"),
+        ({"num_heads": (2, 4)}, r"num_heads needs one entry per stage, 4; got \(2, 4\)"),
         ({"num_heads": (3, 4, 8, 16)}, "dim must be a multiple of num_heads; got dim 64 and num_heads 3"),
         ({"kernel_size": 6}, "rpb needs odd windows"),
         ({"stem_stride": 3}, "stem_stride must be 4, 2 or 1; got 3"),

@@ -16,10 +16,11 @@ import timm
 import torch
 from mixerzoo.vision import predict as predict_module
 from mixerzoo.vision._loading import load_model, load_run
-from mixerzoo.vision.data.classification import PictureTransforms, load_digits
+from mixerzoo.vision.data.classification import PicturesInMemory, PictureTransforms, load_digits
 from mixerzoo.vision.data.loading import Request
 from mixerzoo.vision.data.mask_files import read_mask
 from mixerzoo.vision.data.mask_layouts import LAYOUTS, load_masks
+from mixerzoo.vision.export import main as export
 from mixerzoo.vision.predict import find_pictures, main, of_run
 from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training.settings import load
@@ -69,6 +70,7 @@ def test_digits_are_prepared_as_in_their_evaluation(
     config = load(["data=digits"], repository / "configs")
     splits = load_digits(config.data, config.augment, 0)
     images, _ = splits.test.__getitems__(Request([3, 5, 8], 0))
+    assert splits.framed  # which checkpoints state; without it, as in older ones, a single channel says so
     folder = write_run(list("0123456789"), in_chans=1, size=32, mean=list(splits.mean), std=list(splits.std))
     for place, index in enumerate((3, 5, 8)):
         original = splits.test.originals[index].numpy()  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,6 +81,23 @@ def test_digits_are_prepared_as_in_their_evaluation(
         got = {entry["index"]: entry["probability"] for entry in row["classes"]}
         assert [got[k] for k in range(10)] == pytest.approx(probabilities.tolist(), abs=2e-6)
         assert row["classes"][0]["class"] == str(int(probabilities.argmax()))
+
+
+def test_every_route_to_grey_weights_prepares_them_as_judged(
+    write_run: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28 x 28 pixels are framed to 32 x 32: by the run, by its checkpoint under a timm name, by an exported folder."""
+    pytest.importorskip("safetensors")
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 28, 28), dtype=np.uint8)
+    judged = PicturesInMemory(pixels, np.zeros(1, np.int64), size=32, mean=0.286, std=0.353)
+    want = judged.__getitems__(Request([0], 0))[0][0]
+    run = write_run(["a", "b"], in_chans=1, size=32, mean=[0.286], std=[0.353], framed=True)
+    assert export([str(run), "--format", "safetensors", "--output", str(tmp_path / "folder")]) == 0
+    weights = ["--checkpoint", str(run / "checkpoints" / "best.ckpt")]
+    for words in ([str(run)], ["test_convnext", *weights], [str(tmp_path / "folder")]):
+        predictor = predict_module._load(predict_module.parser().parse_args([*words, "x.png", "--device", "cpu"]))
+        assert torch.equal(predictor.prepare(Image.fromarray(pixels[0])), want), words
+        assert list(predictor.classes) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("crop", "interpolation"), [(None, "bilinear"), (1.0, "bicubic"), (0.5, "bilinear")])
@@ -246,7 +265,7 @@ def test_an_exported_folder_is_a_model(
         (["RUN", "EMPTY"], "there are no pictures"),
         (["RUN", "EMPTY/*.jpg"], "there are no pictures"),
         (["RUN", "x.jpg", "--folder", "out"], "--folder and --masks are for segmenters"),
-        (["RUN", "x.jpg", "--pretrained"], "brings its weights"),
+        (["RUN", "x.jpg", "--pretrained"], "leave out --pretrained, meant for timm names"),
         (["RUN", "PHOTO", "--input-size", "2"], "try another --input-size"),
         (["RUN", "x.jpg", "--top-k", "0"], "--top-k 0: at least 1 is needed"),
         (["RUN", "x.jpg", "--device", "cuda:99"], "--device cuda:99"),

@@ -239,7 +239,7 @@ def test_masks_among_the_pictures_are_not_predicted(
     ("options", "message"),
     [
         (["RUN", "--scales", "half"], "needs numbers separated by commas, got 'half'"),
-        (["RUN", "--classes", "voc"], "brings its weights and settings"),
+        (["RUN", "--classes", "voc"], "brings its model, weights and classes"),
         (["test_convnext", "--flip"], "--flip is for segmenters"),
         (["test_convnext", "--classes", "voc"], "belong to --head"),
         (["test_convnext", "--head", "segformer"], "a head needs its classes: ade20k, cityscapes, voc"),

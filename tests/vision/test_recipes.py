@@ -1,4 +1,4 @@
-"""Recipes with published settings: they say what the authors say, and each one trains, made small, from real files."""
+"""Recipes with published settings: they match the published ones, and each trains on a small scale from files."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from PIL import Image
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 IMAGENET, ADE20K = 1_281_167, 20_210
-"""Training pictures."""
+"""Number of training pictures."""
 
 BY_HAND = ("mobilemamba_finetune", "bevanet_cityscapes", "bevanet_camvid", "bevanet_ade20k")
 ASKED = dict.fromkeys(BY_HAND, "model.checkpoint=weights")
-"""What a recipe does not know: a file that has to be fetched by hand."""
+"""Settings that a recipe leaves open: a file that has to be downloaded by hand."""
 
 SMALL = {"nat_finetune": "dinat_s_tiny", "van_finetune": "van_b0", "van_22k": "van_b0", "van_upernet": "van_b0"}
 SMALL |= {"litv2_finetune": "litv2_s", "unireplknet_22k": "unireplknet_a", "unireplknet_finetune": "unireplknet_a"}
-"""The smallest model that a recipe's settings fit, where that is not the recipe's own."""
+"""The smallest model that a recipe's settings fit, if it is not the model of the recipe."""
 
 FILES = {file.stem: file for file in sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))}
 RECIPES = list(FILES)
@@ -90,7 +90,7 @@ _networks: dict[tuple[str, str | None], torch.nn.Module] = {}
 
 
 def _network(config: Config, dense: bool) -> torch.nn.Module:
-    """Without storage, and once for all recipes: only names and shapes matter."""
+    """Build a model on the meta device, cached for all recipes: only names and shapes matter."""
     name, head = config.model.name, dataclasses.asdict(config.head) if dense else None
     key = (name, head and head["name"])
     if key not in _networks:
@@ -227,7 +227,7 @@ def test_segmentation_with_unireplknet_as_published(settings: Load) -> None:
 
 
 def test_the_table_of_recipes_is_whole_and_says_what_the_files_say(repository: Path, settings: Load) -> None:
-    """Each published recipe has a row, with its length, and with numbers that stand in its first lines."""
+    """Each published recipe has a row with its length and with numbers from its first lines."""
     text = (repository / "docs" / "training.md").read_text()
     rows = re.findall(r"^\|.*?\|(.*)\|(.*)\| \[(\w+)\]\(\.\./configs/recipes/(\w+)\.yaml\) \|$", text, re.MULTILINE)
     own = {"classification", "segmentation", "token_reduction"}
@@ -242,7 +242,7 @@ def test_the_table_of_recipes_is_whole_and_says_what_the_files_say(repository: P
 
 
 def test_what_authors_do_besides_is_in_their_recipes(settings: Load) -> None:
-    """Averaged weights, repeated augmentation, layers that share a rate, a small new head, as the sources have them."""
+    """EMA, repeated augmentation, layer decay and the scale of a new head are as in the sources."""
     decays = {"vmamba": 0.9999, "efficientvmamba": 0.9999, "vig": 0.9999, "mobilemamba": 0.9998, "vim": 0.99996}
     decays |= {"evit": 0.99996, "tome": 0.99996, "nat": None, "van": None, "litv2": None, "stvitr": None}
     for family, decay in decays.items():
@@ -260,7 +260,7 @@ def test_what_authors_do_besides_is_in_their_recipes(settings: Load) -> None:
 
 
 def test_dinat_grows_with_its_pictures(settings: Load) -> None:
-    """A window of 7 still fits into the map at 1/4 of 512, or of the 640 of the large ones."""
+    """A window of 7 fits into the map at 1/4 of 512 pixels, or of 640 for the large models."""
     for name in ("dinat_mini", "dinat_base", "dinat_large", "dinat_s_tiny", "dinat_s_base", "dinat_s_large"):
         config = settings("nat_segmentation", f"model={name}")
         assert config.data.size == (640 if "large" in name else 512)
@@ -275,7 +275,7 @@ def test_dinat_grows_with_its_pictures(settings: Load) -> None:
 
 
 def test_vim_under_a_segmentation_head_learns_by_layers(settings: Load) -> None:
-    """Position and patches first, then 24 blocks, then the head, each 1/0.92 as fast as the one before."""
+    """Embeddings, 24 blocks and the head are layers, each with 1/0.92 times the learning rate of the one before."""
     config = settings("vim_segmentation")
     optim = config.optim
     assert (optim.lr, optim.weight_decay) == (2e-4, 0.1)
@@ -336,8 +336,8 @@ def test_offset_convolutions_of_litv2_learn_slowly(settings: Load) -> None:
 
 
 def test_unireplknet_is_fine_tuned_in_the_layers_of_its_authors(settings: Load) -> None:
-    """ConvNeXt's: stem, stages 1 and 2, nine times three blocks of stage 3 of S, stage 4, head; downsampling with the
-    blocks behind it. Published: 0.8 for each of these 14."""
+    """The layers are ConvNeXt's: stem, stages 1 and 2, nine groups of three blocks in stage 3 of S, stage 4, and head;
+    downsampling belongs to the blocks after it. The published factor is 0.8 for each of these 14."""
     optim = settings("unireplknet_finetune").optim
     with torch.device("meta"):
         model = timm.create_model("unireplknet_s")
@@ -358,7 +358,7 @@ DECIDING = ("dynamicvit_finetune", "dynamicvit_hierarchical_finetune")
 
 @pytest.mark.parametrize("recipe", DECIDING)
 def test_every_size_of_dynamicvit_has_its_own_teacher(recipe: str, settings: Load) -> None:
-    """The dense model from whose weights it starts, with the same tokens; predictors and fast ways learn faster."""
+    """The teacher is the dense model it starts from, with equal tokens; new modules have a higher learning rate."""
     families = (
         ["dynamicvit_deit_[sb]*", "dynamicvit_lvvit_*"] if recipe == "dynamicvit_finetune" else "dynamicvit_[cs]*"
     )
@@ -417,7 +417,7 @@ def test_evit_warms_up_from_scratch_only(settings: Load) -> None:
 TRAINED_ON_PICTURES = [name for name in RECIPES if "_" in name and name not in (*TRAINED_ON_MASKS, "token_reduction")]
 SAMPLE = ("nat_imagenet", "unireplknet_finetune", "tome_mae_finetune", "evit_imagenet", *DECIDING)
 SAMPLE += ("vim_segmentation", "van_segmentation", "nat_segmentation", "bevanet_camvid", "mobilemamba_distill")
-"""Between them: every setting that some recipe has. The others are trained by `make test-exhaustive`."""
+"""A sample that covers every setting of any recipe. `make test-exhaustive` trains the others."""
 
 
 def _sampled(recipes: Sequence[str]) -> list[Any]:
@@ -428,7 +428,7 @@ def _sampled(recipes: Sequence[str]) -> list[Any]:
 
 DRY = ["model.pretrained=false", "train.limit_batches=2", "train.progress=false", "data.workers=0", "data.size=64"]
 DRY += ["train.batch_size=2", "train.total_batch=4", "schedule.warmup_epochs=0", "schedule.cooldown_epochs=0"]
-"""A fresh model, four pictures in one optimiser step. Everything else is as shipped."""
+"""A randomly initialised model and four pictures per optimizer step; all other settings are as shipped."""
 
 
 def _picture(path: Path, pixels: np.ndarray) -> None:
@@ -437,7 +437,7 @@ def _picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def _stand_in(recipe: str, config: Config, path: Path) -> list[str]:
-    """Fresh weights of a model made small in place of the published ones that it starts from or learns from."""
+    """Write random weights of a small model in place of the published ones that a recipe starts or distills from."""
     if recipe in BY_HAND:
         return ["model.checkpoint=null"]
     if recipe == "mobilemamba_distill":
@@ -475,7 +475,7 @@ def test_a_classification_recipe_trains_on_a_folder(
 
 
 OTHER_CLASSES = {"bevanet_cityscapes": 19, "bevanet_camvid": 11}
-"""Of recipes whose data has a layout of its own, which other tests read."""
+"""Data sets with their own file layout, which other tests read."""
 
 
 @pytest.mark.parametrize("recipe", _sampled([name for name in TRAINED_ON_MASKS if name != "segmentation"]))

@@ -1,4 +1,4 @@
-"""Recipes of segmentation: heads, losses and judging as published. What all recipes owe is in test_recipes.py."""
+"""Segmentation recipes: heads, losses and evaluation as published. test_recipes.py has the tests of all recipes."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ CITYSCAPES_WEIGHTS = (
     *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
     *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
 )
-"""Of its 19 classes in the order of their training ids, as HRNet, PIDNet and BEVANet are trained with."""
+"""Weights of the 19 classes by training id, with which HRNet, PIDNet and BEVANet are trained."""
 
 SW = (
     "model.kwargs.depths=[2,2,3,2,2] optim.lr=0.01 optim.weight_decay=1e-3 train.batch_size=10 train.total_batch=10 "
     "train.epochs=484"
 )
-"""As the recipe's comment has it."""
+"""The value in the recipe's comment."""
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""report.html and what it is made of: whole without a network, whatever the classes are called, however a run ends."""
+"""report.html: self-contained, safe for any class name, and written however a run ends."""
 
 from __future__ import annotations
 
 import base64
+import importlib
 import json
 import logging
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mixerzoo.vision import export
 from mixerzoo.vision.training import pictures
 from mixerzoo.vision.training.journal import MOST_WARNINGS, Journal, read_journal
 from mixerzoo.vision.training.mistakes import Mistakes
@@ -31,7 +34,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """What a page holds; fails where a tag is closed that is not open."""
+    """The parsed contents of a page; a closing tag without its opening tag is an error."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -40,6 +43,7 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.tags: list[str] = []
         self.texts: list[str] = []
+        self.commands: list[str] = []
         self.raw = path.read_text()
         self.feed(self.raw)
         self.close()
@@ -61,6 +65,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("style", "script"):
             self.texts.append(data)
+        if self.open and self.open[-1] == "pre":
+            self.commands.append(data)
 
     @property
     def text(self) -> str:
@@ -74,13 +80,13 @@ def configs(repository: Path) -> Path:
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests about words: drawing takes half a second."""
+    """Skip the drawing of the curves, which takes half a second."""
     monkeypatch.setattr(pictures, "draw_curves", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory: pytest.TempPathFactory, configs: Path) -> Path:
-    """A run on pictures whose classes have names that HTML and matplotlib could take for their own."""
+    """Return a run on pictures whose class names contain syntax of HTML and of matplotlib."""
     root = tmp_path_factory.mktemp("report")
     for split, name in [(split, name) for split in ("train", "val") for name in NAMES]:
         folder = root / "pictures" / split / name
@@ -143,6 +149,44 @@ def test_the_page_says_what_was_done(kind: str, request: pytest.FixtureRequest) 
     [start] = read_journal(folder)
     assert start["versions"]["torch"] in page.text and start["cpu"] in page.text
     assert "validation pictures" in page.text if kind == "classified" else True  # there is no folder `test`
+
+
+class _Loaded(Exception):
+    """Raised once the model is loaded, instead of an export that takes half a minute."""
+
+
+@pytest.mark.parametrize("kind", ["classified", pytest.param("segmented", marks=pytest.mark.slow)])
+def test_every_command_of_the_page_works(
+    kind: str,
+    request: pytest.FixtureRequest,
+    configs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_curves: None,
+) -> None:
+    def loaded(_: Any, name: str, model: Any, size: Any) -> None:
+        raise _Loaded
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export, "_write", loaded)
+    folder = tmp_path / "two words"
+    shutil.copytree(request.getfixturevalue(kind), folder)
+    (tmp_path / "path" / "to" / "pictures").mkdir(parents=True)
+    Image.new("RGB", (40, 48), "gold").save(tmp_path / "path" / "to" / "pictures" / "x.png")
+    commands = [shlex.split(command) for command in Page(write_report(folder)).commands]
+    assert len(commands) == 4
+    for python, *words in commands:
+        assert python == "python"
+        if words[0] == "train.py":
+            assert load(words[1:], configs).out == str(folder)
+            continue
+        assert words[0] == "-m"
+        module = importlib.import_module(words[1])
+        if module is export:
+            with pytest.raises(_Loaded):
+                module.main(words[2:])
+        else:
+            assert module.main(words[2:]) == 0
 
 
 def test_numbers_of_each_class_are_in_the_results(classified: Path) -> None:

@@ -1,22 +1,34 @@
-"""Sweeps: which runs a comma means, that they are checked first, and that a sweep goes on where it was."""
+"""Sweeps: how arguments are split into runs, that all are checked first, and how a sweep is resumed."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forked import fork_processes
 from mixerzoo.vision.training import sweep
 from mixerzoo.vision.training.cli import main
 from mixerzoo.vision.training.settings import ConfigError, load
+from mixerzoo.vision.training.tasks import Task
 from omegaconf import OmegaConf
+from warm import WarmServer
 
 
 @pytest.fixture
 def configs(repository: Path) -> Path:
     return repository / "configs"
+
+
+@pytest.fixture
+def scontrol(scontrol: Path) -> Path:
+    """Begin with an empty file of calls, so that it can be read where there was none."""
+    scontrol.touch()
+    return scontrol
 
 
 @pytest.mark.parametrize(
@@ -51,6 +63,24 @@ def test_commas_outside_of_brackets_and_quotes_are_runs(arguments: list[str], na
 )
 def test_other_commas_are_one_run(argument: str) -> None:
     assert sweep.plan([argument]) is None
+
+
+@pytest.mark.parametrize("key", ["data", "data.root", "model.start_from"])
+def test_a_path_that_exists_is_one_value(
+    key: str, tmp_path: Path, configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same text is two runs as long as there is no such file or folder."""
+    monkeypatch.chdir(tmp_path)
+    place = "D/é ü,x" if key != "model.start_from" else "D/best,1.ckpt"
+    plan = sweep.plan([f"{key}={place}"])
+    assert plan is not None and len(plan.runs) == 2
+    (tmp_path / place).mkdir(parents=True)
+    assert sweep.plan([f"{key}={place}"]) is None
+    plan = sweep.plan([f"{key}={place}", "seed=1,2", "out=x"])
+    assert plan is not None and [run.arguments[0] for run in plan.runs] == [f"{key}={place}"] * 2
+    assert all(sweep.plan(run.arguments) is None for run in plan.runs)  # each run asks again
+    if key == "data":
+        assert load(plan.runs[0].arguments, configs).data.root == place
 
 
 def test_quotes_are_no_part_of_a_name(configs: Path) -> None:
@@ -90,10 +120,15 @@ def test_settings_of_every_run_are_printed(configs: Path, capsys: pytest.Capture
 
 
 class Trainer:
-    """In the place of the processes: answers with codes, and leaves what a run leaves."""
+    """A replacement for the processes of a sweep: returns exit codes and writes the files of a run.
+
+    `answer` gives the exit code of a run, or the signal that stopped it, or both.
+    """
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, str]], int | signal.Signals]
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        answer: Callable[[dict[str, str]], int | signal.Signals | tuple[int, signal.Signals]],
     ) -> None:
         self.answer, self.seen = answer, []
         monkeypatch.setattr(sweep, "_train", self)
@@ -104,16 +139,17 @@ class Trainer:
         folder = Path(given.get("out") or given["resume"])
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "checkpoints" / "last.ckpt").touch()
-        code = self.answer(given)
-        if isinstance(code, signal.Signals):
-            return 128 + code, code
-        if code == 0:
+        code, stopped = self.answer(given), None
+        if isinstance(code, tuple):
+            code, stopped = code
+        elif isinstance(code, signal.Signals):
+            code, stopped = 128 + code, code
+        if code == 0 and not (stopped and given["optim.lr"] == "0.2"):
             value = float(given["optim.lr"])
             test = {"accuracy": value / 2, "loss": 1.0}
-            results = {"test": test, "best_epoch": 2, "seconds": 1.5}
-            (folder / "results.json").write_text(json.dumps(results))
-            (folder / "metrics.csv").write_text(f"epoch,val/accuracy\n0,0.9\n1,{value}\n")
-        return code, None
+            results = {"metric": "accuracy", "validation": value, "test": test, "best_epoch": 2, "seconds": 1.5}
+            (folder / "results.json").write_text(json.dumps(results))  # and no metrics.csv, as on a full disk
+        return code, stopped
 
 
 def _run(arguments: Sequence[str]) -> tuple[int, str, str]:
@@ -141,7 +177,7 @@ def test_a_table_ends_a_sweep_best_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finished runs are left alone, the interrupted one is resumed, the failed one is tried again."""
+    """Finished runs are skipped, the interrupted one is resumed, and the failed one is started again."""
     arguments = ["optim.lr=0.1,0.2,0.3,0.4", f"out={tmp_path / 'x'}"]
     Trainer(monkeypatch, lambda given: {"0.2": 1, "0.3": signal.SIGINT}.get(given["optim.lr"], 0))
     code, _, complained = _run(arguments)
@@ -156,6 +192,80 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytes
     Trainer(monkeypatch, lambda given: 0)
     assert _run(arguments)[0] == 0
     assert _run(arguments)[0] == 0 and len(trainer.seen) == 1
+
+
+USR1 = signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("rate", "answer", "asked", "code"),
+    [
+        ("0.2", (138, USR1), "", 138),
+        ("0.2", (0, USR1), "", 0),
+        ("0.1", (0, USR1), "requeue 12\n", 0),
+        ("0.2", (-USR1, USR1), "requeue 12\n", 0),
+        ("0.3", (0, USR1), "", 0),
+    ],
+    ids=["not queued", "queued by the run", "finished meanwhile", "killed before it listened", "last one finished"],
+)
+def test_sigusr1_ends_with_0_only_if_the_job_is_queued_again(
+    rate: str,
+    answer: tuple[int, signal.Signals],
+    asked: str,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scontrol: Path,
+) -> None:
+    """`asked`: what the sweep asks of Slurm itself, where the run did not. Without Slurm that is 138 as well."""
+    Trainer(monkeypatch, lambda given: answer if given["optim.lr"] == rate else 0)
+    for job, expected in ((None, 138 if asked else code), ("12", code)):
+        if job is not None:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        got, said, complained = _run(["optim.lr=0.1,0.2,0.3", f"out={tmp_path / str(job)}"])
+        assert got == expected and "failed" not in said
+        assert ("stopped by SIGUSR1" in complained) == (rate != "0.3")
+    assert scontrol.read_text() == asked
+
+
+def usr1_to_the_sweep() -> None:
+    """In the process of the sweep: its runs are forked, and the first step of a run signals the sweep."""
+    fork_processes()
+    step = Task.training_step
+    done = False
+
+    def signalled(*arguments: Any, **more: Any) -> Any:
+        nonlocal done
+        if not done:
+            os.kill(os.getppid(), signal.SIGUSR1)
+        done = True
+        return step(*arguments, **more)
+
+    Task.training_step = signalled
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmServer]:
+    server = WarmServer()
+    yield server
+    server.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "code"), [(None, 138), ("12", 0), ("13", 138)], ids=["none", "queued", "refused"])
+def test_sigusr1_to_a_sweep_ends_with_the_code_of_its_run(
+    job: str | None, code: int, warm: WarmServer, scontrol: Path, tmp_path: Path
+) -> None:
+    """The sweep is a process, and Slurm refuses to queue job 13 again."""
+    tiny = ("data=digits", "data.limit=64", "train.batch_size=16", "train.epochs=50", "train.progress=false")
+    small = ("model=nat_mini", "model.kwargs.stem_stride=2", "model.kwargs.embed_dim=8", "model.kwargs.kernel_size=3")
+    arguments = (*tiny, *small, "model.kwargs.depths=[1,1,1,1]", "model.kwargs.num_heads=[1,1,1,1]", "seed=1,2")
+    env = {"SLURM_JOB_ID": job, "PATH": os.environ["PATH"]}
+    done = warm.train(*arguments, "out=sweep", cwd=tmp_path, env=env, prepare=usr1_to_the_sweep).wait()
+    assert done.code == code and "stopped by SIGUSR1; go on with resume=sweep" in done.err, done.err
+    assert (tmp_path / "sweep" / "seed=1" / "checkpoints" / "last.ckpt").is_file() and done.orphans == 0
+    assert "failed" not in done.out and not (tmp_path / "sweep" / "seed=2").exists()
+    assert scontrol.read_text() == ("" if job is None else f"requeue {job}\n")
 
 
 def test_a_folder_of_something_else_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

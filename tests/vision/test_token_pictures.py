@@ -13,6 +13,8 @@ from matplotlib.text import Text
 from mixerzoo.vision.backbones._token_reduction import TokenStage
 from mixerzoo.vision.token_pictures import (
     FADED,
+    GROUND,
+    LONGEST,
     draw_tokens,
     example_figures,
     grid_of,
@@ -20,7 +22,7 @@ from mixerzoo.vision.token_pictures import (
     look_for_the_middle,
     paint_groups,
     paint_kept,
-    read_picture,
+    prepare_picture,
     shown_stages,
     spread_over,
     token_figure,
@@ -60,7 +62,9 @@ def test_dropped_patches_fade_and_kept_ones_do_not_change() -> None:
     picture = torch.rand(3, 8, 8)
     painted = paint_kept(picture, torch.tensor([5, -1, -1, 2]))
     assert torch.equal(painted[:, :4, :4], picture[:, :4, :4]) and torch.equal(painted[:, 4:, 4:], picture[:, 4:, 4:])
-    torch.testing.assert_close(painted[:, :4, 4:], 1 - FADED * (1 - picture[:, :4, 4:]))
+    torch.testing.assert_close(painted[:, :4, 4:], GROUND - FADED * (GROUND - picture[:, :4, 4:]))
+    white = torch.ones(3, 8, 8)
+    assert (white - paint_kept(white, torch.tensor([5, -1, -1, 2])))[:, :4, 4:].min() > 0.1, "seen on white, too"
 
 
 def test_groups_have_their_mean_colour_and_an_outline_of_one_pixel() -> None:
@@ -75,7 +79,7 @@ def test_groups_have_their_mean_colour_and_an_outline_of_one_pixel() -> None:
     torch.testing.assert_close(painted[:, 6, 2], mean)
     assert (painted[:, 1, 8] < picture[:, :, 8:].mean((1, 2)) - 0.1).all(), "a dark line where the next group begins"
     torch.testing.assert_close(painted[:, 1, 9], picture[:, :, 8:].mean((1, 2)))
-    torch.testing.assert_close(painted[:, 6, 6], 1 - FADED * (1 - picture[:, 6, 6]), msg="dropped")
+    torch.testing.assert_close(painted[:, 6, 6], GROUND - FADED * (GROUND - picture[:, 6, 6]), msg="dropped")
 
 
 def test_group_sizes() -> None:
@@ -104,26 +108,56 @@ def test_titles_count_what_is_drawn() -> None:
     pruned = _stages([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, -1, 3, 2, -1, -1, 4])
     figure = draw_tokens([torch.rand(3, 8, 8), torch.rand(3, 16, 24)], [merged, pruned], "two", prefix=2)
     text = _texts(figure)
-    assert "behind blocks[0]: 4 patches in 3 tokens" in text and "behind blocks[1]: 4 patches in 2 tokens" in text
-    assert "behind blocks[1]: 3 of 6 patches" in text and "blocks[0]: 6 of 6" not in text
+    assert "after blocks[0]: 4 patches in 3 tokens" in text and "after blocks[1]: 4 patches in 2 tokens" in text
+    assert "after blocks[1]: 3 of 6 patches" in text and "blocks[0]: 6 of 6" not in text
     maps = {axes.get_title(): axes.images[0].get_array() for axes in figure.axes if axes.images}
     assert (maps["patches that share a token at the end"] == 2).all()
-    left: Any = maps["blocks behind which a patch is left"]
+    left: Any = maps["blocks that keep a patch"]
     assert left[::8, ::8].tolist() == [[1, 2, 2], [1, 1, 2]]
 
 
 def test_a_picture_is_what_the_model_sees(tmp_path: Path) -> None:
     Image.new("RGB", (100, 61), (255, 0, 51)).save(tmp_path / "a.png")
     model: Any = timm.create_model("tome_deit_tiny_patch16_224", **TINY).eval()
-    picture, x = read_picture(model, tmp_path / "a.png", 64)
+    picture, x = prepare_picture(model, tmp_path / "a.png", 64)
     assert picture.shape == (3, 64, 112) and x.shape == (1, 3, 64, 112), "whole patches, the aspect ratio kept"
     assert picture[:, 5, 5].tolist() == pytest.approx([1.0, 0.0, 0.2], abs=1e-6)
     mean, std = (torch.tensor(model.pretrained_cfg[key]) for key in ("mean", "std"))
     torch.testing.assert_close(x[0, :, 5, 5], (torch.tensor([1.0, 0.0, 0.2]) - mean) / std)
     grey: Any = timm.create_model("tome_deit_tiny_patch16_224", in_chans=1, **TINY)
-    grey.pretrained_cfg |= {"mean": (0.5,), "std": (0.5,)}
-    picture, x = read_picture(grey, "flower.jpg", 32)
+    picture, x = prepare_picture(grey, "flower.jpg", 32)
     assert picture.shape == (3, 32, 48) and x.shape == (1, 1, 32, 48)
+
+
+def test_pictures_are_upright_and_not_clipped(tmp_path: Path) -> None:
+    """As everywhere in the library: by their orientation tag, and of 16 bits as of 8."""
+    model: Any = timm.create_model("tome_deit_tiny_patch16_224", **TINY).eval()
+    lying = Image.new("RGB", (96, 64))
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "lying.jpg", exif=exif)
+    assert prepare_picture(model, tmp_path / "lying.jpg", 64)[0].shape == (3, 96, 64)
+    Image.new("I;16", (64, 64), 0x8000).save(tmp_path / "deep.png")
+    assert prepare_picture(model, tmp_path / "deep.png", 64)[0].mean() == pytest.approx(0.5, abs=0.01)
+    with pytest.raises(ValueError, match=r"notes\.jpg"):
+        (tmp_path / "notes.jpg").write_text("no picture")
+        prepare_picture(model, tmp_path / "notes.jpg", 64)
+
+
+@pytest.mark.parametrize("size", [(700, 33), (12, 900)])
+def test_long_pictures_are_scaled_down(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size).save(tmp_path / "long.png")
+    model: Any = timm.create_model("tome_deit_tiny_patch16_224", **TINY).eval()
+    shape = prepare_picture(model, tmp_path / "long.png", 64)[0].shape[1:]
+    assert max(shape) == LONGEST * 64 and min(shape) == 16
+
+
+def test_models_of_one_size_or_of_other_channels(tmp_path: Path) -> None:
+    fixed: Any = timm.create_model("tome_deit_tiny_patch16_224", img_size=48, dynamic_img_size=False, **TINY)
+    assert prepare_picture(fixed, "china.jpg", 224)[0].shape == (3, 48, 48)
+    four: Any = timm.create_model("tome_deit_tiny_patch16_224", in_chans=4, **TINY)
+    with pytest.raises(ValueError, match="in_chans=4"):
+        prepare_picture(four, "china.jpg", 32)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +196,8 @@ def test_pyramids_draw_which_positions_get_the_mlp(name: str) -> None:
     assert [stage.block for stage in stages] == [1, 2, 3]
     assert [(stage.assign >= 0).sum(1).tolist() for stage in stages] == [[176] * 2, [137] * 2, [98] * 2]
     text = _texts(token_figure(model, name, ["flower.jpg"], weights="random weights", side=64))
-    assert "of 24 patches" in text
+    assert "stages[2].blocks[1]: 21 of 24 positions get the MLP" in text
+    assert "decisions that give a position the MLP" in text and "keep a patch" not in text
 
 
 @torch.no_grad()

@@ -1,13 +1,15 @@
 """reduce_tokens: any ViT of timm, exact where nothing or only duplicates are reduced, shared weights, the way back."""
 
 import copy
+import dataclasses
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import mixerzoo.vision  # noqa: F401  registers the models
 import pytest
 import timm
 import torch
+from mixerzoo.mixers.token_reduction import AttentivePruning, TokenMerging, TokenReducer
 from mixerzoo.vision.backbones import TokenReducedViT, reduce_tokens, restore_tokens
 from mixerzoo.vision.backbones.evit import EViT
 from mixerzoo.vision.backbones.tome import ToMe
@@ -42,6 +44,12 @@ def make(kind: str = "vit", **kwargs: Any) -> VisionTransformer:
             if parameter.ndim > 1 or "token" in name:
                 parameter.normal_(std=0.2 if "attn" in name else 0.1)
     return model.eval()
+
+
+def make_seeded() -> VisionTransformer:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return make()
 
 
 def pictures(batch: int = 2, size: int = 64) -> Tensor:
@@ -150,6 +158,78 @@ def test_the_way_back(kind: str) -> None:
 
 
 @torch.no_grad()
+def test_neither_compiled_code_nor_hooks_come_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = pictures()
+    want = reduce_tokens(make_seeded(), "tome", r=3)(x)
+    model = make_seeded()
+    calls: list[str] = []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append("hook"))
+    for module in (model, *model.blocks):
+        monkeypatch.setattr(module, "_compiled_call_impl", lambda *_: pytest.fail("the compiled original ran"))
+    torch.testing.assert_close(reduce_tokens(model, "tome", r=3)(x), want)
+    assert calls == []
+    model.blocks[1].attn.forward = lambda x: x
+    with pytest.raises(ValueError, match="Attention has a forward of its own"):
+        reduce_tokens(model, "tome", r=3)
+
+
+@torch.no_grad()
+def test_a_shallow_model_takes_its_own_rate_again() -> None:
+    """Of three locations in two blocks the later one counts, before and after."""
+    model = reduce_tokens(make(depth=2), "dynamicvit", keep_rate=0.7)
+    want = model.target_keep_rates
+    model.set_keep_rate(0.7)
+    assert model.target_keep_rates == want == pytest.approx([0.7, 0.343])
+
+
+@pytest.mark.parametrize(("method", "rates"), [("evit", [0.5, 0.5]), ("dynamicvit", [0.5, 0.25])])
+def test_a_cut_model_takes_a_new_rate(method: str, rates: list[float]) -> None:
+    """`features_only` has cut the last pruning block off: the others stay where they are."""
+    model = reduce_tokens(make(depth=12), method, keep_rate=0.7)
+    model.prune_intermediate_layers([7])
+    for _ in range(2):
+        model.set_keep_rate(0.5)
+        found = {i: r.keep_rate for i, r in enumerate(model.reducers) if hasattr(r, "keep_rate")}
+        assert found == pytest.approx(dict(zip([3, 6], rates, strict=True)))
+    model.set_keep_rate([0.6, 0.4])
+    assert [model.reducers[3].keep_rate, model.reducers[6].keep_rate] == [0.6, 0.4]
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip", "dinov2"])
+@torch.no_grad()
+def test_intermediates_come_in_the_forms_of_timm(kind: str) -> None:
+    model, x = make(kind), pictures()
+    reduced = reduce_tokens(model, "tome", r=0)
+    for options in (
+        {"return_prefix_tokens": True},
+        {"output_dict": True},
+        {"output_dict": True, "return_prefix_tokens": True, "intermediates_only": True, "output_fmt": "NLC"},
+    ):
+        want, got = (m.forward_intermediates(x, indices=2, norm=True, **options) for m in (model, reduced))
+        torch.testing.assert_close(got, want)
+
+
+@torch.no_grad()
+def test_merging_may_be_followed_by_pruning() -> None:
+    """Sizes move with their tokens, so that attention stays proportional to them."""
+
+    @dataclasses.dataclass(frozen=True)
+    class MergeThenPrune:
+        merges: ClassVar[bool] = True
+
+        def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
+            return [TokenMerging(5), AttentivePruning(0.5, fuse=True), TokenMerging(0), TokenReducer()]
+
+    model = reduce_tokens(make(), MergeThenPrune())
+    merged, pruned = model.trace_tokens(pictures())[:2]
+    assert merged.size is not None and pruned.size is not None
+    assert pruned.size.shape == (2, 1 + 6 + 1)
+    for old, new in zip(merged.assign[0], pruned.assign[0], strict=True):
+        assert new < 0 or pruned.size[0, new] == merged.size[0, old]
+    assert pruned.size[:, -1].tolist() == [1, 1], "the fused token counts as one"
+
+
+@torch.no_grad()
 def test_copies_live_their_own_life() -> None:
     reduced, x = reduce_tokens(make(), "tome", r=2), pictures()
     want = reduced(x)
@@ -234,17 +314,26 @@ def test_each_view_has_its_own_picture_size() -> None:
         ("top_k", {}, "method must be one of .*tome.*; got 'top_k'"),
         ("tome", {"keep_rate": 0.5}, "keep_rate"),
         ("tome", {"r": -1}, "each 0 or more; got"),
-        ("tome", {"r": [1] * 5}, "up to 4 counts, one a block"),
+        ("tome", {"r": [1] * 5}, "up to 4 counts, one per block"),
         ("tome", {"r": (8, 2.0)}, "from -1 to 1; got 2.0"),
         ("evit", {"keep_rate": 0.0}, "above 0 and up to 1; got 0.0"),
-        ("evit", {"keep_rate": [0.5, 0.5]}, "one number or one a location, 3"),
+        ("evit", {"keep_rate": [0.5, 0.5]}, "one number, or one per location, 3"),
         ("evit", {"locations": [1, 1, 2]}, "each once, from 0 to 3"),
         ("evit", {"locations": [4], "keep_rate": [0.5]}, "from 0 to 3; got"),
-        ("evit", {"keep_rate": "0.5"}, "keep_rate must be a sequence of numbers; got '0.5'"),
-        ("evit", {"locations": 3}, "locations must be a sequence of numbers; got 3"),
+        ("evit", {"keep_rate": "0.5"}, "keep_rate must be a number or a sequence of numbers; got '0.5'"),
+        ("evit", {"locations": 3}, "locations must be a sequence of whole numbers; got 3"),
         ("eet", {"keep_rate": 0.5}, "keep_rate must be a sequence of numbers; got 0.5"),
-        ("spatten", {"head_keep_rate": None}, "keep rates must be a sequence of numbers; got None"),
-        ("tome", {"r": "13"}, "r must be a sequence of numbers; got '13'"),
+        ("spatten", {"head_keep_rate": None}, "keep rates must be a number or a sequence of numbers; got None"),
+        ("tome", {"r": "13"}, "r must be a number or a sequence of numbers; got '13'"),
+        ("tome", {"r": 2.7}, r"r must be a sequence of whole numbers; got \[2.7\]"),
+        ("tome", {"r": float("nan")}, "whole numbers; got .*nan"),
+        ("tome", {"r": torch.tensor(3)}, r"sequence of numbers; got tensor\(3\)"),
+        ("tome", {"prop_attn": "false"}, "prop_attn must be True or False; got 'false'"),
+        ("evit", {"fuse_token": 0}, "fuse_token must be True or False; got 0"),
+        ("evit", {"locations": [1.5]}, r"locations must be a sequence of whole numbers; got \[1.5\]"),
+        ("evit", {"locations": []}, "locations are blocks of the model"),
+        ("dynamicvit", {"keep_rate": 1.5}, "above 0 and up to 1"),
+        ("dynamicvit", {"keep_rate": -0.1}, "above 0 and up to 1"),
         (ToMe, {}, r"an instance with reducers\(model\), such as ToMe\(r=13\); got <class"),
         (None, {}, "method must be a name or an instance"),
         (ToMe(), {"r": 3}, "settings belong to a method that is named"),
@@ -263,7 +352,7 @@ def test_models_of_another_make_are_refused() -> None:
         reduce_tokens(make(attn_drop_rate=0.1), "tome")
     with pytest.raises(ValueError, match="got ResNet"):
         reduce_tokens(timm.create_model("resnet10t"), "tome")  # type: ignore[arg-type]
-    assert reduce_tokens(make(), "evit").keep_rates == []  # it learns nothing about what to keep
+    assert reduce_tokens(make(), "evit").target_keep_rates == []  # it learns nothing about what to keep
 
 
 @pytest.mark.slow

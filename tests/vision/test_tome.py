@@ -91,6 +91,12 @@ def test_schedules(r: int | Sequence[float], depth: int, want: list[int]) -> Non
     assert merge_schedule(r, depth) == want
 
 
+@pytest.mark.parametrize("r", [[8, 0], (8, 1), [8, -1]])
+def test_two_integers_that_could_be_either_are_refused(r: Sequence[int]) -> None:
+    with pytest.raises(ValueError, match=r"write \[8, -?[01]\.0\] for the first, \[8, -?[01], 0\] for the second"):
+        merge_schedule(r, 12)
+
+
 def test_recorded_schedules(repository: Path) -> None:
     for case in json.loads((repository / "tests/goldens/token_ops.json").read_text())["tome"]["parse_r"]:
         r = tuple(case["r"]) if case["kind"] == "tuple" else case["r"]

@@ -1,4 +1,4 @@
-"""Settings: what is refused and with which words, what wins over what, and that every shipped file is valid."""
+"""Settings: error messages, precedence, and validity of every shipped configuration file."""
 
 from __future__ import annotations
 
@@ -249,6 +249,24 @@ def test_last_is_the_newest_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert find_checkpoint("last", "runs/a") == Path("runs/a/checkpoints/last.ckpt")
     with pytest.raises(ConfigError, match=r"no last\.ckpt in runs/d/checkpoints"):
         find_checkpoint("last", "runs/d")
+
+
+def test_a_run_killed_between_two_renames_is_still_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint is written by renaming last.ckpt to previous.ckpt first: for a moment there is no last.ckpt."""
+    import os
+
+    monkeypatch.chdir(tmp_path)
+    killed = tmp_path / "runs" / "killed" / "checkpoints"
+    killed.mkdir(parents=True)
+    (killed / "previous.ckpt").touch()
+    assert find_checkpoint("last") == Path("runs/killed/checkpoints/last.ckpt")
+    assert find_checkpoint("last", "runs/killed") == Path("runs/killed/checkpoints/last.ckpt")
+
+    older = tmp_path / "runs" / "older" / "checkpoints" / "last.ckpt"
+    older.parent.mkdir(parents=True)
+    older.touch()
+    os.utime(older, (1000, 1000))
+    assert find_checkpoint("last") == Path("runs/killed/checkpoints/last.ckpt")
 
 
 def test_a_yaml_round_trip_changes_nothing(configs: Path) -> None:

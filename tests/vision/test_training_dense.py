@@ -1,4 +1,4 @@
-"""Training of segmenters: several heads' losses, whole pictures of their own sizes, and settings that contradict."""
+"""Training of segmenters: losses of several heads, evaluation of whole pictures, and contradictory settings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mixerzoo.vision.data.loading import EpochBatches, Request
 from mixerzoo.vision.data.pictures import DataError
 from mixerzoo.vision.data.splits import IGNORE_INDEX, Splits
 from mixerzoo.vision.segmentation import Segmenter, SegmenterOutput, scores
+from mixerzoo.vision.segmentation.inference import infer
 from mixerzoo.vision.training.callbacks import read_table
 from mixerzoo.vision.training.checkpoints import load_checkpoint
 from mixerzoo.vision.training.config import Config, TrainConfig
@@ -38,7 +39,7 @@ SIZES = ((40, 56), (56, 40), (30, 90), (48, 48), (64, 33))
 
 @pytest.fixture(scope="module")
 def settings(repository: Path) -> Settings:
-    """Those of the recipe, for a tiny model, with changes `section.key=value`. Loading takes longer than most tests."""
+    """Return the settings of the recipe for a tiny model, with changes `section.key=value`; they are loaded once."""
     usual = load(["recipe=segmentation", "loss.class_weights=[]", *TINY], repository / "configs")
 
     def change(*arguments: str) -> Config:
@@ -54,7 +55,7 @@ def settings(repository: Path) -> Settings:
 
 
 class Few:
-    """Random pictures with masks; those of evaluation have sizes of their own."""
+    """A data set of random pictures with masks, each of its own size."""
 
     def __init__(self, sizes: Sequence[tuple[int, int]], *, classes: int = 3) -> None:
         stream = torch.Generator().manual_seed(len(sizes))
@@ -79,7 +80,7 @@ def _splits(sizes: Sequence[tuple[int, int]] = SIZES, **changes: Any) -> Splits:
 
 
 class Pixels(nn.Module):
-    """A segmenter of single pixels, with the heads that are asked for."""
+    """A segmenter that sees single pixels, with optional further heads."""
 
     def __init__(self, *, auxiliary: bool = False, boundary: bool = False) -> None:
         super().__init__()
@@ -138,7 +139,7 @@ def test_a_batch_without_a_labelled_pixel_teaches_nothing(name: str, settings: S
 
 
 def test_processes_count_every_pixel_of_whole_pictures_once(settings: Settings) -> None:
-    """Shares of different lengths, and one without pictures; a class that never occurs is left out of the mean."""
+    """Shards may have different lengths or be empty; a class that never occurs is left out of the mean."""
     splits = _splits()
     task = _task(settings("data.short_side=20"), splits=splits)
     task.eval()
@@ -164,7 +165,7 @@ def test_processes_count_every_pixel_of_whole_pictures_once(settings: Settings) 
 
 
 def test_validation_loss_is_of_pixels_at_the_size_of_the_picture(settings: Settings) -> None:
-    """A model of single pixels sees the picture as it is, so that the loss can be said without it."""
+    """The expected loss is computed from the decode head alone, as the model sees single pixels."""
     splits = _splits(((32, 40), (50, 37)))
     task = _task(settings("data.short_side=0", "loss.name=ohem"), splits=splits).eval()
     network: Any = task.model
@@ -181,27 +182,31 @@ def test_scales_and_mirror_images_are_of_the_test_alone(settings: Settings) -> N
     config = settings("evaluate.scales=[0.5,1]", "evaluate.flip=true")
     task = _task(config).eval()
     images, masks = task.splits.val.__getitems__(Request([2], 0))
-    once, often = task.judge(images, final=False), task.judge(images, final=True)
+    once, often = task.judge(images, final=False).logits, task.judge(images, final=True).logits
     assert once.shape == often.shape == (1, 4, 30, 90)
-    assert not torch.allclose(once.softmax(1), often, atol=1e-3)
-    torch.testing.assert_close(often.sum(1), torch.ones(1, 30, 90))
-    torch.testing.assert_close(task.test_step((images, masks), 0), often.log())
-    each = nn.functional.nll_loss(often.log(), masks, ignore_index=IGNORE_INDEX)
+    assert not torch.allclose(once.softmax(1), often.softmax(1), atol=1e-3)
+    assert task.inferences is not None
+    averaged = infer(task.model, images, task.inferences[True])  # probabilities
+    torch.testing.assert_close(often.softmax(1), averaged)
+    torch.testing.assert_close(task.test_step((images, masks), 0), often)
+    each = nn.functional.nll_loss(averaged.log(), masks, ignore_index=IGNORE_INDEX)
     assert task.val_loss.compute().item() == pytest.approx(each.item())
 
 
 def test_the_likeliest_class_is_that_of_the_averaged_probabilities(settings: Settings) -> None:
-    """Of a model that hardly knows, many logarithms are equal where the probabilities are not."""
+    """For nearly uniform predictions, many logarithms are equal although the probabilities are not."""
     model = Pixels()
     for parameter in model.parameters():
         parameter.data.mul_(1e-7)
     task = _task(settings("evaluate.flip=true"), model).eval()
     images, masks = task.splits.val.__getitems__(Request([0], 0))
     answer = task.judge(images, final=True)
-    assert (answer.argmax(1) != answer.log().argmax(1)).any()
+    assert (answer.labels != answer.logits.argmax(1)).any()
+    assert task.inferences is not None
+    assert torch.equal(answer.labels, infer(task.model, images, task.inferences[True]).argmax(1))
     task.test_step((images, masks), 0)
     known = masks != IGNORE_INDEX
-    pairs = 4 * masks[known] + answer.argmax(1)[known]
+    pairs = 4 * masks[known] + answer.labels[known]
     assert torch.equal(task.confusion.compute(), pairs.bincount(minlength=16).reshape(4, 4))
 
 
@@ -277,7 +282,7 @@ def test_one_picture_at_a_time_is_refused_where_it_is_pooled_to_one_pixel(settin
 
 
 def _folder(root: Path) -> Path:
-    """Pictures of several sizes with masks of 0 (no class), 1 and 2; class 3 never occurs."""
+    """Write pictures of several sizes with masks of 0 (no class), 1 and 2; class 3 never occurs."""
     stream = np.random.default_rng(0)
     for index, (height, width) in enumerate(SIZES * 2):
         split = "training" if index < len(SIZES) else "validation"
@@ -325,7 +330,7 @@ def test_a_run_on_whole_pictures_says_all_of_them(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_the_checkpoint_judges_as_the_run_did(trained: Path, repository: Path) -> None:
-    """From its facts alone: the numbers of results.json, of the average that was validated."""
+    """The checkpoint alone gives the numbers of results.json, with the averaged weights that were validated."""
     facts = load_checkpoint(trained / "checkpoints" / "best.ckpt")["mixerzoo"]
     assert facts["head"]["name"] == "upernet" and facts["short_side"] == 40
     assert facts["evaluate"]["mode"] == "slide" and facts["evaluate"]["scales"] == [1.0, 1.5]

@@ -1,4 +1,4 @@
-"""What the optimiser gets in a real run: rates by step and group, clipped gradients, and pictures of growing size."""
+"""Optimization in real runs: learning rates by step and group, clipped gradients, and growing picture sizes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from torch import nn
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 DIGITS = ("data=digits", "model=test_convnext", "data.limit=96", "train.batch_size=16", "train.progress=false")
-"""Six batches an epoch."""
+"""A run with six batches per epoch."""
 
 Load = Callable[..., Config]
 
@@ -44,7 +44,7 @@ def settings(repository: Path) -> Load:
 
 
 class _Record(pl.Callback):
-    """Rates of all groups at each optimiser step, and the shapes that training and validation see."""
+    """A callback that records the learning rates at each step and the picture sizes of training and validation."""
 
     def __init__(self) -> None:
         self.rates: list[list[float]] = []
@@ -62,7 +62,7 @@ class _Record(pl.Callback):
 
 
 def _fit(config: Config) -> tuple[Task, _Record, Plan]:
-    """Training as `run` does it, without a folder."""
+    """Train as `run` does, without a run folder."""
     splits = load_data(config)
     plan = make_plan(config, len(splits.train))
     task = Task(build_model(config, splits), config, splits, plan=plan)
@@ -89,8 +89,8 @@ def _fit(config: Config) -> tuple[Task, _Record, Plan]:
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_rates_are_those_of_a_loop_written_by_hand(prefix: bool, settings: Load) -> None:
-    """timm's scheduler moved once for each optimiser step, the last of an epoch being of what is left; then every
-    group's rate is its share of that, from the warm-up to the cool-down."""
+    """timm's scheduler is updated once per optimizer step, also for the shorter last step of an epoch; each group has
+    its factor of that learning rate, from the warm-up to the cool-down."""
     config = settings(
         *("train.epochs=5", "train.accumulate=4", "optim.layer_decay=0.5", "optim.lr=1e-3", "schedule.min_lr=1e-5"),
         *("schedule.warmup_epochs=1.5", "schedule.cooldown_epochs=1", f"schedule.warmup_prefix={str(prefix).lower()}"),
@@ -146,7 +146,7 @@ def test_sizes_and_mixing_that_cannot_be_are_refused(arguments: list[str], messa
 
 
 def test_every_size_is_tried_before_training(settings: Load, tmp_path: Path) -> None:
-    """A ViT of one size cannot see another, nor can a teacher; the message names the setting."""
+    """A ViT for one size is rejected for others, and so is such a teacher; the message names the setting."""
     small = ("model.kwargs.img_size=32", "model.kwargs.depth=1")
     config = settings("model=deit_tiny_patch16_224", *small, "augment.sizes={0: 48}")
     with pytest.raises(ConfigError) as caught:
@@ -253,7 +253,7 @@ def _segmenter(name: str, **kwargs: Any) -> nn.Module:
 
 
 def test_layers_of_a_backbone_are_the_same_under_a_head() -> None:
-    """But for the parts that a segmenter does not have: the last norm and the classifier."""
+    """The groups are equal except for the final norm and the classifier, which a segmenter does not have."""
     small = {"depths": (1, 2, 3, 1), "embed_dim": 8, "num_heads": (1, 1, 1, 1), "kernel_size": 3}
     for blocks in (1, 2, 99):
         layers: dict[str, Any] = {"layer_decay": 0.5, "layer_blocks": blocks}
@@ -340,7 +340,7 @@ def test_compiled_training_goes_with_averages_and_mixing(settings: Load, tmp_pat
 def test_a_run_of_growing_pictures_resumes_exactly(
     settings: Load, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch, repository: Path
 ) -> None:
-    """Stopped inside the epoch of the middle size, with mixing that ends, averages and repeated pictures on."""
+    """The run stops in the epoch of the middle size; mixup ends early, and EMA and repeated augmentation are on."""
     arguments = (*MIXED, "train.epochs=3", "augment.sizes={1: 48, 2: 64}", "augment.mix_off_epochs=1")
     arguments += ("augment.repeats=3", "optim.layer_decay=0.7", "schedule.warmup_prefix=true")
     run(settings(*arguments, f"out={tmp_path / 'whole'}"))

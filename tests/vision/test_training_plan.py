@@ -1,4 +1,4 @@
-"""What a run derives from its settings: accumulation, epochs, learning rates by step and by parameter."""
+"""The plan of a run: accumulation, epochs, and learning rates by step and by parameter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from mixerzoo.vision.training.optimization import make_optimizer, make_scheduler, parameter_groups
+from mixerzoo.vision.training.optimization import SCHEDULES, make_optimizer, make_scheduler, parameter_groups
 from mixerzoo.vision.training.plan import Plan, make_plan
 from mixerzoo.vision.training.settings import ConfigError, load
 from torch import nn
@@ -71,7 +71,7 @@ def test_settings_that_contradict_each_other_are_refused(arguments: list[str], m
 
 
 def _rates(configs: Path, *arguments: str) -> list[float]:
-    """The learning rate of each step of a run on `PICTURES`, and the one after the last."""
+    """Return the learning rate of each step of a run on `PICTURES` pictures, and the one after the last."""
     config = load([*arguments], configs)
     plan = make_plan(config, PICTURES)
     optimizer = make_optimizer(nn.Linear(2, 2), config.optim, plan)
@@ -110,8 +110,19 @@ def test_steps_fall_as_often_and_as_far_as_is_asked_for(configs: Path) -> None:
     assert rates == pytest.approx([1e-3] * 6 + [5e-4] * 6 + [2.5e-4] * 5)
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_every_schedule_moves_within_an_epoch_and_warms_up(name: str, configs: Path) -> None:
+    needed = {"poly": ["schedule.power=0.9"], "step": ["schedule.decay_epochs=1.25"]}.get(name, [])
+    warm = (*FOUR_EPOCHS, "schedule.warmup_epochs=1", "schedule.warmup_lr=0")
+    rates = _rates(configs, *warm, f"schedule.name={name}", *needed)
+    assert rates[:4] == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3], rel=1e-3)
+    falls = [step for step in range(4, 16) if rates[step + 1] < rates[step]]
+    assert any((step + 1) % 4 for step in falls) == (name != "constant") and max(rates) <= 1e-3
+    assert name in ("constant", "step") or rates[-1] < 0.02e-3
+
+
 class _Net(nn.Module):
-    """Two layers under timm's group matcher, and a head: what layer decay needs."""
+    """A network with two layers, a head and timm's group matcher, which layer decay needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +139,7 @@ class _Net(nn.Module):
 
 
 def _settings_by_name(model: nn.Module, **arguments: Any) -> dict[str, tuple[float, float]]:
-    """(lr_scale, weight_decay) of every parameter; each must be in one group."""
+    """Return (lr_scale, weight_decay) of every parameter; each must be in exactly one group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, **{"weight_decay": 0.1, "layer_decay": None, "lr_scale": {}, **arguments})
     found = [

@@ -1,4 +1,4 @@
-"""Runs, end to end and in this process: what they leave behind, how they stop, and that resuming changes nothing."""
+"""Runs from end to end in this process: their files, how they stop, and that resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from mixerzoo.vision.summary import summarize
+from mixerzoo.vision.training import report as report_module
+from mixerzoo.vision.training import results as results_module
 from mixerzoo.vision.training import run as run_module
 from mixerzoo.vision.training.callbacks import EpochTable, read_table
 from mixerzoo.vision.training.checkpoints import AtomicCheckpointIO, load_checkpoint, write_atomically
 from mixerzoo.vision.training.cli import main
+from mixerzoo.vision.training.distillation import Objective
 from mixerzoo.vision.training.finite import NonFiniteLossError
 from mixerzoo.vision.training.run import run
 from mixerzoo.vision.training.settings import load
 from mixerzoo.vision.training.signals import Interrupted
-from mixerzoo.vision.training.summary import summarize
 from mixerzoo.vision.training.tasks import Task
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 DIGITS = ("data=digits", "model=test_convnext", "data.limit=160", "train.batch_size=32", "train.progress=false")
-"""Five steps an epoch of a model that is done in a second."""
+"""A run with five steps per epoch of a model that trains in a second."""
 
 
 @pytest.fixture
@@ -56,6 +59,8 @@ def test_a_run_leaves_all_its_results(configs: Path, tmp_path: Path, capsys: pyt
     assert results["parameters"] == 207_010 and results["gmacs"] > 0
     assert results["data"] == "digits from scikit-learn" and results["model"] == "test_convnext"
     assert results["best_epoch"] == 1 + max(range(2), key=lambda epoch: rows[epoch]["val/accuracy"])
+    best = rows[results["best_epoch"] - 1]["val/accuracy"]
+    assert (results["metric"], results["validation"]) == ("accuracy", pytest.approx(best))
     assert "207,010" in (folder / "summary.txt").read_text()
 
     for name in ("best", "last"):
@@ -68,7 +73,7 @@ def test_a_run_leaves_all_its_results(configs: Path, tmp_path: Path, capsys: pyt
 
 
 def test_the_best_checkpoint_is_the_one_that_is_tested(configs: Path, tmp_path: Path, no_pictures: None) -> None:
-    """Its weights, read from the file into a model made by timm, score what results.json says."""
+    """Its weights, loaded into a model of timm, reach the accuracy in results.json."""
     import timm
     from mixerzoo.vision.data.loading import Request
 
@@ -97,11 +102,30 @@ def test_segmentation_runs_from_the_same_command(configs: Path, tmp_path: Path) 
     assert (head["name"], head["channels"], head["dropout"]) == ("semantic_fpn", 16, 0.0)
 
 
+@pytest.mark.parametrize(
+    "more", [("train.batch_size=8",), ("augment.sizes={0: 48}", "augment.repeats=2", "augment.mixup=0.4")]
+)
+def test_the_drawn_batch_is_the_first_that_the_model_sees(
+    more: tuple[str, ...], configs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, seen = [], []
+    monkeypatch.setattr(results_module.pictures, "draw_batch", lambda path, images, *_: drawn.append(images))
+    monkeypatch.setattr(results_module, "_draw_results", lambda *_: None)
+    monkeypatch.setattr(report_module, "write_report", lambda *_: None)
+    ask = Objective._ask_student
+    monkeypatch.setattr(
+        Objective, "_ask_student", lambda self, images: (seen.append(images.clone()), ask(self, images))[1]
+    )
+    _run(configs, "train.epochs=1", "train.limit_batches=1", "augment.erasing=0.5", *more, f"out={tmp_path / 'run'}")
+    [shown] = drawn
+    assert torch.equal(shown, seen[0][:32]) and shown.shape[-1] == (48 if len(more) > 1 else 32)
+
+
 @pytest.mark.parametrize("recipe", ["classification", "segmentation"])
-def test_every_recipe_runs_as_it_is_shipped(
+def test_small_recipes_run_as_they_are_shipped(
     recipe: str, configs: Path, tmp_path: Path, no_pictures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two batches of everything, with its own model, on digits where Fashion-MNIST is not."""
+    """Two batches of each stage with the model of the recipe, on digits if Fashion-MNIST is missing."""
     dry = [
         "train.limit_batches=2",
         "train.epochs=1",
@@ -129,7 +153,7 @@ class _Stop:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[tuple[str, ...], Path]:
-    """Run folders of uninterrupted runs by their extra arguments, made when first asked for."""
+    """Return a function that gives the folder of the uninterrupted run with these arguments, cached."""
     return {}
 
 
@@ -155,7 +179,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     tmp_path_factory: pytest.TempPathFactory,
     no_pictures: None,
 ) -> None:
-    """Bit for bit: every weight, and the losses of every epoch. Augmentation, mixup and drop path are on."""
+    """All weights and the losses of every epoch are equal bit for bit, with augmentation, mixup and drop path."""
     if extra not in uninterrupted:
         whole = uninterrupted[extra] = tmp_path_factory.mktemp("whole") / "run"
         _run(configs, *RANDOM, *extra, f"out={whole}")
@@ -288,7 +312,7 @@ def test_the_table_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
 
 
 def test_multiply_adds_count_the_attention_operator() -> None:
-    """One layer of 3 x 3 attention by hand: projections, and a window of keys and values for each of 6 x 6 queries."""
+    """The count for 3 x 3 attention is computed by hand: projections, and keys and values of 6 x 6 windows."""
     from mixerzoo.mixers import NeighborhoodAttention2d
 
     class Net(torch.nn.Module):
@@ -307,7 +331,7 @@ def test_multiply_adds_count_the_attention_operator() -> None:
 
 
 def test_multiply_adds_count_the_convolution_operators() -> None:
-    """7 x 7 taps with dilation 3; then the three convolutions of large kernel attention."""
+    """A convolution with 7 x 7 taps and dilation 3 is counted, and the three of large kernel attention."""
     from mixerzoo.kernels.depthwise_conv import depthwise_conv2d, large_kernel_attention
 
     class Net(torch.nn.Module):
@@ -324,7 +348,7 @@ def test_multiply_adds_count_the_convolution_operators() -> None:
 
 
 def test_multiply_adds_count_the_scan_operator() -> None:
-    """Four sub-grids of 3 x 2 positions over an odd map; a state of 5 and delta of 3 factors in each of 8 channels."""
+    """The scan runs over four sub-grids of 3 x 2 positions, with state 5 and delta rank 3 in each of 8 channels."""
     from mixerzoo.kernels.cross_scan import ATROUS
     from mixerzoo.kernels.selective_scan import selective_scan_2d
 
@@ -338,7 +362,7 @@ def test_multiply_adds_count_the_scan_operator() -> None:
 
 
 def test_multiply_adds_count_gated_linear_attention() -> None:
-    """Three for each number of the states, 3 x 5 a head, of two heads and one direction, then of both."""
+    """Each entry of the 3 x 5 states of two heads costs three multiply-adds per token and direction."""
     from mixerzoo.kernels.gated_linear_attention import bidirectional_gated_linear_attention, gated_linear_attention
 
     class Net(torch.nn.Module):

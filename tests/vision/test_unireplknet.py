@@ -249,10 +249,10 @@ def test_kernel_sizes(name: str, third_stage: list[int]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel_sizes": (3, 13)}, r"kernel_sizes needs one number, or one entry a stage, 4; got \(3, 13\)"),
+        ({"kernel_sizes": (3, 13)}, r"kernel_sizes needs one number, or one entry per stage, 4; got \(3, 13\)"),
         ({"kernel_sizes": 8}, "kernel_size must be odd .* got 8"),
         ({"kernel_sizes": 31}, "branches are known for kernel_size 5, .* got 31"),
-        ({"dims": (40, 80)}, r"dims needs one entry a stage, 4; got \(40, 80\)"),
+        ({"dims": (40, 80)}, r"dims needs one entry per stage, 4; got \(40, 80\)"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

@@ -195,8 +195,8 @@ def test_float16_overflows_at_large_scales(golden) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dims": (32, 64)}, r"dims needs one entry a stage, 4; got \(32, 64\)"),
-        ({"mlp_ratios": (4,)}, r"mlp_ratios needs one entry a stage, 4; got \(4,\)"),
+        ({"dims": (32, 64)}, r"dims needs one entry per stage, 4; got \(32, 64\)"),
+        ({"mlp_ratios": (4,)}, r"mlp_ratios needs one entry per stage, 4; got \(4,\)"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:

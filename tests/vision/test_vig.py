@@ -125,7 +125,7 @@ def test_backbone_of_a_segmenter(golden, tmp_path: Path) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"num_heads needs one entry a stage, 4; got \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"num_heads needs one entry per stage, 4; got \(3, 6\)"):
         timm.create_model("vig_h_tiny", device="meta", num_heads=(3, 6))
     with pytest.raises(ValueError, match="the size of overlapping patches cannot be changed; got patch_size 8"):
         timm.create_model("vig_tiny", device="meta").set_input_size(patch_size=8)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from mixerzoo.vision import visualize
 from mixerzoo.vision.receptive_field import ReceptiveField
-from mixerzoo.vision.visualize import SUBJECTS, Setting, attention_rows, main
+from mixerzoo.vision.visualize import SUBJECTS, Setting, attention_rows, main, parser
 from PIL import Image
 
 
@@ -121,3 +121,10 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit, match="2"):
         main(["neighbourhoods"])
     assert not list(tmp_path.iterdir())
+
+
+def test_words_of_yaml_are_read_as_train_reads_them() -> None:
+    words = ["fuse_token=false", "prop_attn=True", "keep_rate=0.5", "locations=null", "act_layer=relu"]
+    read = parser().parse_args(["tokens", "--model-kwargs", *words]).model_kwargs
+    wanted = {"fuse_token": False, "prop_attn": True, "keep_rate": 0.5, "locations": None, "act_layer": "relu"}
+    assert read == wanted

@@ -238,5 +238,5 @@ def test_odd_maps_are_padded_below_and_right(name: str) -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"dims needs one entry a stage, 4; got \(32, 64\)"):
+    with pytest.raises(ValueError, match=r"dims needs one entry per stage, 4; got \(32, 64\)"):
         timm.create_model("vmamba_tiny_s1l8", device="meta", dims=(32, 64))

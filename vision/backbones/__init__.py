@@ -1,4 +1,4 @@
-"""One file a paper; importing this package registers all of them with timm."""
+"""Backbones, one file per paper; importing this package registers all of them with timm."""
 
 from . import (
     bevanet,

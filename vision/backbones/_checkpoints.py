@@ -1,14 +1,16 @@
-"""What every `checkpoint_filter_fn` shares: published files into plain state dicts, and refusing those that do not fit.
+"""Helpers of every `checkpoint_filter_fn`: convert published files to plain state dicts, refuse those that do not fit.
 
-timm loads strictly only while the number of classes is unchanged; with another head it drops the classifier and
-merely logs whatever else is missing. So `refuse_mismatch` looks at the names first.
+timm loads strictly only if the number of classes is unchanged; for another head, it drops the classifier and only logs
+other missing parameters. Therefore `refuse_mismatch` compares the names first.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from timm.models import resolve_pretrained_cfg
+from timm.models import get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,17 +21,17 @@ _PREFIXES = ("module.", "backbone.")
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
-    """The state dict inside a training checkpoint: out of its envelope, without the names of wrappers around the model.
+    """Extract the state dict from a training checkpoint, and remove the prefixes of wrappers around the model.
 
-    Of a whole segmentation or detection model only its `backbone.` is kept, of an mmpretrain classifier its `head.fc.`
-    besides.
+    A segmentation or detection model is reduced to its `backbone.`, an mmpretrain classifier to its `backbone.` and
+    `head.fc.`.
     """
     state_dict = checkpoint
     for key in _ENVELOPES:
         if isinstance(state_dict.get(key), Mapping):
             state_dict = state_dict[key]
     for prefix in _PREFIXES:
-        while any(name.startswith(prefix) for name in state_dict):  # module.module.: a wrapper around a wrapper
+        while any(name.startswith(prefix) for name in state_dict):  # repeated for nested wrappers, module.module.
             inside = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
             state_dict = {
                 **inside,
@@ -39,7 +41,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
 
 
 def rename(state_dict: StateDict, rules: Iterable[tuple[str, str]]) -> StateDict:
-    """Rewrite each name by the first (pattern, replacement) that matches its beginning, as `re.sub` would."""
+    """Rename each parameter by the first (pattern, replacement) that matches the start of its name, as in `re.sub`."""
     compiled = [(re.compile("^" + pattern), replacement) for pattern, replacement in rules]
 
     def renamed(name: str) -> str:
@@ -52,15 +54,15 @@ def rename(state_dict: StateDict, rules: Iterable[tuple[str, str]]) -> StateDict
 
 
 def resize_bias_table(table: Tensor, size: Iterable[int]) -> Tensor:
-    """A relative position bias [heads, rows, columns] for another window, bicubically as Swin and DiNAT do."""
+    """Resize a relative position bias [heads, rows, columns] to another window, bicubically as Swin and DiNAT do."""
     return F.interpolate(table[None].float(), list(size), mode="bicubic", align_corners=False)[0].to(table.dtype)
 
 
 def resize_bias_tables(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Fit every table named `rpb` to the model's windows."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith(".rpb")}
+    """Resize every table named `rpb` to the model's windows."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name.endswith(".rpb")}
     fitted = dict(state_dict)
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         table = state_dict.get(name)
         if table is not None and table.shape != shape and table.shape[0] == shape[0]:
             fitted[name] = resize_bias_table(table, shape[1:])
@@ -68,14 +70,14 @@ def resize_bias_tables(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def keep_fresh_norms(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Let the norms start from the model's own values that the other kind of file lacks.
+    """Complete a file with the model's initial values of the norms that its task does not use.
 
-    A classifier's file knows no `Stage.out_norm`, a segmentation or detection backbone's no final norm, or
+    The file of a classifier has no `Stage.out_norm`; that of a segmentation or detection backbone has no final norm, or
     no norm in the head.
     """
-    taps = re.compile(r"stages\.\d+\.out_norm\.")
-    downstream = any(taps.match(name) for name in state_dict)
-    fresh = re.compile(r"(?:head\.)?norm\.") if downstream else taps
+    out_norms = re.compile(r"stages\.\d+\.out_norm\.")
+    is_dense = any(out_norms.match(name) for name in state_dict)
+    fresh = re.compile(r"(?:head\.)?norm\.") if is_dense else out_norms
     return {**{name: tensor for name, tensor in model.state_dict().items() if fresh.match(name)}, **state_dict}
 
 
@@ -84,19 +86,19 @@ def _listing(names: list[str]) -> str:
 
 
 def refuse_mismatch(state_dict: StateDict, model: nn.Module) -> None:
-    """Raise unless the names are the model's; the classifier may lack, since timm replaces it when classes differ."""
+    """Raise unless the names match the model's, except the classifier, which timm replaces if the classes differ."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     classifiers = cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    wanted, given = model.state_dict().keys(), state_dict.keys()
-    missing = [name for name in wanted if name not in given and not name.startswith(heads)]
-    unexpected = [name for name in given if name not in wanted and not name.startswith(heads)]
+    expected, actual = model.state_dict().keys(), state_dict.keys()
+    missing = [name for name in expected if name not in actual and not name.startswith(heads)]
+    unexpected = [name for name in actual if name not in expected and not name.startswith(heads)]
     if missing or unexpected:
         faults = [("missing", missing), ("unexpected", unexpected)]
-        found = "; ".join(f"{kind}: {_listing(names)}" for kind, names in faults if names)
+        differences = "; ".join(f"{kind}: {_listing(names)}" for kind, names in faults if names)
         raise ValueError(
             f"the checkpoint does not belong to {cfg.get('architecture', type(model).__name__)}, or is incomplete. "
-            f"{found}. Create the variant that the file was saved from, or get the file again"
+            f"{differences}. Create the variant that the file was saved from, or get the file again"
         )
 
 
@@ -104,15 +106,37 @@ _DRIVE = "https://drive.google.com/file/d/"
 
 
 def drive_url(file_id: str) -> str:
-    """The page of a file on Google Drive, which wants a person to press a button."""
+    """Return the page of a file on Google Drive, which can only be downloaded by hand."""
     return f"{_DRIVE}{file_id}/view"
 
 
 def refuse_drive(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise if the weights that `create_model(name, pretrained=True, **kwargs)` would fetch are on Google Drive."""
+    """Raise if `create_model(name, pretrained=True, **kwargs)` would have to fetch weights from Google Drive."""
     cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
     if str(cfg.url).startswith(_DRIVE) and not cfg.file and not cfg.state_dict:
         raise ValueError(
             f"the weights of {name} cannot be fetched by a program; download {cfg.url} and pass "
             "pretrained_cfg_overlay=dict(file='where/it/lies.pth')"
         )
+
+
+def trained_settings(
+    name: str, kwargs: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Look up, by tag in `settings`, the training settings of the weights that `create_model(name, **kwargs)` loads."""
+    cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    return settings.get(cfg.tag or "", {})
+
+
+def timm_cfg(name: str, **settings: Any) -> dict[str, Any]:
+    """Return the configuration of timm's model `name`, for a model of ours that uses the same weights."""
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None, name
+    return {**cfg.to_dict(remove_source=False, remove_null=True), **settings}
+
+
+def vit_checkpoint_filter(checkpoint: Mapping[str, Any], model: VisionTransformer) -> StateDict:
+    """Apply timm's filter for ViTs: resize patches and positions, and rename the parameters of DeiT's files."""
+    state_dict: StateDict = vit_filter_fn(unwrap(checkpoint), model)  # type: ignore[assignment]
+    refuse_mismatch(state_dict, model)
+    return state_dict

@@ -1,4 +1,4 @@
-"""How an MLP with a depth-wise convolution inside is handed to `kernels.conv_mlp`."""
+"""Dispatch MLPs with a depth-wise convolution inside to `kernels.conv_mlp`."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ _ORDINARY = (nn.Linear, nn.Conv2d, RowConv2d, DepthwiseConv2d)
 
 
 def _is_ordinary(layer: nn.Module) -> bool:
-    """Whether calling `layer` does what its weights say and nothing else: no adapter, no quantisation, no hook."""
+    """Return whether `layer` computes exactly what its weights define: no adapter, no quantisation, no hook."""
     return type(layer) in _ORDINARY and not has_hooks(layer)
 
 
 def evaluate_by_parts(mlp: Any, x: Tensor) -> Tensor | None:
-    """`mlp(x)` for x [B, H, W, C] by parts; None where its layers `fc1, dwconv, act, fc2` have to be called one by one.
+    """Compute `mlp(x)` for x [B, H, W, C] in parts, or return None if its layers must be called one by one.
 
-    1 x 1 convolutions and linear layers are the same thing here.
+    The layers are `fc1`, `dwconv`, `act` and `fc2`; 1 x 1 convolutions and linear layers are equivalent here.
     """
     layers = (mlp.fc1, mlp.dwconv, mlp.fc2)
     if mlp.training or has_hooks(mlp.act) or not all(_is_ordinary(layer) for layer in layers):

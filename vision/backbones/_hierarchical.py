@@ -1,10 +1,10 @@
-"""The pyramid: a stem, stages that shrink the map, a norm, a head; and all that timm asks of such a model, once.
+"""The base of hierarchical backbones: stem, downsampling stages, norm and head, with timm's whole model contract.
 
-A model file builds its modules and hands them over; nothing here knows an architecture. Unusual against timm's own
-models:
-* `Stage.out_norm` normalises what `forward_intermediates` (so `features_only`) returns, and nothing else: the layout of
-  most published segmentation and detection backbones. A norm that later stages see too is `Stage.norm`.
-* Bad arguments of the contract raise `ValueError`, not `AssertionError`.
+A model file builds its modules and passes them in; nothing here depends on an architecture. What is unusual compared
+with timm's own models:
+* `Stage.out_norm` normalises only what `forward_intermediates` (and thus `features_only`) returns: the layout of most
+  published segmentation and detection backbones. A norm whose output later stages also see is `Stage.norm`.
+* Invalid arguments of the contract raise `ValueError`, not `AssertionError`.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from ._compat import feature_take_indices
 
 
 class Stage(nn.Module):
-    """Downsampling, then blocks, then a norm; each maps a map to a map.
+    """Apply downsampling, blocks and a norm to a map.
 
     Args:
         dim: channels of the blocks.
         reduction: pixels of the image per position of the map, along each axis.
-        norm: seen by the next stage and by the taps.
-        out_norm: seen by the taps alone.
+        norm: applied to the stage's output, for the next stage and for intermediate features.
+        out_norm: applied to intermediate features only.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Stage(nn.Module):
 
 
 class HierarchicalBackbone(nn.Module):
-    """stem -> stages -> norm -> head, from built modules.
+    """Compose built modules into stem -> stages -> norm -> head.
 
     Args:
-        stem: [B, in_chans, H, W] to the map of the first stage, in `output_fmt`.
+        stem: maps [B, in_chans, H, W] to the input of the first stage, in `output_fmt`.
         head: pools and classifies a map in `output_fmt`; one of timm's, with `fc`, `num_features` and `reset`.
-        norm: of the last map, before the head.
-        output_fmt: layout of the maps between stem and head.
+        norm: applied to the last map, before the head.
+        output_fmt: memory layout of the maps between stem and head.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class HierarchicalBackbone(nn.Module):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all parameters; `needs_reset=False` leaves alone those that a constructor has just filled."""
+        """Initialise all parameters; with `needs_reset=False`, skip those that a constructor has just initialised."""
         named_apply(partial(self.init_module, needs_reset=needs_reset), self)
 
     @staticmethod
     def init_module(module: nn.Module, name: str, needs_reset: bool) -> None:
-        """Initialise one module's own parameters: linear layers as in ViT, all others as they do themselves."""
+        """Initialise one module's own parameters: linear layers as in ViT, others by their `reset_parameters`."""
         if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -131,13 +131,13 @@ class HierarchicalBackbone(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier; `num_classes` 0 for none, `global_pool` None for the present pooling, "" for none."""
+        """Replace the classifier; `num_classes` 0 removes it, `global_pool` None keeps the pooling, "" removes it."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def _tap(self, x: Tensor, stage: int, norm: bool, output_fmt: str) -> Tensor:
-        """What `forward_intermediates` gives out for the output `x` of a stage."""
+        """Return the intermediate feature of a stage from its output `x`."""
         x = self.stages[stage].out_norm(x)  # pyright: ignore[reportCallIssue]
         if norm and stage == len(self.stages) - 1:
             x = self.norm(x)
@@ -154,13 +154,13 @@ class HierarchicalBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of some stages, and unless `intermediates_only` what `forward_features` returns.
+        """Return the outputs of selected stages and, unless `intermediates_only`, the result of `forward_features`.
 
         Args:
-            indices: stages; None for all, an int for the last so many.
-            norm: whether the final norm is applied to the last stage's output.
-            stop_early: skip the stages after the last one asked for.
-            output_fmt: "NCHW" or "NHWC", of the intermediates.
+            indices: stages; None for all, an int n for the last n.
+            norm: whether to apply the final norm to the last stage's output.
+            stop_early: skip the stages after the last one selected.
+            output_fmt: "NCHW" or "NHWC", for the intermediates.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC'; got {output_fmt!r}")
@@ -179,7 +179,7 @@ class HierarchicalBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what those intermediates do not need; returns their absolute indices."""
+        """Remove everything that the selected intermediates do not need; return their absolute indices."""
         taken, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]

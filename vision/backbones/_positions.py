@@ -1,4 +1,4 @@
-"""Learned position embeddings at other sizes than theirs, also while the size is a symbol."""
+"""Resampling of learned position embeddings to other grids, including grids of symbolic size."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,9 +7,9 @@ from ...kernels._runtime import is_exporting
 
 
 def resample_positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """A position embedding [1, rows * columns, C] of `grid` for a grid of `size`.
+    """Resample a position embedding [1, rows * columns, C] from `grid` to a grid of `size`.
 
-    A file that uses it has to say `torch.fx.wrap("resample_positions")`, since FX has no sizes to compare.
+    A module that calls this function must call `torch.fx.wrap("resample_positions")`, since FX cannot compare sizes.
     """
     if is_exporting() or size[0] != grid[0] or size[1] != grid[1]:
         raster = table.unflatten(1, [grid[0], grid[1]]).permute(0, 3, 1, 2).float()

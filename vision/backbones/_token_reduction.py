@@ -1,25 +1,25 @@
-"""Any vision transformer of timm with fewer tokens: `reduce_tokens(model, "tome", r=13)`.
+"""Token reduction for timm's vision transformers: `reduce_tokens(model, "tome", r=13)`.
 
-The model that comes back is a view of the one that went in: new objects of our classes around the same parameters,
-buffers and sub-modules. Nothing of timm is patched and the model that went in works as before; training one trains the
-other, and since layers are shared, dropout in them follows the last `train()` or `eval()` of either. `restore_tokens`
-is the way back.
+The result is a view of the given model: new objects of our classes around the same parameters, buffers and sub-modules.
+timm is not patched, and the given model works as before. Training one model trains the other. Since layers are shared,
+dropout in them follows the last `train()` or `eval()` of either. `restore_tokens` reverses the reduction.
 
-Unusual:
-* A method (`ToMe`, `EViT`, …) is a small frozen dataclass that gives each block its `TokenReducer`.
-* State names are timm's, so timm's and the papers' checkpoints load. Where a method has parameters of its own, they are
+What is unusual:
+* A method (`ToMe`, `EViT`, …) is a small frozen dataclass that creates the `TokenReducer` of each block.
+* State dict names are timm's, so checkpoints of timm and of the papers load. Parameters that a method adds are named
   `blocks.<i>.reducer.*`.
-* Models that pool over all tokens (SigLIP, MAE, any with `global_pool="avg"`) get merged tokens spread over the places
-  of their parts before they pool, so that each part counts once.
-* Pre-norm and post-norm blocks with timm's `Attention` are known, with LayerScale, registers, query and key norms,
+* Models that pool over all tokens (SigLIP, MAE, any with `global_pool="avg"`) copy each merged token to the positions
+  of its parts before pooling, so that each part counts once.
+* Pre-norm and post-norm blocks with timm's `Attention` are supported, with LayerScale, registers, query and key norms,
   gates and any MLP; parallel blocks, differential attention and rotary positions (Eva) are not.
 """
 
 import copy
 import dataclasses
+import math
 import numbers
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -36,16 +36,25 @@ T = TypeVar("T", bound=nn.Module)
 
 
 def view_as(module: nn.Module, kind: type[T]) -> T:
-    """A `kind` with all that `module` has: the same parameters, buffers and sub-modules in dictionaries of its own."""
+    """Return a `kind` that shares the parameters, buffers and sub-modules of `module`, with separate dictionaries.
+
+    Hooks and the result of `module.compile()` are not copied to the view.
+    """
+    if "forward" in module.__dict__:
+        raise ValueError(
+            f"this {type(module).__name__} has a forward of its own, put there by some library; reduce the model "
+            "before that library changes it"
+        )
     view = kind.__new__(kind)
-    view.__dict__.update(
-        {name: copy.copy(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-    )
+    nn.Module.__init__(view)
+    excluded = {name for name in view.__dict__ if "hook" in name} | {"_compiled_call_impl"}
+    shared = {name: value for name, value in module.__dict__.items() if name not in excluded}
+    view.__dict__.update({name: copy.copy(v) if isinstance(v, dict | set) else v for name, v in shared.items()})
     return view
 
 
 def view_of_model(model: nn.Module, kind: type[T]) -> T:
-    """A view with a patch embedding of its own, since `set_input_size` changes that in place."""
+    """Return a view of `model` with a separate patch embedding, since `set_input_size` changes that in place."""
     view = view_as(model, kind)
     patch_embed: Any = view.patch_embed
     view.patch_embed = view_as(patch_embed, type(patch_embed))
@@ -53,16 +62,16 @@ def view_of_model(model: nn.Module, kind: type[T]) -> T:
 
 
 class TokenAttention(Attention):
-    """timm's attention in three parts, the middle one of which is the reducer's."""
+    """timm's attention split in two, for a reducer to compute the attention itself between `heads` and `output`."""
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, C] to queries, keys and values [B, heads, N, head_dim]."""
+        """Project [B, N, C] to queries, keys and values [B, heads, N, head_dim]."""
         qkv = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         return self.q_norm(query), self.k_norm(key), value
 
     def output(self, attended: Tensor, x: Tensor) -> Tensor:
-        """[B, heads, N, head_dim], and the attention's input for its gate, to [B, N, C]."""
+        """Project attended values [B, heads, N, head_dim] to [B, N, C]; the gate, if any, depends on the input x."""
         attended = self.norm(attended.transpose(1, 2).flatten(2))
         if self.gate is not None:
             attended = attended * self.gate(x).sigmoid()
@@ -71,9 +80,9 @@ class TokenAttention(Attention):
 
 @register_notrace_module
 class TokenBlock(Block):
-    """timm's pre-norm block around a reducer; maps (tokens [B, N, C], state) to (tokens [B, M, C], state)."""
+    """timm's pre-norm block with a reducer; maps (tokens [B, N, C], state) to (tokens [B, M, C], state)."""
 
-    if TYPE_CHECKING:  # TorchScript cannot read these
+    if TYPE_CHECKING:  # TorchScript cannot parse these annotations
         attn: TokenAttention
         reducer: TokenReducer
 
@@ -90,7 +99,7 @@ class TokenBlock(Block):
 
 @register_notrace_module
 class TokenResPostBlock(ResPostBlock):
-    """The same for timm's post-norm block."""
+    """timm's post-norm block with a reducer; maps (tokens [B, N, C], state) to (tokens [B, M, C], state)."""
 
     if TYPE_CHECKING:
         attn: TokenAttention
@@ -107,83 +116,107 @@ class TokenResPostBlock(ResPostBlock):
 
 
 class ReductionMethod(Protocol):
-    """A way to get rid of tokens, with its settings."""
+    """A token reduction method with its settings."""
 
     merges: ClassVar[bool]
-    """Whether tokens become others, so that they can be spread again; otherwise they are dropped."""
+    """True if tokens are merged, so that values can be copied back to all positions; False if tokens are dropped."""
 
     def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
-        """One for each block of the model."""
+        """Return one reducer for each block of the model."""
         ...
 
 
-def numbers_of(name: str, given: Any) -> list[Any]:
-    """A sequence of numbers as a list; a ValueError for anything else."""
-    entries = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    if isinstance(given, str | numbers.Real) or not all(isinstance(entry, numbers.Real) for entry in entries):
-        raise ValueError(f"{name} must be a sequence of numbers; got {given!r}")
+def numbers_of(name: str, value: Any, *, whole: bool = False, or_number: bool = False) -> list[Any]:
+    """Convert a sequence of finite numbers to a list; raise a ValueError for anything else.
+
+    Args:
+        name: what the error calls the value.
+        whole: require whole numbers.
+        or_number: the caller takes a single number as well, and the error says so.
+    """
+    try:
+        entries = None if isinstance(value, str) else list(value)
+    except TypeError:
+        entries = None
+    if entries is None or not all(_is_number(entry) and (not whole or float(entry).is_integer()) for entry in entries):
+        kind = "whole numbers" if whole else "numbers"
+        raise ValueError(f"{name} must be {'a number or ' if or_number else ''}a sequence of {kind}; got {value!r}")
     return entries
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise unless the value is True or False: a text such as "false" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
 def stage_blocks(locations: Sequence[int] | None, rates: float | Sequence[float], depth: int) -> dict[int, float]:
-    """The rate of each block in which a method prunes.
+    """Return the keep rate of each block in which a method prunes.
 
     Args:
-        locations: blocks, from 0; None for a quarter, a half and three quarters of the depth, as all the papers do.
-            Where a model is so shallow that two of these fall together, the later one counts.
-        rates: one number, or one a location.
+        locations: indices of blocks; None for a quarter, a half and three quarters of the depth, as in all the papers.
+            If a model is so shallow that two of these coincide, the later rate applies.
+        rates: one number, or one per location.
     """
     blocks = [depth * i // 4 for i in (1, 2, 3)]
     if locations is not None:
-        blocks = [int(block) for block in numbers_of("locations", locations)]
-    shares = [float(rates)] * len(blocks) if isinstance(rates, numbers.Real) else numbers_of("keep_rate", rates)
+        blocks = [int(block) for block in numbers_of("locations", locations, whole=True)]
+    is_number = isinstance(rates, numbers.Real)
+    shares = [float(rates)] * len(blocks) if is_number else numbers_of("keep_rate", rates, or_number=True)
     repeated = locations is not None and len(set(blocks)) != len(blocks)
-    if repeated or any(not 0 <= block < depth for block in blocks):
+    if not blocks or repeated or any(not 0 <= block < depth for block in blocks):
         raise ValueError(f"locations are blocks of the model, each once, from 0 to {depth - 1}; got {blocks}")
     if len(shares) != len(blocks):
-        raise ValueError(f"keep_rate needs one number or one a location, {len(blocks)}; got {rates}")
+        raise ValueError(f"keep_rate needs one number, or one per location, {len(blocks)}; got {rates}")
     if not all(0 < share <= 1 for share in shares):
         raise ValueError(f"keep_rate is a share of the tokens, above 0 and up to 1; got {rates}")
     return dict(zip(blocks, shares, strict=True))
 
 
 METHODS: dict[str, type[Any]] = {}
-"""The methods by the name that `reduce_tokens` takes; each family's file adds its own."""
+"""The class of each method, by the name that `reduce_tokens` accepts; each family's file adds its own."""
 
 
 class Decided(NamedTuple):
-    """What the losses need of a model that decides while it trains (`forward_decided`)."""
+    """The outputs of `forward_decided`, from which the losses of models with keep decisions are computed."""
 
     logits: Tensor
     """[B, classes]"""
     tokens: Tensor
-    """[B, N, C]: the patch tokens behind the final norm."""
+    """[B, N, C]: the patch tokens after the final norm."""
     decisions: list[Tensor]
-    """For each stage [B, N] of 1 for kept and 0 for dropped tokens, with gradient."""
+    """[B, N] for each stage: 1 for kept and 0 for dropped tokens, differentiable."""
     mask: Tensor | None
-    """[B, N]: the last decision; None if the loss on tokens counts all of them."""
+    """[B, N]: the last decision; None if the token loss includes all tokens."""
 
 
 class TokenStage(NamedTuple):
-    """The tokens behind one block (`trace_tokens`)."""
+    """The positions and sizes of the tokens after one block, returned by `trace_tokens`."""
 
     block: int
     assign: Tensor
-    """[B, N0] int64: the place of each token of the first block among those of now, prefix included; -1 if dropped."""
+    """[B, N0] int64: the index, among the current tokens, of each token of the first block, prefix included; -1 if
+    dropped."""
     size: Tensor | None
-    """[B, N]: how many tokens each one stands for; None if none was merged."""
+    """[B, N]: how many tokens of the first block each token represents; None if none has been merged."""
+    stage: int | None = None
+    """The stage of `block` in a hierarchical model, where all positions stay and -1 marks those on the fast path."""
 
 
 class TokenReducedViT(IsotropicBackbone):
     """A vision transformer with a reducer in each block.
 
     Args:
-        method: what the reducers do.
-        vit_args: as of timm's `VisionTransformer`.
+        method: the reduction method, which creates the reducers.
+        vit_args: arguments of timm's `VisionTransformer`.
     """
 
-    # TorchScript compiles all other properties, and reads all of them: they must not raise.
-    __jit_unused_properties__: ClassVar[list[str]] = ["keep_rates", "reducers"]
+    # TorchScript does not compile these properties. It still reads them, so they must not raise.
+    __jit_unused_properties__: ClassVar[list[str]] = ["target_keep_rates", "reducers"]
 
     def __init__(self, *, method: ReductionMethod, **vit_args: Any) -> None:
         super().__init__(**vit_args)
@@ -202,17 +235,17 @@ class TokenReducedViT(IsotropicBackbone):
         return [block.reducer for block in self.blocks]  # type: ignore[misc]
 
     @property
-    def keep_rates(self) -> list[float]:
-        """The share of the first block's patches that each stage should keep, if the method learns what to keep."""
+    def target_keep_rates(self) -> list[float]:
+        """The target share of the first block's patches for each stage, for methods that learn which tokens to keep."""
         learning = [reducer for reducer in self.reducers if hasattr(reducer, "predictor")]
         return [reducer.keep_rate for reducer in learning]  # type: ignore[misc]
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_keep_rate(self, rate: float | Sequence[float]) -> None:
-        """Change what the pruning blocks keep, without new weights.
+        """Change the keep rates of the pruning blocks; the weights do not change.
 
         Args:
-            rate: as the method's own `keep_rate`; if a sequence, one number for each block that prunes.
+            rate: one number, with the meaning of the method's `keep_rate`, or one rate for each block that prunes.
         """
         pruning = [i for i, reducer in enumerate(self.reducers) if hasattr(reducer, "keep_rate")]
         method: Any = self.method
@@ -221,10 +254,15 @@ class TokenReducedViT(IsotropicBackbone):
                 f"{type(method).__name__} has no keep rate that can be changed; reduce_tokens makes another model on "
                 "the same weights"
             )
-        method = dataclasses.replace(method, keep_rate=rate, locations=pruning)
-        for block, share in method.stages(len(self.blocks)).items():
+        depth = len(self.blocks)
+        changed = dataclasses.replace(method, keep_rate=rate, locations=pruning)
+        if method.locations is None and isinstance(rate, numbers.Real):
+            by_depth = dataclasses.replace(method, keep_rate=rate)
+            if set(by_depth.stages(depth)) == set(pruning):  # not so if `features_only` has cut blocks off
+                changed = by_depth
+        for block, share in changed.stages(depth).items():
             self.reducers[block].keep_rate = share  # type: ignore[assignment]
-        self.method = method
+        self.method = changed
 
     def initial_state(self, x: Tensor, grid: tuple[int, int], dense: bool = False) -> TokenState:  # type: ignore[override]
         return initial_state(x, dense and not self.merges)
@@ -234,20 +272,23 @@ class TokenReducedViT(IsotropicBackbone):
         return spread[:, : self.num_prefix_tokens], spread[:, self.num_prefix_tokens :]
 
     def final_tokens(self, x: Tensor, state: TokenState) -> Tensor:  # type: ignore[override]
-        """The remaining tokens [B, M, C]; spread over all places if tokens were merged and the head pools over them.
+        """Normalise the remaining tokens [B, M, C], and undo merging if the head pools over all tokens.
 
-        While training with masks they are weighted so that the mean over all patches is that over kept ones.
+        In training with masks, tokens are weighted such that their mean over all patches is the mean over kept patches.
         """
         x = self.norm(x)
         policy = state.policy
+        if policy is not None and self.global_pool not in ("token", "avg", ""):
+            raise ValueError("this pooling cannot leave out masked patches; use global_pool token or avg")
         if policy is not None and self.global_pool == "avg":
-            prefix, kept = policy[:, : self.num_prefix_tokens], policy[:, self.num_prefix_tokens :]
+            num_prefix = 0 if self.pool_include_prefix else self.num_prefix_tokens
+            prefix, kept = policy[:, :num_prefix], policy[:, num_prefix:]
             weight = kept / kept.mean(1, keepdim=True).clamp(min=1 / kept.shape[1])
             x = x * torch.cat([prefix, weight], 1).unsqueeze(2)
         return on_raster(x, state) if self.merges and self.global_pool != "token" else x
 
     def _walk(self, x: Tensor) -> Iterator[tuple[Tensor, TokenState]]:
-        """Tokens and state behind each block."""
+        """Yield the tokens and the state after each block."""
         x, grid = self._embed(x)
         state = self.initial_state(x, grid)
         for block in self.blocks:
@@ -256,12 +297,12 @@ class TokenReducedViT(IsotropicBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def trace_tokens(self, x: Tensor) -> list[TokenStage]:
-        """Where the tokens of pictures [B, 3, H, W] are behind each block."""
+        """Return the positions and sizes of the tokens of images [B, 3, H, W] after each block."""
         return [TokenStage(i, state.assign, state.size) for i, (_, state) in enumerate(self._walk(x))]
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def forward_decided(self, x: Tensor) -> Decided:
-        """Classify, and tell what the losses of a method with decisions need; in training mode nothing is dropped."""
+        """Classify images, and return what the losses on decisions need; in training mode, no token is dropped."""
         (x, state), prefix = deque(self._walk(x), maxlen=1).pop(), self.num_prefix_tokens
         mask = None if state.policy is None else state.policy[:, prefix:]
         logits = self.forward_head(self.final_tokens(x, state))
@@ -272,29 +313,35 @@ R = TypeVar("R", bound=TokenReducedViT)
 
 
 def create_reduced(
-    kind: type[R], name: str, pretrained: bool, method: ReductionMethod, filter_fn: Callable[..., Any], **kwargs: Any
+    kind: type[R], name: str, pretrained: bool, method: type[Any], filter_fn: Callable[..., Any], **kwargs: Any
 ) -> R:
-    """A registered model: timm's builder, with features on the raster and any picture size unless `kwargs` say no."""
+    """Create a registered model with timm's builder; by default, features are maps and images may have any size.
+
+    Args:
+        method: class of the reduction method; its fields are removed from `kwargs`.
+        kwargs: arguments of `create_model`.
+    """
+    settings = {field.name: kwargs.pop(field.name) for field in dataclasses.fields(method) if field.name in kwargs}
     return build_model_with_cfg(
         kind,
         name,
         pretrained,
         pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=method,
+        method=method(**settings),
         **{"dynamic_img_size": True, "dynamic_img_pad": True, **kwargs},
     )
 
 
 class TokenReducedDistilledViT(TokenReducedViT, VisionTransformerDistilled):
-    """The same for DeiT with a distillation token and two classifiers."""
+    """DeiT with a distillation token, two classifiers, and a reducer in each block."""
 
 
 REDUCED: dict[type[VisionTransformer], type[TokenReducedViT]] = {
     VisionTransformer: TokenReducedViT,
     VisionTransformerDistilled: TokenReducedDistilledViT,
 }
-"""Our class for each class of models that can be reduced, the special behind the general; families add theirs."""
+"""Our class for each reducible class of models, with subclasses after their base classes; families add their own."""
 
 
 def _reduced_block(block: nn.Module, reducer: TokenReducer) -> nn.Module:
@@ -325,16 +372,16 @@ def _plain_block(block: nn.Module) -> nn.Module:
 
 
 def reduce_tokens(model: VisionTransformer, method: str | ReductionMethod, **settings: Any) -> TokenReducedViT:
-    """A view of a vision transformer that merges or drops tokens on the way; weights are shared, not copied.
+    """Return a view of a vision transformer that merges or drops tokens; weights are shared, not copied.
 
     Args:
-        model: any `VisionTransformer` of timm (ViT, DeiT, DeiT III, DINOv2, SigLIP, MAE, …), or one that this function
-            returned: then the other method takes the place of the first.
+        model: any `VisionTransformer` of timm (ViT, DeiT, DeiT III, DINOv2, SigLIP, MAE, …), or a model returned by
+            this function, whose method is then replaced.
         method: "tome", "evit", "dynamicvit", "eet", "spatten", or an instance such as `ToMe(r=13)`.
-        settings: of the method, if it was named: `r=13`, `keep_rate=0.7`, …
+        settings: arguments of a method given by name: `r=13`, `keep_rate=0.7`, …
 
     Raises:
-        ValueError: for an unknown method or setting, and for models whose blocks are built in another way.
+        ValueError: for an unknown method or setting, and for models with unsupported blocks.
 
     Example:
         >>> vit = timm.create_model("vit_small_patch16_224", pretrained=True)
@@ -366,7 +413,7 @@ def reduce_tokens(model: VisionTransformer, method: str | ReductionMethod, **set
 
 
 def restore_tokens(model: TokenReducedViT) -> VisionTransformer:
-    """The way back: a plain model of timm on the same weights, without reducers."""
+    """Return the model without reducers: a plain model of timm that shares the same weights."""
     kind = next((plain for plain, reduced in reversed(REDUCED.items()) if isinstance(model, reduced)), None)
     if kind is None:
         raise ValueError(f"restore_tokens takes what reduce_tokens returned; got {type(model).__name__}")

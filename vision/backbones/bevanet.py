@@ -1,19 +1,19 @@
-"""BEVANet: two branches that exchange what they see, one for context down to 1/32, one for detail at 1/8.
+"""BEVANet: two branches that exchange features, one for context down to 1/32, one for detail at 1/8.
 
 Paper: "BEVANet: Bilateral Efficient Visual Attention Network for Real-time Semantic Segmentation" (ICIP 2025, arXiv
-2508.07300), on the plan of PIDNet (CVPR 2023, arXiv 2206.02066). Code and weights: github.com/maomao0819/BEVANet (MIT);
-files on Google Drive. This is the form that is pretrained on ImageNet; segmentation/bevanet.py goes on from its first
-four stages.
+2508.07300), based on PIDNet (CVPR 2023, arXiv 2206.02066). Code and weights: github.com/maomao0819/BEVANet (MIT);
+files on Google Drive. This is the classifier pretrained on ImageNet; segmentation/bevanet.py builds on its first four
+stages.
 
 What is unusual:
-* Stages pass on two maps: context, and from the third stage on detail. The third and the fourth stage each refine the
-  detail and mix the context into it, position by position (`PagFM`); the last brings both together.
-* So the second feature map, at 1/8, is the end of the detail branch: asking for it alone runs four stages. The
-  fourth map, at 1/32, is the context before the two are brought together; `features_only` leaves it out unless asked.
-* The detail leaves the third stage through ReLU, before the fourth stage and an auxiliary head see it: the authors'
-  code does that in place, on a tensor that it also keeps.
-* Pictures need no multiple of 32: sides are rounded up at each stride, and maps take each other's sizes.
-* A block's channel gates and a 1 x 1 map go through batch norm, so training takes two pictures or more.
+* Stages pass on two maps: context and, from the third stage on, detail. The third and the fourth stage each refine the
+  detail and fuse the context into it, position by position (`PagFM`); the last stage joins both branches.
+* Therefore the second feature map, at 1/8, is the end of the detail branch: requesting it alone runs four stages. The
+  fourth map, at 1/32, is the context before the branches are joined; `features_only` omits it unless requested.
+* The detail leaves the third stage through ReLU, before the fourth stage and an auxiliary head read it: the authors'
+  code applies that in place, to a tensor that it also keeps.
+* Images need not be multiples of 32: sizes are rounded up at each stride, and maps are resized to each other's sizes.
+* A block's channel gates and a 1 x 1 map pass through batch norm, so training needs at least two images per batch.
 """
 
 import math
@@ -39,13 +39,13 @@ CONTEXT_KERNEL, DETAIL_KERNEL = 35, 23
 
 
 def conv_norm(in_dim: int, dim: int, kernel_size: int, *, stride: int = 1, **dd: Any) -> list[nn.Module]:
-    """A convolution without bias and batch norm, at a stride the map's sides rounded up."""
+    """Return a bias-free convolution and batch norm; a stride rounds the map size up."""
     conv = nn.Conv2d(in_dim, dim, kernel_size, stride=stride, padding=kernel_size // 2, bias=False, **dd)
     return [conv, nn.BatchNorm2d(dim, **dd)]
 
 
 class Stem(nn.Module):
-    """[B, in_chans, H, W] to [B, dim, H / 4, W / 4], rounded up, channels_last."""
+    """Downsample [B, in_chans, H, W] to [B, dim, ceil(H / 4), ceil(W / 4)], channels_last."""
 
     def __init__(self, in_chans: int, dim: int, **dd: Any) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's: two 3 x 3 convolutions beside a shortcut. `act`: whether ReLU follows the sum."""
+    """ResNet's basic block: two 3 x 3 convolutions and a shortcut. `act`: whether ReLU follows the sum."""
 
     def __init__(self, in_dim: int, dim: int, *, stride: int = 1, act: bool = True, **dd: Any) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet's, twice as wide outside as inside, without ReLU after the sum."""
+    """ResNet's bottleneck, twice as wide outside as inside, without ReLU after the sum."""
 
     def __init__(self, in_dim: int, inner_dim: int, *, stride: int = 1, **dd: Any) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Bottleneck(nn.Module):
 
 
 class EVANBlock(nn.Module):
-    """A block of VAN with SDLSKA for its gate, and a layer norm after it; [B, C, H, W]."""
+    """A VAN block with SDLSKA as its gate, followed by a layer norm; [B, C, H, W]."""
 
     def __init__(self, dim: int, kernel_size: int, *, drop_path: float = 0.0, **dd: Any) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class EVANBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The scales, and the convolutions normally by the size of their output, biases zero."""
+        """Initialise the scales, and the convolutions as normal by their fan-out with zero biases."""
         nn.init.constant_(self.layer_scale_1, 1e-2)
         nn.init.constant_(self.layer_scale_2, 1e-2)
         for conv in self.modules():
@@ -126,9 +126,9 @@ class EVANBlock(nn.Module):
 
 
 class PagFM(nn.Module):
-    """PIDNet's pixel-attention-guided fusion: detail and context to a mixture of both, at the detail's size.
+    """Fuse detail and context by PIDNet's pixel-attention guidance, at the size of the detail.
 
-    The share of the context at a position is the sigmoid of the product of their projections.
+    The weight of the context at a position is the sigmoid of the dot product of their projections.
     """
 
     def __init__(self, dim: int, inner_dim: int, **dd: Any) -> None:
@@ -145,21 +145,21 @@ class PagFM(nn.Module):
 
 
 class Beginning(nn.Module):
-    """Detail of a stage before the branches part: the stage's own map."""
+    """Start the detail branch from the stage's own map."""
 
     def forward(self, context: Tensor, detail: Tensor) -> Tensor:
         return context
 
 
 class Bypass(nn.Module):
-    """Detail that a stage passes on as it is."""
+    """Pass the detail on unchanged."""
 
     def forward(self, context: Tensor, detail: Tensor) -> Tensor:
         return detail
 
 
 class DetailBranch(nn.Module):
-    """Layers of the detail branch, and the stage's context mixed into what they make."""
+    """Apply layers of the detail branch, then fuse the stage's context into the result."""
 
     def __init__(self, layers: Sequence[nn.Module], context_dim: int, dim: int, *, act: bool, **dd: Any) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class DetailBranch(nn.Module):
 
 
 class BilateralStage(Stage):
-    """A stage of context, and what becomes of the detail beside it."""
+    """Run a stage of the context branch and update the detail alongside."""
 
     def __init__(self, blocks: Sequence[nn.Module], *, detail: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(blocks, **kwargs)
@@ -197,7 +197,7 @@ class BilateralStage(Stage):
 
 
 class JoiningStage(BilateralStage):
-    """The last stage of the classifier: context, and the detail brought down to its size and added."""
+    """The last stage of the classifier: downsample the detail to the size of the context and add it."""
 
     def __init__(self, blocks: Sequence[nn.Module], *, project: nn.Module, down: nn.Module, **kwargs: Any) -> None:
         super().__init__(blocks, detail=Bypass(), **kwargs)
@@ -208,7 +208,7 @@ class JoiningStage(BilateralStage):
 
 
 def _residual(in_dim: int, dim: int, depth: int, stride: int, *, act: bool = True, **dd: Any) -> list[nn.Module]:
-    """`act`: whether ReLU follows the last of the blocks."""
+    """Return a sequence of basic blocks; `act`: whether ReLU follows the last one."""
     return [
         BasicBlock(dim if i else in_dim, dim, stride=1 if i else stride, act=act or i < depth - 1 or depth == 1, **dd)
         for i in range(depth)
@@ -218,7 +218,7 @@ def _residual(in_dim: int, dim: int, depth: int, stride: int, *, act: bool = Tru
 def bilateral_stages(
     depths: Sequence[int], dim: int, drop_paths: Sequence[Sequence[float]], **dd: Any
 ) -> list[BilateralStage]:
-    """The four stages that classifier and segmenter share; `depths` and `drop_paths` as in `BEVANet`."""
+    """Return the four stages shared by classifier and segmenter; `depths` and `drop_paths` are those of `BEVANet`."""
     detail_dim = 2 * dim
     early = _residual(detail_dim, detail_dim, depths[0], 1, act=False, **dd)
     late = [BasicBlock(detail_dim, detail_dim, **dd), EVANBlock(detail_dim, DETAIL_KERNEL, **dd)]
@@ -246,10 +246,10 @@ class BEVANet(HierarchicalBackbone):
 
     Args:
         depths: residual blocks of the first three stages, EVAN blocks of the other two. The detail branch begins with
-            as many as the first stage.
-        embed_dim: channels of the first stage; each further one has twice as many.
+            as many blocks as the first stage.
+        embed_dim: channels of the first stage; each later one has twice as many.
         last_dim: channels that are pooled.
-        drop_path_rate: of the EVAN blocks of the context.
+        drop_path_rate: stochastic depth of the context's EVAN blocks.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class BEVANet(HierarchicalBackbone):
             output_fmt="NCHW",
         )
         self.last_conv: nn.Module = nn.Sequential(*conv_norm(16 * dim, last_dim, 1, **dd), nn.ReLU(inplace=True))
-        self.ends_in_detail = False  # pruned, and the last map asked for is that of the detail
+        self.ends_in_detail = False  # True if pruned such that the last requested map is the detail
         self.refine: nn.Module = Bottleneck(2 * dim, 2 * dim, **dd)
         self.stages: Any = nn.ModuleList(self.stages)  # torch.nn.Sequential cannot pass on two maps
         self.num_features = last_dim
@@ -300,7 +300,7 @@ class BEVANet(HierarchicalBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """What of a stage is not a block counts with its last block."""
+        """Group modules by depth; modules of a stage outside its blocks join the last block's group."""
         groups: dict[str, Any] = super().group_matcher(coarse)
         others = r"^stages\.(\d+)\.(?:detail|project|down)\."
         groups["blocks"] += [(r"^(?:refine|last_conv)\.", (99999,)), *([] if coarse else [(others, (99999,))])]
@@ -313,8 +313,8 @@ class BEVANet(HierarchicalBackbone):
                 module.grad_checkpointing = enable
 
     def forward_branches(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A picture to what the branches hold after four stages: context [B, 8 * dim, H / 32, W / 32], detail [B, 2 *
-        dim, H / 8, W / 8], and the detail as it left the third stage."""
+        """Return both branches after four stages: context [B, 8 * dim, H / 32, W / 32], detail [B, 2 * dim, H / 8,
+        W / 8], and the detail as it left the third stage."""
         context = self.stem(x)
         detail = earlier = context
         for i, stage in enumerate(self.stages):
@@ -341,7 +341,7 @@ class BEVANet(HierarchicalBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As the base's; index 1 is the detail at the end of its branch."""
+        """Return intermediate features as the base class does; index 1 is the detail at the end of its branch."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC'; got {output_fmt!r}")
         taken, _ = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
@@ -364,7 +364,7 @@ class BEVANet(HierarchicalBackbone):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what those intermediates do not need, also the detail branch; returns their absolute indices."""
+        """Remove all that these intermediates do not need, including the detail branch; return absolute indices."""
         taken, last = feature_take_indices(len(self.stages), indices)  # type: ignore[arg-type]
         count = _stages_for(taken)
         shortened = count < len(self.stages)
@@ -386,12 +386,12 @@ class BEVANet(HierarchicalBackbone):
 
 
 def _stages_for(indices: Sequence[int]) -> int:
-    """How many stages those feature maps need."""
+    """Return the number of stages that these feature maps need."""
     return max(4 if index == 1 else index + 1 for index in indices)
 
 
 _PARTS = [
-    (r"(?<!mlp)\.(?:pw|dw)conv\.(weight|bias)$", r".\1"),  # there each convolution is alone in a module of its own
+    (r"(?<!mlp)\.(?:pw|dw)conv\.(weight|bias)$", r".\1"),  # the authors wrap each convolution in a module of its own
     (r"\bDW_conv_([hv])\.", r"conv0\1."),
     (r"\bDW_conv\.", "conv0."),
     (r"\bDW_D_conv_([hv])\.", r"conv_spatial_\1."),
@@ -406,7 +406,7 @@ _PARTS = [
 
 
 def rename_parts(name: str) -> str:
-    """The authors' name of a parameter of a block or a mixer to ours, wherever in a network that is."""
+    """Convert the authors' name of a parameter of a block or mixer to ours, anywhere in a network."""
     for pattern, replacement in _PARTS:
         name = re.sub(pattern, replacement, name)
     return name
@@ -427,7 +427,7 @@ TRUNK = [
     *((rf"fuse_sd_{k}\.", f"stages.{k - 1}.detail.fuse.") for k in (3, 4)),
     (r"layer5_detail_semantic\.0\.", "refine."),
 ]
-"""(pattern, replacement) from the authors' names to ours, of the stages that classifier and segmenter share."""
+"""(pattern, replacement) from the authors' names to ours, for the stages that classifier and segmenter share."""
 
 _CLASSIFIER = [
     (r"layer5_down_semantic_cls\.0\.", "stages.4.downsample."),
@@ -441,7 +441,7 @@ _CLASSIFIER = [
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """The authors' names to ours."""
+    """Rename the authors' parameters to ours."""
     state_dict = {rename_parts(name): tensor for name, tensor in unwrap(checkpoint).items()}
     state_dict = rename(state_dict, [*TRUNK, *_CLASSIFIER])
     refuse_mismatch(state_dict, model)

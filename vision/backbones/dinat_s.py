@@ -1,14 +1,14 @@
-"""DiNAT_s: Swin's pyramid with (dilated) neighborhood attention in place of its windows.
+"""DiNAT_s: Swin's pyramid with (dilated) neighborhood attention in place of window attention.
 
 Paper: Hassani and Shi, "Dilated Neighborhood Attention Transformer" (arXiv 2209.15001), its alternative model for a
 like-for-like comparison with Swin. Code and weights: github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT.
 
 What is unusual:
-* Against DiNAT (`nat.py`): a 4 x 4 patch embedding, patch merging that normalises before it projects, shallower stages,
-  an MLP ratio of 4, and no scaled residual branches.
+* Compared with DiNAT (`nat.py`): a 4 x 4 patch embedding, patch merging that normalises before it projects, shallower
+  stages, an MLP ratio of 4, and no layer scale on the residual branches.
 * The image is padded at the end of its axes to whole patches, a map to an even size before merging.
-* `stem_stride` 2 or 1 lets the 4 x 4 patches overlap, for small pictures; the weights keep their shape.
-* `dilations` is no part of the weights and changes with the image, as in `nat.py`.
+* `stem_stride` 2 or 1 lets the 4 x 4 patches overlap, for small images; the weights keep their shape.
+* `dilations` is not part of the weights and changes with the image size, as in `nat.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from ._patterns import Pattern, per_stage
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] to [B, H / stride, W / stride, dim], rounded up, from 4 x 4 patches centred on their stride."""
+    """Embed [B, C, H, W] as [B, ceil(H / stride), ceil(W / stride), dim], by 4 x 4 patches centred on their stride."""
 
     def __init__(self, in_chans: int, dim: int, *, stride: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         before = (4 - self.stride) // 2
-        after = 3 - before  # as many as any size needs: the convolution leaves out what is no whole patch
+        after = 3 - before  # the maximum that any size needs: the convolution drops incomplete patches
         x = F.pad(x, [before, after, before, after])
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
-    """[B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up, from the four positions of each 2 x 2 square."""
+    """Merge each 2 x 2 square of [B, H, W, C] into one position: [B, ceil(H / 2), ceil(W / 2), 2 C]."""
 
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One row and column more than an even map needs, and no remainder of a size: exporting slows down a hundredfold
-        # where maps of maps of remainders have to be proven even.
+        # Pad one row and column more than an even map needs, without the remainder of a size: exporting becomes a
+        # hundred times slower if it has to prove that nested remainders are even.
         x = F.pad(x, [0, 0, 0, 1, 0, 1]).unfold(1, 2, 2).unfold(2, 2, 2)  # [B, H / 2, W / 2, C, 2, 2]
         return self.reduction(self.norm(x.permute(0, 1, 2, 5, 4, 3).flatten(3)))
 
 
 class DiNATsBlock(nn.Module):
-    """Neighborhood attention, then an MLP, each normalised before and added to what came in; [B, H, W, C]."""
+    """Apply neighborhood attention and an MLP as pre-norm residual branches; [B, H, W, C]."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class DiNATsBlock(nn.Module):
 
 
 class DiNATs(HierarchicalBackbone):
-    """DiNAT_s; arguments as of `nat.NAT`."""
+    """DiNAT_s; the arguments are those of `nat.NAT`."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class DiNATs(HierarchicalBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(num_heads) != len(depths):
-            raise ValueError(f"num_heads needs one entry a stage, {len(depths)}; got {tuple(num_heads)}")
+            raise ValueError(f"num_heads needs one entry per stage, {len(depths)}; got {tuple(num_heads)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -164,7 +164,7 @@ class DiNATs(HierarchicalBackbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours; also of the segmentation and detection backbones (`norm0` to `norm3`, no head)."""
+    """Rename published parameters to ours; also accept dense-task backbones (`norm0` to `norm3`, no head)."""
     rules = [
         (r"patch_embed\.", "stem."),
         (r"norm(\d)\.", r"stages.\1.out_norm."),
@@ -214,7 +214,7 @@ default_cfgs = generate_default_cfgs(
         "dinat_s_tiny.in1k": _cfg("imagenet1k/dinat_s_tiny_in1k_224.pth"),
         "dinat_s_small.in1k": _cfg("imagenet1k/dinat_s_small_in1k_224.pth"),
         "dinat_s_base.in1k": _cfg("imagenet1k/dinat_s_base_in1k_224.pth"),
-        # The files of the large model say in1k; the authors' table has them pre-trained on ImageNet-22k.
+        # The file names of the large model say in1k; the authors' table lists it as pre-trained on ImageNet-22k.
         "dinat_s_large.in22k_ft_in1k": _cfg("imagenet1k/dinat_s_large_in1k_224.pth"),
         "dinat_s_large.in22k": _cfg("imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841),
         "dinat_s_large_384.in22k_ft_in1k": _cfg(

@@ -1,16 +1,16 @@
-"""DynamicViT: before three blocks of the transformer a predictor says which patches are dropped; on DeiT and LV-ViT.
+"""DynamicViT: DeiT and LV-ViT in which a predictor before each of three blocks selects the patches to drop.
 
 Paper: Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification" (NeurIPS 2021, arXiv
-2106.02034). Code and weights: github.com/raoyongming/DynamicViT, MIT. Any other ViT: `reduce_tokens(model,
-"dynamicvit", keep_rate=0.7)`, with predictors to be trained.
+2106.02034). Code and weights: github.com/raoyongming/DynamicViT, MIT. To reduce any other ViT, use
+`reduce_tokens(model, "dynamicvit", keep_rate=0.7)` and train the predictors.
 
 What is unusual:
-* The shares that stay are powers of the rate and of the first block's patches, rounded down: 196, 137, 96, 67 at 0.7.
-  They follow the image's size; the published code is bound to 14 x 14 patches.
-* While training nothing is dropped. Each predictor draws a decision for every patch that is left, and attention sees
-  the others masked: `forward_decided` gives what the losses need. Training is therefore no faster.
-* Files of a dense DeiT or LV-ViT load too: predictors are fresh then, which is how training starts.
-* Fine-tuning leaves class token and positions as they are, see configs/recipes/dynamicvit_finetune.yaml.
+* Each stage keeps a power of the rate, relative to the patches of the first block, and the count is rounded down: 196,
+  137, 96, 67 at 0.7. The counts scale with the image size; the published code is fixed to 14 x 14 patches.
+* No token is dropped in training. Each predictor samples a decision for every remaining patch, and attention masks the
+  others; `forward_decided` returns what the losses need. Training is therefore no faster.
+* Files of a dense DeiT or LV-ViT load as well, with newly initialised predictors; training starts this way.
+* Fine-tuning freezes the class token and the positions, see configs/recipes/dynamicvit_finetune.yaml.
 """
 
 import numbers
@@ -25,19 +25,19 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
 from ...mixers.token_predictor import PolicyAttention, PredictedPruning
 from ...mixers.token_reduction import TokenReducer
-from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, unwrap
+from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, trained_settings, unwrap
 from ._token_reduction import METHODS, TokenReducedViT, create_reduced, numbers_of, stage_blocks
 from .lvvit import TokenReducedLVViT
 
 
 @dataclass(frozen=True)
 class DynamicViT:
-    """Pruning by predictors.
+    """Prune patches by learned predictors.
 
     Args:
-        keep_rate: share of the patches that each location leaves of those before it; or of each location the share of
-            the first block's patches that it leaves.
-        locations: blocks, from 0; None for a quarter, a half and three quarters of the depth.
+        keep_rate: one number: the share of the remaining patches that each location keeps; or one number per location:
+            the share of the first block's patches that remains after it.
+        locations: indices of blocks; None for a quarter, a half and three quarters of the depth.
     """
 
     keep_rate: float | Sequence[float] = 0.7
@@ -46,18 +46,18 @@ class DynamicViT:
     merges: ClassVar[bool] = False
 
     def _rates(self) -> list[float]:
-        """The share of the first block's patches that each location leaves."""
+        """Return the share of the first block's patches that remains after each location."""
         if not isinstance(self.keep_rate, numbers.Real):
-            return numbers_of("keep_rate", self.keep_rate)
-        count = 3 if self.locations is None else len(numbers_of("locations", self.locations))
+            return numbers_of("keep_rate", self.keep_rate, or_number=True)
+        count = 3 if self.locations is None else len(numbers_of("locations", self.locations, whole=True))
         return [float(self.keep_rate) ** (i + 1) for i in range(count)]
 
     def stages(self, depth: int) -> dict[int, float]:
-        """The share of the first block's patches that each block with a predictor leaves."""
+        """Return the share of the first block's patches that remains after each block with a predictor."""
         rates = self._rates()
+        stages = stage_blocks(self.locations, rates, depth)
         if sorted(rates, reverse=True) != rates:
             raise ValueError(f"keep_rate is of the first block's patches, so it may not rise; got {self.keep_rate}")
-        stages = stage_blocks(self.locations, rates, depth)
         if sorted(stages) != list(stages):
             raise ValueError(f"locations are blocks in order, as keep_rate is; got {self.locations}")
         return stages
@@ -84,7 +84,7 @@ METHODS["dynamicvit"] = DynamicViT
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: TokenReducedViT) -> StateDict:
-    """The authors' names to ours; a dense model's file gets the model's own predictors."""
+    """Rename the authors' parameters to ours; add the model's initial predictors to the file of a dense model."""
     deciding = [i for i, reducer in enumerate(model.reducers) if isinstance(reducer, PredictedPruning)]
     rules = [(rf"score_predictor\.{n}\.", f"blocks.{i}.reducer.predictor.") for n, i in enumerate(deciding)]
     state_dict: StateDict = vit_filter_fn(rename(unwrap(checkpoint), rules), model)  # type: ignore[assignment]
@@ -94,18 +94,11 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: TokenReducedViT) 
     return state_dict
 
 
-def _create_dynamicvit(
-    kind: type[TokenReducedViT],
-    name: str,
-    pretrained: bool,
-    *,
-    keep_rate: float | Sequence[float] = 0.7,
-    locations: Sequence[int] | None = None,
-    **kwargs: Any,
-) -> TokenReducedViT:
+def _create_dynamicvit(kind: type[TokenReducedViT], name: str, pretrained: bool, **kwargs: Any) -> TokenReducedViT:
     if pretrained:
         refuse_drive(name, kwargs)
-    return create_reduced(kind, name, pretrained, DynamicViT(keep_rate, locations), checkpoint_filter_fn, **kwargs)
+    settings = {**trained_settings(name, kwargs, _TRAINED_WITH), **kwargs}
+    return create_reduced(kind, name, pretrained, DynamicViT, checkpoint_filter_fn, **settings)
 
 
 def _cfg(drive_id: str, **settings: Any) -> dict[str, Any]:
@@ -127,6 +120,7 @@ def _cfg(drive_id: str, **settings: Any) -> dict[str, Any]:
     }
 
 
+_TRAINED_WITH = {"r07_in1k": {"keep_rate": 0.7}, "r05_in1k": {"keep_rate": 0.5}}
 _LVVIT = {"first_conv": "patch_embed.conv1", "classifier": ("head", "aux_head")}
 
 default_cfgs = generate_default_cfgs(

@@ -1,15 +1,15 @@
-"""Dynamic ConvNeXt: in the third stage the MLP is for the best positions only; convolutions see all of the map.
+"""Dynamic ConvNeXt: the third stage applies the MLP to the best positions only, and convolutions to the whole map.
 
 Papers: Rao et al., "Dynamic Spatial Sparsification for Efficient Vision Transformers and Convolutional Neural Networks"
 (TPAMI 2023, arXiv 2207.01580); Liu et al., "A ConvNet for the 2020s" (arXiv 2201.03545). Code and weights:
-github.com/raoyongming/DynamicViT, MIT. Files of a dense ConvNeXt, Facebook's or timm's, load as well: then predictors
-and fast ways are fresh, which is how training starts.
+github.com/raoyongming/DynamicViT, MIT. Files of a dense ConvNeXt, Facebook's or timm's, load as well, with newly
+initialised predictors and fast paths; training starts this way.
 
 What is unusual:
-* Nothing is ever dropped: a position that is not among the best gets one linear layer in place of the MLP, and each
-  predictor chooses from all positions again. Of a 14 x 14 map 137, 97 and 58 are kept: 0.7 - 0.2 is a little less than
-  0.5 in floating point, and the authors' counts come from that.
-* Images that are not a multiple of 4, and maps of odd sides, are filled up with zeros; the published code cuts off.
+* No position is ever dropped: those that are not among the best get one linear layer instead of the MLP, and each
+  predictor selects from all positions again. The MLP is applied to 137, 97 and 58 positions of a 14 x 14 map: the
+  authors' count of 97 is due to 0.7 - 0.2, which is slightly less than 0.5 in floating point.
+* Images whose sides are not multiples of 4, and maps with odd sides, are padded with zeros; the published code crops.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...mixers.token_predictor import PredictorLG
-from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, unwrap
+from ._checkpoints import StateDict, drive_url, refuse_drive, refuse_mismatch, rename, trained_settings, unwrap
 from ._dynamic import DynamicBackbone, DynamicBlock, DynamicStage, keep_ratios, with_fresh_predictors
 from ._hierarchical import HierarchicalBackbone, Stage
 
 
 class PatchConv2d(nn.Conv2d):
-    """A convolution whose stride is its kernel; what is missing to whole patches below and on the right is zeros.
+    """Convolve with a stride equal to the kernel size, padding incomplete patches with zeros at the bottom and right.
 
-    It always pads by all but one position, which the stride leaves out again where it is too much: while exporting, the
-    size of the output stays a simple symbol.
+    The padding is always the kernel size minus one, and the stride skips what is too much. So the size of the output
+    remains a simple symbol while exporting.
     """
 
     def __init__(self, in_chans: int, dim: int, size: int, *, device: Any = None, dtype: Any = None) -> None:
@@ -46,7 +46,7 @@ class PatchConv2d(nn.Conv2d):
 
 
 class PlainBlock(ConvNeXtBlock):
-    """timm's block, which can initialise its own parameter again; [B, C, H, W]."""
+    """timm's ConvNeXt block on [B, C, H, W], with a `reset_parameters` for its layer scale."""
 
     def __init__(
         self, dim: int, *, init_values: float, drop_path: float, device: Any = None, dtype: Any = None
@@ -55,16 +55,16 @@ class PlainBlock(ConvNeXtBlock):
         self.init_values = init_values
 
     def reset_parameters(self) -> None:
-        """The layer scale only; the layers have their own."""
+        """Reset the layer scale; sub-modules reset their own parameters."""
         nn.init.constant_(self.gamma, self.init_values)  # type: ignore[arg-type]
 
 
 class DynamicConvNeXtBlock(DynamicBlock, PlainBlock):
-    """The block with two ways; [B, C, H, W].
+    """ConvNeXt's block on [B, C, H, W] with an MLP for the best positions and a linear layer for the others.
 
     Args:
-        keep_ratio: share of the positions that the MLP is for.
-        decides: whether the positions are chosen anew before this block.
+        keep_ratio: share of the positions to which the MLP is applied.
+        decides: whether a predictor selects the positions anew before this block.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DynamicConvNeXtBlock(DynamicBlock, PlainBlock):
         self.fast_path_gamma = nn.Parameter(torch.full((dim,), self.init_values, **dd))
 
     def reset_parameters(self) -> None:
-        """The two layer scales."""
+        """Reset the two layer scales; sub-modules reset their own parameters."""
         nn.init.constant_(self.gamma, self.init_values)  # type: ignore[arg-type]
         nn.init.constant_(self.fast_path_gamma, self.init_values)
 
@@ -97,13 +97,13 @@ class DynamicConvNeXtBlock(DynamicBlock, PlainBlock):
 
 
 class DynamicConvNeXt(DynamicBackbone):
-    """ConvNeXt whose third stage is dynamic.
+    """ConvNeXt with a dynamic third stage.
 
     Args:
-        keep_rate: share of the positions of the third stage that get the MLP behind the first location; 0.2 less behind
-            each one after that.
-        locations: blocks of the third stage before which the positions are chosen; the blocks before the first of them
-            are ordinary.
+        keep_rate: share of the third stage's positions to which the MLP is applied from the first location on; 0.2 less
+            from each later location on.
+        locations: blocks of the third stage before which a predictor selects the positions; the blocks before the first
+            location are ordinary.
         init_values: initial layer scale.
         drop_rate: dropout before the classifier.
     """
@@ -111,7 +111,7 @@ class DynamicConvNeXt(DynamicBackbone):
     def __init__(
         self,
         *,
-        keep_rate: float = 0.7,
+        keep_rate: float | Sequence[float] = 0.7,
         locations: Sequence[int] = (1, 2, 3),
         depths: Sequence[int] = (3, 3, 9, 3),
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -125,7 +125,7 @@ class DynamicConvNeXt(DynamicBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(dims) != len(depths) or len(depths) < 3:
-            raise ValueError(f"dims and depths need one entry a stage, 3 or more; got {tuple(dims)}, {tuple(depths)}")
+            raise ValueError(f"dims and depths need one entry per stage, 3 or more; got {tuple(dims)}, {tuple(depths)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages: list[Stage] = []
@@ -133,15 +133,15 @@ class DynamicConvNeXt(DynamicBackbone):
             downsample = (
                 nn.Sequential(LayerNorm2d(dims[i - 1], **dd), PatchConv2d(dims[i - 1], dim, 2, **dd)) if i else None
             )
-            where: Any = {"dim": dim, "reduction": 4 * 2**i, "downsample": downsample}
+            stage_args: Any = {"dim": dim, "reduction": 4 * 2**i, "downsample": downsample}
             if i == 2:
                 blocks = _dynamic_blocks(
                     dim, keep_ratios(keep_rate, locations, depths[i]), drop_paths[i], init_values, dd
                 )
-                stages.append(DynamicStage(blocks, **where))
+                stages.append(DynamicStage(blocks, **stage_args))
             else:
                 blocks = [PlainBlock(dim, init_values=init_values, drop_path=rate, **dd) for rate in drop_paths[i]]
-                stages.append(Stage(blocks, **where))
+                stages.append(Stage(blocks, **stage_args))
         super().__init__(
             nn.Sequential(PatchConv2d(in_chans, dims[0], 4, **dd), LayerNorm2d(dims[0], **dd)),
             stages,
@@ -153,7 +153,7 @@ class DynamicConvNeXt(DynamicBackbone):
 
     @staticmethod
     def init_module(module: nn.Module, name: str, needs_reset: bool) -> None:
-        """Convolutions as linear layers; all else as in the base."""
+        """Initialise convolutions like linear layers, and all other modules as the base class does."""
         if isinstance(module, nn.Conv2d):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
@@ -168,7 +168,7 @@ class DynamicConvNeXt(DynamicBackbone):
 def _dynamic_blocks(
     dim: int, ratios: Sequence[float | None], drop_paths: Sequence[float], init_values: float, dd: dict[str, Any]
 ) -> list[nn.Module]:
-    """The blocks of the dynamic stage, where `ratios` has a number behind a predictor of its own."""
+    """Build the blocks of the dynamic stage, with a predictor in each block whose entry in `ratios` is not None."""
     blocks: list[nn.Module] = []
     current: float | None = None
     for ratio, drop_path in zip(ratios, drop_paths, strict=True):
@@ -182,7 +182,7 @@ def _dynamic_blocks(
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: DynamicConvNeXt) -> StateDict:
-    """Published names to ours: the authors' files, and a dense ConvNeXt's of Facebook's repository or of timm."""
+    """Rename published parameters to ours, from the authors' files or a dense ConvNeXt's of Facebook or timm."""
     stage: Any = model.stages[2]
     deciding = [i for i, block in enumerate(stage.blocks) if getattr(block, "predictor", None) is not None]
     state_dict = rename(
@@ -213,7 +213,7 @@ def _create_convnext(name: str, pretrained: bool, **kwargs: Any) -> DynamicConvN
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **kwargs,
+        **{**trained_settings(name, kwargs, _TRAINED_WITH), **kwargs},
     )
 
 
@@ -235,6 +235,8 @@ def _cfg(drive_id: str) -> dict[str, Any]:
         "paper_ids": "arXiv:2207.01580",
     }
 
+
+_TRAINED_WITH = {"r07_in1k": {"keep_rate": 0.7}, "r09_in1k": {"keep_rate": 0.9}}
 
 default_cfgs = generate_default_cfgs(
     {

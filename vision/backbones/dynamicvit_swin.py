@@ -1,14 +1,14 @@
-"""Dynamic Swin: in the third stage the MLP is for the best positions only; windows attend as always.
+"""Dynamic Swin: the third stage applies the MLP to the best positions only, and window attention to the whole map.
 
 Papers: Rao et al., "Dynamic Spatial Sparsification for Efficient Vision Transformers and Convolutional Neural Networks"
 (TPAMI 2023, arXiv 2207.01580); Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows"
 (arXiv 2103.14030). Code and weights: github.com/raoyongming/DynamicViT, MIT. Files of a dense Swin, Microsoft's or
-timm's, load as well: then predictors and fast ways are fresh, which is how training starts.
+timm's, load as well, with newly initialised predictors and fast paths; training starts this way.
 
 What is unusual:
-* Nothing is ever dropped, see `dynamicvit_convnext`. The fast way has a norm of its own and begins behind attention.
-* Any image size: patches, windows and merged maps are filled up with zeros. An axis of one window is not shifted. The
-  masks of shifted windows are computed on the way, so buffers in published files are left out.
+* No position is ever dropped, see `dynamicvit_convnext`. The fast path has its own norm and starts after attention.
+* Any image size is accepted: patches, windows and merged maps are padded with zeros. An axis with a single window is
+  not shifted. The masks of shifted windows are computed in the forward pass, so buffers in published files are ignored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from .stvitr import WindowBlock
 
 
 class FastPath(nn.Module):
-    """One linear layer behind a norm, in place of the MLP; [B, N, C]. Named as in the published files."""
+    """Apply a norm and one linear layer to [B, N, C] in place of the MLP; `fc1` is the published parameter name."""
 
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -41,11 +41,11 @@ class FastPath(nn.Module):
 
 
 class DynamicSwinBlock(DynamicBlock, WindowBlock):
-    """Swin's block with two ways behind attention; [B, H, W, C].
+    """Swin's block on [B, H, W, C] with an MLP for the best positions and a linear layer for the others.
 
     Args:
-        keep_ratio: share of the positions that the MLP is for.
-        decides: whether the positions are chosen anew before this block.
+        keep_ratio: share of the positions to which the MLP is applied.
+        decides: whether a predictor selects the positions anew before this block.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class DynamicSwinBlock(DynamicBlock, WindowBlock):
 
 
 class DynamicSwin(DynamicBackbone):
-    """Swin whose third stage is dynamic.
+    """Swin with a dynamic third stage.
 
     Args:
-        keep_rate: share of the positions of the third stage that get the MLP behind the first location; 0.2 less behind
-            each one after that.
-        locations: blocks of the third stage before which the positions are chosen; the blocks before the first of them
-            are ordinary.
+        keep_rate: share of the third stage's positions to which the MLP is applied from the first location on; 0.2 less
+            from each later location on.
+        locations: blocks of the third stage before which a predictor selects the positions; the blocks before the first
+            location are ordinary.
         embed_dim: channels of the first stage; each later one has twice as many.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projections of attention and MLP.
@@ -94,7 +94,7 @@ class DynamicSwin(DynamicBackbone):
     def __init__(
         self,
         *,
-        keep_rate: float = 0.7,
+        keep_rate: float | Sequence[float] = 0.7,
         locations: Sequence[int] = (1, 2, 3),
         depths: Sequence[int] = (2, 2, 6, 2),
         embed_dim: int = 96,
@@ -112,7 +112,7 @@ class DynamicSwin(DynamicBackbone):
     ) -> None:
         if len(num_heads) != len(depths) or len(depths) < 3:
             raise ValueError(
-                f"depths and num_heads need one entry a stage, 3 or more; got {tuple(depths)}, {tuple(num_heads)}"
+                f"depths and num_heads need one entry per stage, 3 or more; got {tuple(depths)}, {tuple(num_heads)}"
             )
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -149,7 +149,7 @@ class DynamicSwin(DynamicBackbone):
 def _blocks(
     dim: int, ratios: Sequence[float | None], drop_paths: Sequence[float], args: dict[str, Any]
 ) -> list[nn.Module]:
-    """The blocks of a stage; from the first one on that has a ratio they are dynamic, with a predictor where it has."""
+    """Build the blocks of a stage: dynamic from the first ratio on, with a predictor in each block that has a ratio."""
     blocks: list[nn.Module] = []
     current: float | None = None
     for i, (ratio, drop_path) in enumerate(zip(ratios, drop_paths, strict=True)):
@@ -164,11 +164,11 @@ def _blocks(
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: DynamicSwin) -> StateDict:
-    """Published names to ours: the authors' files, and a dense Swin's of Microsoft's repository or of timm."""
+    """Rename published parameters to ours, from the authors' files or a dense Swin's of Microsoft or timm."""
     stage: Any = model.stages[2]
     deciding = [i for i, block in enumerate(stage.blocks) if getattr(block, "predictor", None) is not None]
     state_dict = unwrap(checkpoint)
-    if any(name.startswith("layers.0.downsample.") for name in state_dict):  # merging at a stage's end, as published
+    if any(name.startswith("layers.0.downsample.") for name in state_dict):  # published: merging ends a stage
         state_dict = rename(
             state_dict,
             [(rf"layers\.{i}\.downsample\.", f"stages.{i + 1}.downsample.") for i in range(len(model.stages))],

@@ -1,18 +1,21 @@
-"""EET: a vision transformer for hashing pictures that drops the patches with little to say behind three of its blocks.
+"""EET: a vision transformer for image hashing that drops uninformative patches after three of its blocks.
 
 Paper: Jiang, Tang, Pan, Li, "Rethinking Vision Transformer for Large-Scale Fine-Grained Image Retrieval" (arXiv
-2504.16691). The authors' repository, github.com/WhiteJiang/EET, has no licence and was not used, and there are no
-weights: what is fetched is timm's DeiT, from which the authors' training starts. Any other ViT with a class token:
-`reduce_tokens(model, "eet")`.
+2504.16691). The authors' repository, github.com/WhiteJiang/EET, has no licence: no code of it is here, but the tests
+compare with outputs recorded from it (tests/goldens/eet_vit_small.json). The authors published no weights; the
+pretrained weights are timm's DeiT, from which the authors' training starts. To reduce any other ViT with a class token,
+use `reduce_tokens(model, "eet")`.
 
 What is unusual:
-* The shares that stay are of the first block's patches, rounded down: 98, 49 and 12 of 196 behind blocks 3, 7 and 9.
-* A patch stays for the class token's attention to it times the size of what it attended to itself: `ContentPruning`.
-* The hash is read off the class scores: `head_hash` maps them to `bits` numbers, the signs of which are the code. So it
-  changes with the number of classes, and is gone where there are none.
-* `forward` gives class scores, `forward_hash` the numbers that training needs, `hash_codes` the bits. Without `bits`
-  there is no `head_hash`: a classifier has no weights that its loss does not reach.
-* The authors train a model with all tokens along: `restore_tokens` makes a `HashingViT` of an EET model.
+* Keep rates are relative to the patches of the first block, and counts are rounded down: 98, 49 and 12 of 196 remain
+  after blocks 3, 7 and 9.
+* The score of a patch is the class token's attention to it, weighted by the norm of its own attention output: see
+  `ContentPruning`.
+* The hash is computed from the class scores: `head_hash` maps them to `bits` numbers, whose signs are the code. So it
+  changes with the number of classes, and does not exist without classes.
+* `forward` returns class scores, `forward_hash` the real numbers for training, `hash_codes` the bits. Without `bits`
+  there is no `head_hash`, so that a classifier has no weights without a gradient.
+* The authors train a model with all tokens alongside: `restore_tokens` turns an EET model into a `HashingViT`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,22 +30,21 @@ from torch import Tensor, nn
 
 from ...mixers.token_cascade import ContentPruning
 from ...mixers.token_reduction import TokenReducer
-from ._checkpoints import StateDict, refuse_mismatch, unwrap
+from ._checkpoints import StateDict, refuse_mismatch, timm_cfg, unwrap
 from ._token_reduction import METHODS, REDUCED, TokenReducedViT, create_reduced, numbers_of, stage_blocks
-from .tome import timm_cfg
 
 
 class HashingViT(VisionTransformer):
     """A vision transformer that can turn its class scores into a binary code.
 
     Args:
-        bits: of the code; 0 for a plain classifier.
-        vit_args: as of timm's `VisionTransformer`.
+        bits: length of the code; 0 for a plain classifier.
+        vit_args: arguments of timm's `VisionTransformer`.
     """
 
     def __init__(self, *, bits: int = 0, **vit_args: Any) -> None:
         super().__init__(**vit_args)
-        if bits < 0:
+        if not isinstance(bits, int) or bits < 0:
             raise ValueError(f"bits is the length of the code, or 0 for none; got {bits}")
         self.bits = bits
         self._reset_hash()
@@ -62,7 +64,7 @@ class HashingViT(VisionTransformer):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def forward_hash(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] to the real numbers [B, bits] of which the signs are the code."""
+        """Map images [B, 3, H, W] to real numbers [B, bits], whose signs are the code."""
         if isinstance(self.head_hash, nn.Identity):
             raise ValueError(
                 f"a hash needs bits and classes; this model has bits={self.bits}, num_classes={self.num_classes}. "
@@ -73,12 +75,12 @@ class HashingViT(VisionTransformer):
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     @torch.no_grad()
     def hash_codes(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] to codes [B, bits] of booleans; `numpy.packbits` makes bytes of them."""
+        """Map images [B, 3, H, W] to boolean codes [B, bits]; `numpy.packbits` converts them to bytes."""
         return self.forward_hash(x) > 0
 
 
 class EETViT(TokenReducedViT, HashingViT):
-    """The same with a reducer in each block."""
+    """A `HashingViT` with a reducer in each block."""
 
 
 REDUCED[HashingViT] = EETViT
@@ -86,11 +88,11 @@ REDUCED[HashingViT] = EETViT
 
 @dataclass(frozen=True)
 class EET:
-    """Content-based pruning.
+    """Prune patches by content.
 
     Args:
-        keep_rate: share of the first block's patches that is left behind each of the locations.
-        locations: blocks, from 0; None for 3, 7 and 9 of 12, and in proportion for other depths.
+        keep_rate: share of the first block's patches that remains after each location.
+        locations: indices of blocks; None for 3, 7 and 9 of 12, scaled in proportion for other depths.
     """
 
     keep_rate: Sequence[float] = (1 / 2, 1 / 4, 1 / 16)
@@ -108,17 +110,17 @@ class EET:
         ]
 
     def stages(self, depth: int) -> dict[int, float]:
-        """The share of the first block's patches that is left behind each block that prunes."""
+        """Return the share of the first block's patches that remains after each block that prunes."""
         rates = numbers_of("keep_rate", self.keep_rate)
         if sorted(rates, reverse=True) != rates:
             raise ValueError(f"keep_rate is of the first block's patches, so it may not rise; got {self.keep_rate}")
         if self.locations is not None:
-            if sorted(numbers_of("locations", self.locations)) != list(self.locations):
+            if sorted(numbers_of("locations", self.locations, whole=True)) != list(self.locations):
                 raise ValueError(f"locations are blocks in order, as keep_rate is; got {self.locations}")
             return stage_blocks(self.locations, rates, depth)
         if len(rates) != 3:
             raise ValueError(f"keep_rate needs three numbers, or locations as many as it has; got {self.keep_rate}")
-        # Where a model is so shallow that two of them fall together, the later one counts.
+        # If a model is so shallow that two locations coincide, the later rate applies.
         return dict(zip([depth * i // 12 for i in (3, 7, 9)], rates, strict=True))
 
 
@@ -126,25 +128,18 @@ METHODS["eet"] = EET
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HashingViT) -> StateDict:
-    """timm's rules for ViTs; a hash head that is missing, or of other bits or classes, starts anew."""
-    given: StateDict = vit_filter_fn(unwrap(checkpoint), model)  # type: ignore[assignment]
+    """Apply timm's filter for ViTs; initialise a hash head that is missing or has another number of bits or classes."""
+    loaded: StateDict = vit_filter_fn(unwrap(checkpoint), model)  # type: ignore[assignment]
     fresh = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head_hash.")}
-    state_dict = {name: tensor for name, tensor in given.items() if not name.startswith("head_hash.")}
-    fits = all(name in given and given[name].shape == tensor.shape for name, tensor in fresh.items())
-    state_dict |= {name: given[name] for name in fresh} if fits else fresh
+    state_dict = {name: tensor for name, tensor in loaded.items() if not name.startswith("head_hash.")}
+    fits = all(name in loaded and loaded[name].shape == tensor.shape for name, tensor in fresh.items())
+    state_dict |= {name: loaded[name] for name in fresh} if fits else fresh
     refuse_mismatch(state_dict, model)
     return state_dict
 
 
-def _create_eet(
-    name: str,
-    pretrained: bool,
-    *,
-    keep_rate: Sequence[float] = (1 / 2, 1 / 4, 1 / 16),
-    locations: Sequence[int] | None = None,
-    **kwargs: Any,
-) -> EETViT:
-    return create_reduced(EETViT, name, pretrained, EET(keep_rate, locations), checkpoint_filter_fn, **kwargs)
+def _create_eet(name: str, pretrained: bool, **kwargs: Any) -> EETViT:
+    return create_reduced(EETViT, name, pretrained, EET, checkpoint_filter_fn, **kwargs)
 
 
 def _cfg(name: str) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""EfficientVMamba: atrous scans beside a convolution in the first two stages, inverted residuals in the others.
+"""EfficientVMamba: atrous scans next to a convolution in the first two stages, inverted residuals in the others.
 
 Paper: Pei, Huang and Xu, "EfficientVMamba: Atrous Selective Scan for Light Weight Visual Mamba" (AAAI 2025, arXiv
-2403.09977). Weights: huggingface.co/TerryPei, for the code github.com/TerryPei/EfficientVMamba.
+2403.09977). Weights: huggingface.co/TerryPei, of the code github.com/TerryPei/EfficientVMamba.
 
 What is unusual:
-* The repository's readme names the Apache 2.0 licence, but no licence is there, and the weights have none. This file
-  was written from the paper and from the names and shapes of the published weights. The names of the files at
-  huggingface.co are inferred from the authors' configurations, not seen.
-* Scans stand where the map is large, in the first two stages, and convolutions where it is small: most hybrids have it
-  the other way round.
-* Each scan sees a quarter of the pixels, all four together see each once: see `ScanPath` and `AtrousSS2D`.
-* One gate with one set of weights weighs the channels of both branches, each by its own average.
-* The published small model is 64 wide, although its file of settings says 96.
-* Any image size: the map is padded to whole patches and to whole squares before it is merged.
+* The repository's readme names the Apache 2.0 licence, but contains no licence file, and the weights have none. This
+  file was written from the paper and from the names and shapes of the published weights. The file names on
+  huggingface.co are inferred from the authors' configurations; they have not been verified.
+* Scans are used where the map is large, in the first two stages, and convolutions where it is small: most hybrids do
+  the opposite.
+* Each scan visits a quarter of the pixels, and all four together visit each once: see `ScanPath` and `AtrousSS2D`.
+* One gate with shared weights scales the channels of both branches, each from its own average.
+* The published small model is 64 wide, although its configuration file says 96.
+* Any image size: the map is padded to whole patches, and to even sizes before merging.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from .vmamba import SS2D_RULES, PatchEmbed, PatchMerging, parameters_of_scans, r
 
 
 class ChannelGate(nn.Module):
-    """Each channel times a number from 0 to 1 that is a function of the average of the normalised map; [B, H, W, C]."""
+    """Scale each channel by a factor from 0 to 1, computed from the average of the normalised map; [B, H, W, C]."""
 
     def __init__(self, dim: int, *, reduction: int = 8, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ChannelGate(nn.Module):
 
 
 class EVSSBlock(nn.Module):
-    """Atrous scans and a convolution of the same normalised map, gated by one gate, added; [B, H, W, C]."""
+    """Add atrous scans and a convolution of the same normalised map, both scaled by one gate; [B, H, W, C]."""
 
     def __init__(
         self, dim: int, *, expand: float, state_dim: int, drop_path: float, device: Any = None, dtype: Any = None
@@ -70,7 +70,7 @@ class EVSSBlock(nn.Module):
 
 
 class MBConvBlock(nn.Module):
-    """MobileNet's inverted residual with squeeze and excitation, added to what came in; [B, H, W, C]."""
+    """Apply MobileNet's inverted residual with squeeze and excitation; [B, H, W, C]."""
 
     def __init__(self, dim: int, *, drop_path: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class EfficientVMamba(HierarchicalBackbone):
 
     Args:
         embed_dim: channels of the first stage; each later one has twice as many.
-        expand: channels of the scans per channel of the map.
-        state_dim: numbers a channel that the scans remember.
+        expand: inner channels of the scans, as a multiple of the map's channels.
+        state_dim: state elements per channel of the scans.
         out_norms: normalise the maps that `features_only` returns, as the published detection backbones do.
         drop_rate: dropout before the classifier.
     """
@@ -149,7 +149,7 @@ class EfficientVMamba(HierarchicalBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
-        """As in `VMamba`."""
+        """Exempt the scan parameters, as `VMamba` does."""
         return parameters_of_scans(self)
 
 
@@ -167,9 +167,10 @@ _MBCONV_RULES = [
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours; also of the detection backbones (`outnorm0` to `outnorm3`, no head).
+    """Rename published parameters to ours; also accept detection backbones (`outnorm0` to `outnorm3`, no head).
 
-    In the stages of convolutions one list holds all: a change of layout, blocks, another change, the downsampling.
+    In convolutional stages the published list contains a layout change, the blocks, another layout change and the
+    downsampling.
     """
     rules = [
         (r"layers\.(\d+\.blocks\.\d+)\.norm\.", r"stages.\1.norm1."),

@@ -5,18 +5,19 @@ deformable token merging is from Pan et al., "Less is More: Pay Less Attention i
 2105.14217). Code and weights: github.com/ziplab/LITv2, Apache 2.0.
 
 What is unusual:
-* There is no position embedding: the 3 x 3 convolution inside each MLP tells positions apart.
-* The map is halved by a deformable 2 x 2 convolution: each of its four taps reads where a small convolution sends it.
-  On CUDA, in float32, that is `torchvision.ops.deform_conv2d`. Since the taps do not overlap, sampling the map once
-  and multiplying gives the same numbers; this is the faster on a CPU, takes every dtype, and exports.
-* Those offsets start at zero and were trained with a hundredth of the learning rate (`OFFSET_LR_MULTI`; weights of
-  `stages.*.downsample.offset`, not their biases).
-* Any image size. The image is padded to whole patches. An odd map loses its last row or column when it is halved, as
-  in the official segmentation code (27 x 31 becomes 13 x 15), unless it is the only one. HiLo pads (`mixers/hilo.py`).
-* `alpha`, the part of the heads that see the pooled map, is part of the weights' shapes. The published sweep of
-  LITv2-S has a tag for each: `timm.create_model("litv2_s.alpha05_in1k", pretrained=True, alpha=0.5)`.
-* `window_sizes` is not: detection on large images takes (0, 0, 4, 1) with the same weights.
-* `stem_stride` 2 or 1 lets the 4 x 4 patches overlap, for small pictures; the weights keep their shape.
+* There is no position embedding: the 3 x 3 convolution inside each MLP encodes positions.
+* The map is downsampled by a deformable 2 x 2 convolution: a small convolution predicts the sampling offset of each of
+  its four taps. On CUDA, in float32, this is `torchvision.ops.deform_conv2d`. Since the taps do not overlap, sampling
+  the map once followed by a matrix product gives the same result; that is faster on the CPU, supports every dtype, and
+  exports.
+* The offset convolutions are initialised to zero and were trained with a hundredth of the learning rate
+  (`OFFSET_LR_MULTI`; weights of `stages.*.downsample.offset`, not their biases).
+* Any image size. The image is padded to whole patches. Downsampling drops the last row or column of an odd map, as in
+  the official segmentation code (27 x 31 becomes 13 x 15), unless it is the only one. HiLo pads (`mixers/hilo.py`).
+* `alpha`, the fraction of heads that attend to the pooled map, determines the shapes of the weights. The published
+  sweep of LITv2-S has one tag each: `timm.create_model("litv2_s.alpha05_in1k", pretrained=True, alpha=0.5)`.
+* `window_sizes` does not: detection on large images uses (0, 0, 4, 1) with the same weights.
+* `stem_stride` 2 or 1 lets the 4 x 4 patches overlap, for small images; the weights keep their shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] to [B, H / stride, W / stride, dim], rounded up, from 4 x 4 patches centred on their stride."""
+    """Embed [B, C, H, W] as [B, ceil(H / stride), ceil(W / stride), dim], by 4 x 4 patches centred on their stride."""
 
     def __init__(self, in_chans: int, dim: int, *, stride: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -57,20 +58,20 @@ class PatchEmbed(nn.Module):
 
 
 def _axis_neighbors(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Linear interpolation along one axis: the two neighbours of each position and their weights, [..., 2] both.
+    """Return the two neighbours of each position along an axis and their linear weights, [..., 2] both.
 
-    Outside of the axis the weight is zero and the index any valid one. A position that is not finite (an overflow in
-    half precision) makes its weights so too, and no index that would crash.
+    Outside the axis, the weight is zero and the index is clamped to a valid one. A non-finite position (an overflow in
+    half precision) gives non-finite weights, but never an index that would crash.
     """
-    before = position.floor()
-    neighbors = torch.stack([before, before + 1], -1)
-    weights = torch.stack([before + 1 - position, position - before], -1)
+    floor = position.floor()
+    neighbors = torch.stack([floor, floor + 1], -1)
+    weights = torch.stack([floor + 1 - position, position - floor], -1)
     inside = (neighbors >= 0) & (neighbors < length)
     return neighbors.long().clamp(0, length - 1), weights * inside
 
 
 def sample_taps(x: Tensor, offset: Tensor) -> Tensor:
-    """The four displaced taps of every 2 x 2 square of a map, bilinearly, zero outside: [B, rows, columns, 4 C].
+    """Sample the four displaced taps of every 2 x 2 square bilinearly, zero outside the map: [B, rows, columns, 4 C].
 
     Args:
         x: [B, H, W, C].
@@ -78,7 +79,7 @@ def sample_taps(x: Tensor, offset: Tensor) -> Tensor:
     """
     batch, height, width, dim = x.shape
     rows, columns = offset.shape[2], offset.shape[3]
-    if offset.dtype in (torch.float16, torch.bfloat16):  # too coarse to tell positions apart
+    if offset.dtype in (torch.float16, torch.bfloat16):  # too coarse for positions
         offset = offset.float()
     offset = offset.permute(0, 2, 3, 1).unflatten(-1, [4, 2])
     tap, row, column = (torch.arange(count, device=x.device) for count in (4, rows, columns))
@@ -89,7 +90,7 @@ def sample_taps(x: Tensor, offset: Tensor) -> Tensor:
     index = (first + y.unsqueeze(-1) * width + x_.unsqueeze(-2)).flatten(-2)
     weights = (y_weights.unsqueeze(-1) * x_weights.unsqueeze(-2)).flatten(-2).to(x.dtype)
     tokens = x.flatten(0, 2)
-    if is_exporting():  # other runtimes have no operator for bags
+    if is_exporting():  # other runtimes have no embedding-bag operator
         corners = [tokens[index[..., i]] * weights[..., i, None] for i in range(4)]
         sampled = corners[0] + corners[1] + corners[2] + corners[3]
     else:
@@ -98,14 +99,13 @@ def sample_taps(x: Tensor, offset: Tensor) -> Tensor:
 
 
 def takes_torchvision(x: Tensor) -> bool:
-    """Whether torchvision's operator is the one to merge `x`. It has no bfloat16, and in half precision too coarse
-    positions."""
+    """Return whether to use torchvision's operator for `x`; it lacks bfloat16 and is inaccurate in half precision."""
     return x.is_cuda and x.dtype in (torch.float32, torch.float64) and not wants_plain_ops()
 
 
 @register_notrace_module
 class DeformableTokenMerging(nn.Module):
-    """[B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded down but at least 1, through a deformable 2 x 2 convolution."""
+    """Downsample [B, H, W, C] to [B, H // 2, W // 2, 2 C], at least 1 x 1, by a deformable 2 x 2 convolution."""
 
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class DeformableTokenMerging(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The offsets only, zero: an ordinary convolution. The others have their own."""
+        """Initialise the offsets to zero, an ordinary convolution; the other layers initialise themselves."""
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)  # pyright: ignore[reportArgumentType]
 
@@ -135,7 +135,7 @@ class DeformableTokenMerging(nn.Module):
 
 @register_notrace_module
 class ConvMlp(nn.Module):
-    """An MLP with a 3 x 3 depth-wise convolution before its activation; [B, H, W, C]."""
+    """Apply an MLP with a 3 x 3 depth-wise convolution before its activation; [B, H, W, C]."""
 
     def __init__(self, dim: int, hidden: int, *, drop: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ class ConvMlp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The convolution only; the linear layers have their own."""
-        nn.init.kaiming_normal_(self.dwconv.weight, mode="fan_in", nonlinearity="relu")  # 9 inputs, as many outputs
+        """Initialise the depth-wise convolution; the linear layers initialise themselves."""
+        nn.init.kaiming_normal_(self.dwconv.weight, mode="fan_in", nonlinearity="relu")  # fan-in equals fan-out: 9
         nn.init.zeros_(self.dwconv.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class ConvMlp(nn.Module):
 
 
 class ConvFFNBlock(nn.Module):
-    """A convolutional MLP alone, normalised before and added to what came in; [B, H, W, C]."""
+    """Apply a convolutional MLP as a pre-norm residual branch; [B, H, W, C]."""
 
     def __init__(
         self, dim: int, *, mlp_ratio: float, proj_drop: float, drop_path: float, device: Any = None, dtype: Any = None
@@ -177,7 +177,7 @@ class ConvFFNBlock(nn.Module):
 
 
 class HiLoBlock(nn.Module):
-    """HiLo attention, then a convolutional MLP, each normalised before and added to what came in; [B, H, W, C]."""
+    """Apply HiLo attention and a convolutional MLP as pre-norm residual branches; [B, H, W, C]."""
 
     def __init__(
         self,
@@ -214,10 +214,10 @@ class LITv2(HierarchicalBackbone):
 
     Args:
         embed_dim: channels of the first stage; each later one has twice as many.
-        num_heads: per stage; those of stages without attention are not looked at.
-        window_sizes: HiLo's window per stage, 1 for plain attention, 0 for no attention at all.
-        alpha: part of HiLo's heads that see the pooled map, from 0 to 1.
-        stem_stride: pixels per position of the first stage: 4, or 2 or 1 for small pictures.
+        num_heads: per stage; ignored in stages without attention.
+        window_sizes: HiLo's window per stage, 1 for plain attention, 0 for no attention.
+        alpha: fraction of HiLo's heads that attend to the pooled map, from 0 to 1.
+        stem_stride: pixels per position of the first stage: 4, or 2 or 1 for small images.
         out_norms: normalise the maps that `features_only` returns, as the published segmentation backbones do.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projections of attention and MLP.
@@ -246,7 +246,7 @@ class LITv2(HierarchicalBackbone):
     ) -> None:
         for name, values in (("num_heads", num_heads), ("window_sizes", window_sizes)):
             if len(values) != len(depths):
-                raise ValueError(f"{name} needs one entry a stage, {len(depths)}; got {tuple(values)}")
+                raise ValueError(f"{name} needs one entry per stage, {len(depths)}; got {tuple(values)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
@@ -280,24 +280,25 @@ class LITv2(HierarchicalBackbone):
 
 
 def _refuse_another_alpha(state_dict: StateDict, model: nn.Module) -> None:
-    """Name the `alpha` of a file whose heads are split otherwise, which would fail by the shapes of its tensors."""
+    """Raise ValueError naming the `alpha` of a checkpoint whose heads are split differently from the model's."""
     for name, module in model.named_modules():
         if not isinstance(module, HiLo):
             continue
         heads = module.h_heads + module.l_heads
         low, high = state_dict.get(f"{name}.l_proj.weight"), state_dict.get(f"{name}.h_proj.weight")
         dim = sum(weight.shape[0] for weight in (low, high) if weight is not None)
-        found = 0 if low is None else low.shape[0] // module.head_dim
-        if dim == module.dim and found != module.l_heads:
-            steps = [step / 20 for step in range(21) if int(heads * (step / 20)) == found]
-            remedy = f"create the model with alpha={steps[0] if steps else found / heads}"
+        low_heads = 0 if low is None else low.shape[0] // module.head_dim
+        if dim == module.dim and low_heads != module.l_heads:
+            steps = [step / 20 for step in range(21) if int(heads * (step / 20)) == low_heads]
+            remedy = f"create the model with alpha={steps[0] if steps else low_heads / heads}"
             raise ValueError(
-                f"the checkpoint gives {found} of {heads} heads to the pooled map, the model {module.l_heads}; {remedy}"
+                f"the checkpoint gives {low_heads} of {heads} heads to the pooled map, "
+                f"the model {module.l_heads}; {remedy}"
             )
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours; also of the segmentation and detection backbones (`norm0` to `norm3`, no head)."""
+    """Rename published parameters to ours; also accept dense-task backbones (`norm0` to `norm3`, no head)."""
     rules = [
         (r"patch_embed\.", "stem."),
         (r"norm(\d)\.", r"stages.\1.out_norm."),

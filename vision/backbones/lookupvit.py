@@ -1,19 +1,20 @@
-"""LookupViT: every block does its work on a few compressed tokens, and keeps all patches up to date cheaply.
+"""LookupViT: every block does most of its work on a few compressed tokens, and updates all patches at low cost.
 
 Paper: Koner et al., "LookupViT: Compressing visual information to a limited number of tokens" (ECCV 2024, arXiv
 2407.12753). The authors published neither code nor weights; nothing here is pretrained.
 
 What is unusual:
-* Two streams: the lookup tokens, one a patch, and the compressed ones, at first their map resized bilinearly to
-  `compressed_size`. In a block those gather from all patches, attend to each other, pass an MLP of 4 times their width,
-  and give back to the patches, which have an MLP of half their width and no attention to each other.
-* The number of compressed tokens is no part of the weights. `set_compressed_size` changes it between any two calls: a
-  model trained with another random size at each step runs at all of them.
-* The classifier sees the mean of the compressed tokens; features are the lookup tokens, a whole map at all times.
-* The last block gives nothing back, since a classifier would never see it, and its weights would never learn. So there
-  is one map less than there are blocks.
-* What the paper leaves open: how the attention back is normalised (see `mixers/lookup_attention.py`), and whether the
-  compressed tokens are normalised before they give back (here yes, as before every other branch).
+* There are two streams: the lookup tokens, one per patch, and the compressed tokens, initially the lookup map resized
+  bilinearly to `compressed_size`. In each block, the compressed tokens gather from all lookup tokens, attend to each
+  other, pass an MLP of 4 times their width, and update the lookup tokens by transposed attention. The lookup tokens
+  have an MLP of half their width, and no attention to each other.
+* The number of compressed tokens is not part of the weights. `set_compressed_size` can change it between any two calls:
+  a model trained with a random size at each step runs at all of these sizes.
+* The classifier uses the mean of the compressed tokens; features are the lookup tokens, always a complete map.
+* The last block does not update the lookup tokens, since the classifier does not use them and these weights would get
+  no gradient. So there is one feature map fewer than there are blocks.
+* The paper does not specify how the transposed attention is normalised (see `mixers/lookup_attention.py`), nor whether
+  its input, the compressed tokens, is normalised (here it is, as for every other branch).
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,17 +34,18 @@ from ...mixers import GatherAttention, TransposedAttention
 from ._checkpoints import StateDict, refuse_mismatch, unwrap
 from ._isotropic import IsotropicBackbone
 from ._positions import resample_positions
+from ._token_reduction import numbers_of
 
 torch.fx.wrap("resample_positions")
 
 
 class LookupBlock(nn.Module):
-    """Lookup tokens [B, N, C] and compressed tokens [B, M, C] to the same; each branch normalised before and added.
+    """Update lookup tokens [B, N, C] and compressed tokens [B, M, C] by pre-norm residual branches.
 
     Args:
-        lookup_mlp_ratio: width of the lookup tokens' MLP.
+        lookup_mlp_ratio: hidden width of the lookup tokens' MLP, relative to `dim`.
         renormalize: see `TransposedAttention`.
-        gives_back: whether the lookup tokens learn of the compressed ones; if not they pass unchanged.
+        gives_back: whether the compressed tokens update the lookup tokens, which otherwise pass unchanged.
     """
 
     gives_back: torch.jit.Final[bool]
@@ -95,29 +97,29 @@ class LookupBlock(nn.Module):
 
 @torch.fx.wrap
 def _compress(lookup: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Tokens [B, rows * columns, C] of `grid` to those of `size`, bilinearly."""
+    """Resize tokens [B, rows * columns, C] from `grid` to `size` by bilinear interpolation."""
     raster = lookup.transpose(1, 2).unflatten(2, [grid[0], grid[1]])
     raster = F.interpolate(raster, [size[0], size[1]], mode="bilinear", align_corners=False)
     return raster.flatten(2).transpose(1, 2)
 
 
 def _as_size(size: int | Sequence[int]) -> tuple[int, int]:
-    rows, columns = (size, size) if isinstance(size, int) else tuple(size)
-    if min(rows, columns) < 1:
+    sides = [size, size] if isinstance(size, int) else numbers_of("compressed_size", size, whole=True, or_number=True)
+    if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"compressed_size is a number of rows and columns, each 1 or more; got {size}")
-    return rows, columns
+    return int(sides[0]), int(sides[1])
 
 
 class LookupViT(IsotropicBackbone):
-    """LookupViT.
+    """A vision transformer with lookup tokens for all patches and a few compressed tokens.
 
     Args:
-        img_size: image size that the position embedding is made for; others resample it.
-        compressed_size: rows and columns of compressed tokens, at any size of the image.
-        mlp_ratio: width of the compressed tokens' MLP.
-        lookup_mlp_ratio: width of the lookup tokens' MLP.
-        renormalize: whether what a lookup token is given back is a mean, see `TransposedAttention`.
-        fc_norm: normalise after pooling instead of before.
+        img_size: image size of the position embedding, which is resampled for other sizes.
+        compressed_size: rows and columns of compressed tokens, independent of the image size.
+        mlp_ratio: hidden width of the compressed tokens' MLP, relative to `embed_dim`.
+        lookup_mlp_ratio: hidden width of the lookup tokens' MLP, relative to `embed_dim`.
+        renormalize: whether the update of a lookup token is a weighted mean, see `TransposedAttention`.
+        fc_norm: whether to normalise after pooling instead of before.
         drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embedding.
         proj_drop_rate: dropout after the projections of attention and MLP.
@@ -179,11 +181,11 @@ class LookupViT(IsotropicBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def set_compressed_size(self, compressed_size: int | Sequence[int]) -> None:
-        """Change the rows and columns of compressed tokens, without new weights."""
+        """Change the rows and columns of compressed tokens; the weights do not change."""
         self.compressed_size = _as_size(compressed_size)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Patches [B, rows, columns, C] to tokens [B, rows * columns, C]."""
+        """Flatten patches [B, rows, columns, C] to tokens [B, rows * columns, C], and add positions."""
         size = (self.patch_embed.grid_size[0], self.patch_embed.grid_size[1])
         positions = resample_positions(self.pos_embed, size, (x.shape[1], x.shape[2]))  # pyright: ignore
         return self.pos_drop(x.flatten(1, 2) + positions)
@@ -192,11 +194,11 @@ class LookupViT(IsotropicBackbone):
         return _compress(x, grid, self.compressed_size)
 
     def final_tokens(self, x: Tensor, state: Tensor) -> Tensor:  # type: ignore[override]
-        """The compressed tokens [B, M, C]."""
+        """Return the normalised compressed tokens [B, M, C]."""
         return self.norm(state)
 
     def dense_tokens(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The compressed tokens, and the lookup tokens."""
+        """Return the compressed tokens as the prefix, and the lookup tokens as the patches."""
         return state, x
 
 
@@ -217,7 +219,7 @@ def _make_block(
     dtype: Any,
     **_: Any,
 ) -> LookupBlock:
-    """Block number `depth`. timm offers a block every option that a ViT has; the rest of them mean nothing here."""
+    """Build block number `depth`; timm passes all options of a ViT's block, and the others are ignored here."""
     return LookupBlock(
         dim,
         num_heads,
@@ -235,7 +237,7 @@ def _make_block(
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: LookupViT) -> StateDict:
-    """Our own files; positions and patches resized to the model's."""
+    """Load our own files, with positions and patches resized to the model's."""
     state_dict = unwrap(checkpoint)
     positions, patches = state_dict.get("pos_embed"), state_dict.get("patch_embed.proj.weight")
     if positions is not None:

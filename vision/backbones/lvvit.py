@@ -1,14 +1,14 @@
-"""LV-ViT: a vision transformer that was trained to label every patch, which is where its second classifier is from.
+"""LV-ViT: a vision transformer trained with token labeling, with a second classifier for its patches.
 
 Paper: Jiang et al., "All Tokens Matter: Token Labeling for Training Better Vision Transformers" (NeurIPS 2021, arXiv
 2104.10858). Code and weights: github.com/zihangJiang/TokenLabeling, Apache-2.0.
 
 What is unusual:
-* Patches come out of four convolutions with batch norms, not of one.
-* What a block adds is halved. The blocks are timm's, with half as a layer scale that is not learned.
-* The answer is that of the class token plus half of the largest that any patch gives for a class. So it changes when
-  patches are dropped, and two classifiers are replaced together.
-* `lvvit_*` and `dynamicvit_lvvit_*` are one model with different reducers: `reduce_tokens` goes from one to the other.
+* The patch embedding has four convolutions, three of them with batch norms, instead of one.
+* Residual branches are multiplied by one half. The blocks are timm's, with a constant in place of the layer scale.
+* The logits are those of the class token plus half of the maximum over the patches' logits, for each class. So they
+  change when patches are dropped, and both classifiers are replaced together.
+* `lvvit_*` and `dynamicvit_lvvit_*` are one model with different reducers: `reduce_tokens` converts one to the other.
 """
 
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from typing import Any, ClassVar
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...mixers.token_reduction import TokenReducer
-from ._token_reduction import REDUCED, Decided, TokenReducedViT
-from .tome import checkpoint_filter_fn
+from ._checkpoints import vit_checkpoint_filter
+from ._token_reduction import REDUCED, Decided, TokenReducedViT, create_reduced
 
 
 class ConvPatchEmbed(PatchEmbed):
-    """Patches of 16 x 16 pixels by three convolutions at half resolution and one of 8 x 8 positions.
+    """Embed patches of 16 x 16 pixels by three convolutions at half resolution and one with an 8 x 8 kernel.
 
-    The image is filled up with zeros to whole patches. Arguments as of timm's `PatchEmbed`.
+    The image is padded with zeros to whole patches. The arguments are those of timm's `PatchEmbed`.
     """
 
     patch_size: tuple[int, int]  # type: ignore[assignment]
@@ -64,7 +64,7 @@ class ConvPatchEmbed(PatchEmbed):
 
 
 class Scale(nn.Module):
-    """A constant in the place of timm's LayerScale."""
+    """Multiply by a constant, in place of timm's LayerScale."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Scale(nn.Module):
 
 
 class LVViT(VisionTransformer):
-    """LV-ViT; arguments as of timm's `VisionTransformer`."""
+    """LV-ViT; the arguments are those of timm's `VisionTransformer`."""
 
     def __init__(self, **vit_args: Any) -> None:
         norm_layer = partial(nn.LayerNorm, eps=1e-5)
@@ -118,19 +118,19 @@ class LVViT(VisionTransformer):
 
 
 class TokenReducedLVViT(TokenReducedViT, LVViT):
-    """The same with a reducer in each block."""
+    """LV-ViT with a reducer in each block."""
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def forward_decided(self, x: Tensor) -> Decided:
-        """As of all, but patches that are only masked, while training, have no part in the answer."""
+        """Classify images, excluding patches masked in training from the maximum of the second classifier."""
         decided = super().forward_decided(x)
         if decided.mask is None or self.num_classes == 0:
             return decided
-        of_patches = self.aux_head(decided.tokens)
-        kept = of_patches.masked_fill(decided.mask[:, :, None] == 0, -torch.inf).amax(1)
-        every = of_patches.amax(1)
-        kept = torch.where(kept.isinf(), every, kept)  # of a picture that keeps none, all of them
-        return decided._replace(logits=decided.logits + 0.5 * (kept - every))
+        patch_logits = self.aux_head(decided.tokens)
+        kept_max = patch_logits.masked_fill(decided.mask[:, :, None] == 0, -torch.inf).amax(1)
+        full_max = patch_logits.amax(1)
+        kept_max = torch.where(kept_max.isinf(), full_max, kept_max)  # if an image keeps no patch, use all patches
+        return decided._replace(logits=decided.logits + 0.5 * (kept_max - full_max))
 
 
 REDUCED[LVViT] = TokenReducedLVViT
@@ -138,7 +138,7 @@ REDUCED[LVViT] = TokenReducedLVViT
 
 @dataclass(frozen=True)
 class AllTokens:
-    """No reduction: the dense model, which `reduce_tokens` can turn into any other."""
+    """Keep all tokens: the dense model, to which `reduce_tokens` can apply any other method."""
 
     merges: ClassVar[bool] = False
 
@@ -147,15 +147,8 @@ class AllTokens:
 
 
 def _create_lvvit(name: str, pretrained: bool, **kwargs: Any) -> TokenReducedLVViT:
-    return build_model_with_cfg(
-        TokenReducedLVViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        method=AllTokens(),
-        **{"dynamic_img_size": True, "dynamic_img_pad": True, "mlp_ratio": 3.0, **kwargs},
-    )
+    settings = {"mlp_ratio": 3.0, **kwargs}
+    return create_reduced(TokenReducedLVViT, name, pretrained, AllTokens, vit_checkpoint_filter, **settings)
 
 
 def _cfg(file: str, crop_pct: float) -> dict[str, Any]:

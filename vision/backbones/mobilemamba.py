@@ -1,18 +1,18 @@
-"""MobileMamba: three stages from stride 16 on, each block with a long, a short and no receptive field side by side.
+"""MobileMamba: three stages starting at stride 16, whose blocks combine a long, a short and no receptive field.
 
 Paper: He et al., "MobileMamba: Lightweight Multi-Receptive Visual Mamba Network" (CVPR 2025, arXiv 2411.15941). Code:
-github.com/lewandofskee/MobileMamba, MIT. Weights are on Google Drive, whose addresses do not name a file: they have to
-be downloaded by hand, `pretrained=True` says from where.
+github.com/lewandofskee/MobileMamba, MIT. The weights are on Google Drive, whose URLs do not name a file: they must be
+downloaded by hand, and `pretrained=True` says from where.
 
 What is unusual:
-* A block's mixer gives most channels to `WaveletSS2D`, some to a depth-wise convolution, and passes the rest through.
-  The parts shrink and grow from stage to stage; the first is a multiple of 16, the nearest one.
-* Around the five residual parts of a block there is one more shortcut, from its start to its end.
-* `timm.utils.reparameterize_model(model)` folds every batch norm and the scales of the wavelet mixers away.
+* A block's mixer passes most channels to `WaveletSS2D`, some to a depth-wise convolution, and the rest through
+  unchanged. The fractions vary between stages; the first part is rounded to a multiple of 16.
+* Besides the five residual branches of a block, a further shortcut connects its input and its output.
+* `timm.utils.reparameterize_model(model)` folds away every batch norm and the scales of the wavelet mixers.
 * B1, B2 and B4 are one network at 256, 384 and 512 pixels. The default weights are those of 300 epochs; the tag
   `dist_in1k` has the authors' of 1000 epochs with a teacher (their T2s to B4s).
-* The published state dict holds the Haar filters. They are dropped where they are Haar's, and used where not.
-* Maps are channels_last inside, whatever format the image has.
+* The published state dict contains the wavelet filters. They are dropped if they are Haar's, and used otherwise.
+* Maps are channels_last internally, whatever the memory format of the image.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 
 class ConvFfn(nn.Module):
-    """Two 1 x 1 convolutions with ReLU between; the second starts at zero."""
+    """Apply two 1 x 1 convolutions with ReLU between them; the second is initialised to zero."""
 
     def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ConvFfn(nn.Module):
 
 
 class Downsample(nn.Module):
-    """[B, dim, H, W] to [B, out_dim, H / 2, W / 2], rounded up, with a convolution and an MLP before and after."""
+    """Downsample [B, dim, H, W] to [B, out_dim, ceil(H / 2), ceil(W / 2)], between two convolutions and MLPs."""
 
     def __init__(self, dim: int, out_dim: int, **dd: Any) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Downsample(nn.Module):
 
 
 class MultiReceptiveMixer(nn.Module):
-    """The paper's MRFFI: some channels see the map, some their neighbourhood, some nothing; then a projection."""
+    """The paper's MRFFI: mix some channels globally, some locally and some not at all, then project."""
 
     def __init__(self, dim: int, *, global_ratio: float, local_ratio: float, kernel_size: int, **dd: Any) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class MultiReceptiveMixer(nn.Module):
 
 
 class MobileMambaBlock(nn.Module):
-    """Convolution, MLP, mixer, convolution, MLP, each added to what it reads, and all of them to x; [B, C, H, W]."""
+    """Apply convolution, MLP, mixer, convolution and MLP as residual branches, then add the input; [B, C, H, W]."""
 
     def __init__(
         self, dim: int, *, global_ratio: float, local_ratio: float, kernel_size: int, drop_path: float, **dd: Any
@@ -128,7 +128,7 @@ class MobileMambaBlock(nn.Module):
 
 
 class NormClassifierHead(ClassifierHead):
-    """timm's pooling and classifier with a batch norm between, which is there only where the classifier is."""
+    """timm's pooling and classifier, with a batch norm in between that exists only with the classifier."""
 
     def __init__(self, in_features: int, num_classes: int, **kwargs: Any) -> None:
         super().__init__(in_features, num_classes, **kwargs)
@@ -149,7 +149,7 @@ class NormClassifierHead(ClassifierHead):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """The norm into the classifier, in place."""
+        """Fold the norm into the classifier, in place."""
         if not isinstance(self.norm, nn.BatchNorm1d):
             return
         one = torch.ones_like(self.norm.weight)
@@ -162,7 +162,7 @@ class NormClassifierHead(ClassifierHead):
 
 
 class ChannelsLast(nn.Module):
-    """[B, C, H, W] to the same in channels_last."""
+    """Convert [B, C, H, W] to the channels_last memory format."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
@@ -172,9 +172,9 @@ class MobileMamba(HierarchicalBackbone):
     """MobileMamba.
 
     Args:
-        global_ratios: part of a stage's channels that the scans see, about: rounded to a multiple of 16.
-        local_ratios: part that the depth-wise convolution sees, if the first leaves as much.
-        kernel_sizes: of that convolution, and of the one on the wavelet transform.
+        global_ratios: approximate fraction of each stage's channels that are scanned; rounded to a multiple of 16.
+        local_ratios: fraction that the depth-wise convolution processes, limited by what the first leaves.
+        kernel_sizes: of that convolution, and of the convolution of the wavelet transform.
         drop_rate: dropout before the classifier.
     """
 
@@ -197,7 +197,7 @@ class MobileMamba(HierarchicalBackbone):
         per_stage = {"dims": dims, "global_ratios": global_ratios, "local_ratios": local_ratios}
         for name, values in (per_stage | {"kernel_sizes": kernel_sizes}).items():
             if len(values) != len(depths):
-                raise ValueError(f"{name} needs one entry a stage, {len(depths)}; got {tuple(values)}")
+                raise ValueError(f"{name} needs one entry per stage, {len(depths)}; got {tuple(values)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -230,11 +230,11 @@ class MobileMamba(HierarchicalBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
-        """What sets how fast the states of the scans decay, as in Mamba; the authors decay all but vectors."""
+        """Exempt the decay parameters of the scans, as Mamba does; the authors decay everything but vectors."""
         return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D", ".dt_bias"))}
 
 
-# Published pieces of names, and ours, in the order in which they are replaced.
+# (published pattern, our replacement), in the order of application.
 _PIECES = [
     (r"^patch_embed\.0\.", "stem.1."),
     (r"^patch_embed\.2\.", "stem.3."),
@@ -264,7 +264,7 @@ _DOWNSAMPLE = {"0.0": "dw0.", "0.1": "ffn0.", "1": "", "2.0": "dw1.", "2.1": "ff
 
 
 def _our_name(name: str) -> str:
-    """Of a published name; ours stay as they are."""
+    """Convert a published name; names that are already ours stay unchanged."""
     first = re.match(r"blocks1\.", name)
     if first:
         name = f"stages.0.blocks.{name[first.end() :]}"
@@ -277,12 +277,12 @@ def _our_name(name: str) -> str:
     return name
 
 
-# Of each sub-band the weights of the pixels of a 2 x 2 square.
+# For each sub-band, the weights of the pixels of a 2 x 2 square.
 _HAAR = torch.tensor([[[1, 1], [1, 1]], [[1, 1], [-1, -1]], [[1, -1], [1, -1]], [[1, -1], [-1, 1]]]) / 2
 
 
 def _take_filters(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Without the wavelet filters where they are Haar's; where not, the mixer gets them and keeps them."""
+    """Remove the wavelet filters if they are Haar's; otherwise register them with their mixer."""
     state_dict = dict(state_dict)
     for name, mixer in model.named_modules():
         names = [f"{name}.wt_filter", f"{name}.iwt_filter"]
@@ -299,7 +299,7 @@ def _take_filters(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def _reshape(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Weights of scans and projections in the shapes that ours have; the sub-bands as blocks of channels."""
+    """Reshape the weights of scans and projections to our shapes, and reorder sub-bands into blocks of channels."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitted = {}
     for name, tensor in state_dict.items():
@@ -312,8 +312,11 @@ def _reshape(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: MobileMamba) -> StateDict:
-    """Published names to ours; of a training checkpoint the trained weights, `net`, or their average, `net_E`, where
-    only that is there. A file of a re-parameterised model re-parameterises `model`, in place."""
+    """Rename published parameters to ours.
+
+    From a training checkpoint, take the trained weights `net`, or their average `net_E` if only that exists. A file of
+    a re-parameterised model re-parameterises `model`, in place.
+    """
     for envelope in ("net", "net_E"):
         if isinstance(checkpoint.get(envelope), Mapping):
             checkpoint = checkpoint[envelope]

@@ -1,18 +1,19 @@
-"""NAT and DiNAT: a convolutional pyramid around sliding-window attention, without and with dilated windows.
+"""NAT and DiNAT: a convolutional pyramid with sliding-window attention, without and with dilated windows.
 
 Papers: Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, arXiv 2204.07143); Hassani and Shi, "Dilated
 Neighborhood Attention Transformer" (arXiv 2209.15001). Code and weights: github.com/SHI-Labs/Neighborhood-Attention-
-Transformer, MIT. DiNAT is NAT with every second block of a stage dilated, nothing more.
+Transformer, MIT. DiNAT is NAT with every second block of a stage dilated and otherwise identical.
 
 What is unusual:
-* Any image size and aspect: windows shift at borders, and a map smaller than its window is padded inside the attention.
-* `dilations` is no part of the weights. Published models change it with the image (ImageNet at 224 and 384, ADE20K,
-  COCO), so that the widest window of a stage spans its map: `dilations=((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4),
-  (1, 2))` is the segmentation setting for 512 pixels.
+* Any image size and aspect ratio: windows shift at borders, and a map smaller than its window is padded inside the
+  attention.
+* `dilations` is not part of the weights. Published models change it with the image size (ImageNet at 224 and 384,
+  ADE20K, COCO), so that the widest window of a stage spans its map: `dilations=((1, 16), (1, 4, 1, 8),
+  (1, 2, 1, 3, 1, 4), (1, 2))` is the segmentation setting for 512 pixels.
 * The 11 x 11 weights are the 7 x 7 ones with each bias table resized bicubically; any `kernel_size` loads that way.
-* Two 3 x 3 convolutions with stride 2 and no activation between them make the stem. `stem_stride` 2 or 1 takes their
-  strides away, last one first, for pictures that would shrink to nothing; the weights keep their shapes.
-* nat_small, nat_base and dinat_base scale their residual branches, dinat_small does not.
+* The stem consists of two 3 x 3 convolutions of stride 2 without an activation in between. `stem_stride` 2 or 1 removes
+  their strides, the last one first, for small images; the weights keep their shapes.
+* nat_small, nat_base and dinat_base have layer scale on their residual branches, dinat_small does not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from ._patterns import Pattern, per_stage
 
 
 class ConvTokenizer(nn.Module):
-    """[B, C, H, W] to [B, H / stride, W / stride, dim], rounded up."""
+    """Embed [B, C, H, W] as [B, ceil(H / stride), ceil(W / stride), dim]."""
 
     def __init__(self, in_chans: int, dim: int, *, stride: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class ConvTokenizer(nn.Module):
 
 
 class ConvDownsampler(nn.Module):
-    """[B, H, W, C] to [B, H / 2, W / 2, 2 C], rounded up."""
+    """Downsample [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), 2 C]."""
 
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class ConvDownsampler(nn.Module):
 
 
 class NATBlock(nn.Module):
-    """Neighborhood attention, then an MLP, each normalised before and added to what came in; [B, H, W, C]."""
+    """Apply neighborhood attention and an MLP as pre-norm residual branches; [B, H, W, C]."""
 
     def __init__(
         self,
@@ -97,14 +98,14 @@ class NATBlock(nn.Module):
 
 
 class NAT(HierarchicalBackbone):
-    """NAT, and DiNAT by its `dilations`.
+    """NAT, or DiNAT if `dilations` exceed 1.
 
     Args:
         embed_dim: channels of the first stage; each later one has twice as many.
         kernel_size: side of the attention window, odd.
         dilations: one for all blocks, or per stage the dilations of its blocks, repeated to the stage's depth.
-        init_values: initial scale of the residual branches, None for unscaled ones.
-        stem_stride: pixels per position of the first stage: 4, or 2 or 1 for small pictures.
+        init_values: initial layer scale of the residual branches, None for no layer scale.
+        stem_stride: pixels per position of the first stage: 4, or 2 or 1 for small images.
         out_norms: normalise the maps that `features_only` returns, as the published segmentation backbones do.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projections of attention and MLP.
@@ -133,7 +134,7 @@ class NAT(HierarchicalBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(num_heads) != len(depths):
-            raise ValueError(f"num_heads needs one entry a stage, {len(depths)}; got {tuple(num_heads)}")
+            raise ValueError(f"num_heads needs one entry per stage, {len(depths)}; got {tuple(num_heads)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -180,7 +181,7 @@ class NAT(HierarchicalBackbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours; also of the segmentation and detection backbones (`norm0` to `norm3`, no head)."""
+    """Rename published parameters to ours; also accept dense-task backbones (`norm0` to `norm3`, no head)."""
     state_dict = unwrap(checkpoint)
     rules = [
         (r"patch_embed\.", "stem."),

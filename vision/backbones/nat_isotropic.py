@@ -1,14 +1,14 @@
-"""Isotropic NAT, DiNAT and ViT-rpb: one plain stack of blocks on 16 x 16 patches, three ways to attend.
+"""Isotropic NAT, DiNAT and ViT-rpb: a plain stack of blocks on 16 x 16 patches with three kinds of attention.
 
 Paper: Hassani and Shi, "Dilated Neighborhood Attention Transformer" (arXiv 2209.15001), section 4.4. Code and weights:
 github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT.
 
 What is unusual:
-* `vitrpb_*` attends globally, with a bias per head and relative position as in the others and neither class token nor
-  position embedding. Its table covers the patches of `img_size`; on another grid it is resized bicubically at each
+* `vitrpb_*` attends globally. Like the others it has a bias per head and relative position, and neither class token nor
+  position embedding. Its table covers the patches of `img_size`; for another grid it is resized bicubically at each
   call.
-* The published ViT-rpb reads its table flipped in both axes, which is: by key minus query, as neighborhood attention
-  does.
+* The published ViT-rpb reads its table flipped along both axes, that is, indexed by key minus query, as neighborhood
+  attention does.
 * Any image size: the image is padded at the end of its axes to whole patches.
 """
 
@@ -32,10 +32,10 @@ from ._patterns import repeat_to
 
 @register_notrace_module
 class GlobalAttention(nn.Module):
-    """Every position attends to every other, with a relative position bias; [B, H, W, C] to the same.
+    """Attend from every position of a map [B, H, W, C] to every other, with a relative position bias.
 
     Args:
-        grid: rows and columns that the bias table is made for.
+        grid: rows and columns that the bias table covers.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class GlobalAttention(nn.Module):
         trunc_normal_(self.rpb, std=0.02)
 
     def _bias(self, height: int, width: int) -> Tensor:
-        """[heads, queries, keys], positions in raster order."""
+        """Return the bias [heads, queries, keys], with positions in row-major order."""
         table = self.rpb
         size = [2 * height - 1, 2 * width - 1]
         if is_exporting() or table.shape[1] != size[0] or table.shape[2] != size[1]:
@@ -83,7 +83,7 @@ class GlobalAttention(nn.Module):
 
 
 class IsotropicBlock(nn.Module):
-    """A mixer on the grid, then an MLP, each normalised before and added to what came in; [B, N, C] and the grid."""
+    """Apply a mixer on the grid and an MLP as pre-norm residual branches; [B, N, C] and the grid."""
 
     def __init__(self, dim: int, attn: nn.Module, *, mlp_ratio: float, proj_drop: float, drop_path: float, **dd: Any):
         super().__init__()
@@ -104,9 +104,9 @@ class NATIsotropic(IsotropicBackbone):
     """Isotropic NAT, DiNAT or ViT-rpb.
 
     Args:
-        img_size: nominal image size; it sets the extent of the bias tables of global attention and nothing else.
+        img_size: nominal image size; it only determines the extent of the bias tables of global attention.
         kernel_size: side of the attention window, odd; None for global attention.
-        dilations: of the windows, repeated over the blocks.
+        dilations: of the windows, repeated cyclically over the blocks.
         fc_norm: normalise after pooling instead of before.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projections of attention and MLP.
@@ -188,14 +188,14 @@ def _make_block(
     dtype: Any,
     **_: Any,
 ) -> IsotropicBlock:
-    """Block number `depth`. timm offers a block every option that a ViT has; the rest of them mean nothing here."""
+    """Build block number `depth`. timm passes all options of a ViT block; the others do not apply here."""
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
     attn = mixers[depth](dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, **dd)
     return IsotropicBlock(dim, attn, mlp_ratio=mlp_ratio, proj_drop=proj_drop, drop_path=drop_path, **dd)
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: NATIsotropic) -> StateDict:
-    """Published names to ours, patches and bias tables resized to the model's."""
+    """Rename published parameters to ours; resize patch embedding and bias tables to the model's."""
     state_dict = rename(unwrap(checkpoint), [(r"layers\.", "blocks.")])
     state_dict = {name: tensor for name, tensor in state_dict.items() if not name.endswith("relative_position_index")}
     patches = state_dict.get("patch_embed.proj.weight")

@@ -1,19 +1,19 @@
-"""SpAtten: vision transformers whose blocks leave out ever more tokens and heads, by all the attention paid so far.
+"""SpAtten: vision transformers that prune tokens and heads progressively, by importance accumulated over the blocks.
 
 Paper: Wang, Zhang, Han, "SpAtten: Efficient Sparse Attention Architecture with Cascade Token and Head Pruning" (HPCA
-2021, arXiv 2012.09852). It is about language models in hardware; there are no vision models and no weights of the
-authors'. The weights that are fetched are timm's DeiT, trained with all tokens and heads: fine-tune them, as the paper
-does. Any other ViT: `reduce_tokens(model, "spatten", keep_rate=0.7, head_keep_rate=0.9)`.
+2021, arXiv 2012.09852). The paper is about language models in hardware; the authors published no vision models and no
+weights. The pretrained weights are timm's DeiT, trained with all tokens and heads: fine-tune them, as the paper does.
+To reduce any other ViT, use `reduce_tokens(model, "spatten", keep_rate=0.7, head_keep_rate=0.9)`.
 
 What is unusual:
-* A token counts by the attention that it drew of all heads and queries in all blocks so far, a head by the magnitudes
-  that it put out. Both are sums for each picture; what is pruned stays out of all later blocks.
-* The first 15 % of the blocks have all tokens, the first 30 % all heads. From there the shares fall evenly, around
-  `keep_rate` and `head_keep_rate` as their mean: at 0.7 and 12 blocks from 0.97 to 0.43.
-* Class, distillation and register tokens stay.
-* Queries, keys and values of all heads are computed, since pictures of a batch differ in their heads; what is saved is
-  attention. Pruning of single values and the coarse first look at bits are the hardware's and not here.
-* With both rates at 1 these are plain transformers, bit by bit.
+* The importance of a token is the attention received from all heads and queries in all blocks so far; that of a head is
+  the magnitude of its outputs. Both are summed for each image. Pruned tokens and heads stay pruned in all later blocks.
+* The first 15 % of the blocks keep all tokens, and the first 30 % all heads. From there on, the shares fall linearly
+  with `keep_rate` and `head_keep_rate` as their mean: from 0.97 to 0.43 at 0.7 and 12 blocks.
+* Class, distillation and register tokens are always kept.
+* Queries, keys and values are computed for all heads, since the images of a batch keep different heads; pruning heads
+  saves only attention. Local value pruning and progressive quantisation belong to the hardware and are not here.
+* With both rates at 1, these models are bit-identical to plain transformers.
 """
 
 import itertools
@@ -28,19 +28,20 @@ from timm.models.vision_transformer import VisionTransformer
 
 from ...mixers.token_cascade import CascadePruning
 from ...mixers.token_reduction import TokenReducer
+from ._checkpoints import timm_cfg, vit_checkpoint_filter
 from ._token_reduction import METHODS, TokenReducedViT, create_reduced, numbers_of
-from .tome import checkpoint_filter_fn, timm_cfg
 
 FIRST_WITH_ALL_TOKENS = 0.15
 FIRST_WITH_ALL_HEADS = 0.3
 
 
 def falling_rates(rate: float | Sequence[float], depth: int, untouched: float) -> list[float]:
-    """The share that each of `depth` blocks keeps.
+    """Return the share that each of `depth` blocks keeps.
 
     Args:
-        rate: the mean over the blocks that prune; or the share of every block, which may not rise and begins with 1.
-        untouched: share of the blocks, rounded up, that keep all where `rate` is one number.
+        rate: one number: the mean share of the blocks that prune; or one share per block, starting with 1 and never
+            rising.
+        untouched: share of the blocks, rounded up, that keep everything if `rate` is one number.
     """
     if isinstance(rate, numbers.Real):
         rate = float(rate)
@@ -50,7 +51,7 @@ def falling_rates(rate: float | Sequence[float], depth: int, untouched: float) -
         pruning = depth - whole
         reach = min(rate, 1 - rate)
         return [1.0] * whole + [rate + reach * (1 - (2 * i + 1) / pruning) for i in range(pruning)]
-    rates = [float(share) for share in numbers_of("keep rates", rate)]
+    rates = [float(share) for share in numbers_of("keep rates", rate, or_number=True)]
     falls = all(later <= earlier for earlier, later in itertools.pairwise(rates))
     if len(rates) != depth or not falls or rates[0] != 1 or rates[-1] <= 0:
         raise ValueError(
@@ -62,7 +63,12 @@ def falling_rates(rate: float | Sequence[float], depth: int, untouched: float) -
 
 @dataclass(frozen=True)
 class SpAtten:
-    """Cascade pruning; the rates as in `falling_rates`, that of the heads to the nearest whole number, at least one."""
+    """Prune tokens and heads by cumulative importance.
+
+    Args:
+        keep_rate: shares of tokens, in the forms that `falling_rates` accepts.
+        head_keep_rate: shares of heads, in the same forms; counts are rounded to the nearest integer, at least one.
+    """
 
     keep_rate: float | Sequence[float] = 0.7
     head_keep_rate: float | Sequence[float] = 0.9
@@ -91,17 +97,8 @@ class SpAtten:
 METHODS["spatten"] = SpAtten
 
 
-def _create_spatten(
-    name: str,
-    pretrained: bool,
-    *,
-    keep_rate: float | Sequence[float] = 0.7,
-    head_keep_rate: float | Sequence[float] = 0.9,
-    **kwargs: Any,
-) -> TokenReducedViT:
-    return create_reduced(
-        TokenReducedViT, name, pretrained, SpAtten(keep_rate, head_keep_rate), checkpoint_filter_fn, **kwargs
-    )
+def _create_spatten(name: str, pretrained: bool, **kwargs: Any) -> TokenReducedViT:
+    return create_reduced(TokenReducedViT, name, pretrained, SpAtten, vit_checkpoint_filter, **kwargs)
 
 
 def _cfg(name: str) -> dict[str, Any]:

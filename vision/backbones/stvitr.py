@@ -1,4 +1,4 @@
-"""STViT-R: Swin whose third stage spends most of its blocks on a few semantic tokens, and recovers the map from them.
+"""STViT-R: Swin whose third stage mixes a few semantic tokens in most of its blocks, and recovers the map from them.
 
 Paper: Chang et al., "Making Vision Transformers Efficient from a Token Sparsification View" (CVPR 2023, arXiv
 2303.08685). Code: github.com/changsn/STViT-R and, for `stvitr_det_*`, STViT-R-Object-Detection, both MIT. Weights of
@@ -6,21 +6,21 @@ both: huggingface.co/csncsn/STViT-R.
 
 What is unusual:
 * The third stage repeats units of six blocks: window attention on the map; two blocks in which the maxima of each
-  window, 9 of 49 positions, gather what lies around them; window attention and attention on these tokens alone; and
-  one that writes them back to the map. `depths` counts those units, so the published 18 blocks are 3. After every unit
-  the map is whole again: features need no repair.
-* The released classifier is what its training logs say: layer scale only in blocks that deal with semantic tokens, no
-  learned position of tokens ("global"), and no shortcut around the first attention of a unit, so tokens start from it.
-* The published classifier takes images of 224 pixels only. Here windows spread evenly over any map (see
-  `mixers/semantic_tokens.py`), with the same numbers at 224 pixels. An axis of one window is not shifted.
-* The published detector is another graph with the same weights: the map is padded with zeros to whole windows, tokens
-  attend to zero-padded windows of it with shortcuts around, and so does the map to them. It has the norms of its four
-  outputs and no classifier: loading its file leaves the classifier as it is initialised.
-* The detector's mask is kept as published, since its weights were trained so. Hidden are the zeros outside of the
-  padded map, but of what pads it to whole windows only the corner where both axes are padded, or the strip if one is;
-  if neither is, nothing is hidden, not even the zeros outside. When the map is recovered, that corner is as many
-  semantic tokens as it has positions on the map.
-* Two convolutions make the stem; the image is padded to a multiple of 4 before. Exported files have one image size.
+  window, 9 for 49 positions, gather from their surroundings; window attention and attention among these tokens alone;
+  and one block that writes them back to the map. `depths` counts the units, so the published 18 blocks are 3. After
+  every unit the map is complete again: features need no reconstruction.
+* The released classifier matches its training logs: layer scale only in blocks that process semantic tokens, no
+  learned token positions ("global"), and no shortcut around a unit's first attention, whose output is the tokens.
+* The published classifier accepts 224-pixel images only. Here windows are spread evenly over any map (see
+  `mixers/semantic_tokens.py`), with the same results at 224 pixels. An axis of one window is not shifted.
+* The published detector is another graph with the same weights: the map is zero-padded to whole windows, tokens attend
+  to zero-padded windows of it with shortcuts around, and the map attends to zero-padded windows of tokens. It has norms
+  for its four outputs and no classifier: loading its file leaves the classifier at its initialisation.
+* The detector's mask is kept as published, since its weights were trained with it. It hides the zeros outside the
+  padded map, but of the padding to whole windows only the corner where both axes are padded, or the strip if one is;
+  if neither is, it hides nothing, not even the zeros outside. In the recovery, that corner has as many semantic tokens
+  as it has positions on the map.
+* The stem has two convolutions; the image is first padded to a multiple of 4. Exported files have one image size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ from ._checkpoints import StateDict, keep_fresh_norms, refuse_mismatch, rename, 
 from ._hierarchical import HierarchicalBackbone, Stage
 from .dinat_s import PatchMerging
 
-for _name in ("pool_to_tokens", "_part_of", "_seen"):  # they compute with lengths, which FX has no values of
+for _name in ("pool_to_tokens", "_part_of", "_seen"):  # they compute with sizes, which are not concrete under FX
     torch.fx.wrap(_name)
 
 _WINDOW = 7
@@ -64,12 +64,12 @@ _UNIT = ("window", "generate", "refine", "local", "mix", "recover")  # the six b
 
 
 def _beyond(length: int, side: int) -> int:
-    """What an axis lacks to whole windows. Written so that the sum is a multiple for the exporter, too."""
+    """Return the padding of an axis to whole windows, written so that the exporter can prove divisibility."""
     return (length + side - 1) // side * side - length
 
 
 class Stem(nn.Module):
-    """[B, in_chans, H, W] to [B, H / 4, W / 4, dim], rounded up."""
+    """Embed [B, in_chans, H, W] as [B, ceil(H / 4), ceil(W / 4), dim]."""
 
     def __init__(self, in_chans: int, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -83,9 +83,9 @@ class Stem(nn.Module):
 
 
 def _part_of(x: Tensor, down: int, across: int, height: int, width: int) -> Tensor:
-    """`height` x `width` positions of a map that is thought to go on periodically, from (down, across) on.
+    """Return `height` x `width` positions of a map from (down, across) on, with circular indexing.
 
-    Unlike rolling and slicing it leaves the exporter no doubt of the size.
+    Unlike rolling and slicing, this gives the exporter a known output size.
     """
     rows = (torch.arange(height, device=x.device) + down) % x.shape[1]
     columns = (torch.arange(width, device=x.device) + across) % x.shape[2]
@@ -93,15 +93,15 @@ def _part_of(x: Tensor, down: int, across: int, height: int, width: int) -> Tens
 
 
 def _parts(length: int, turned: int, side: int, device: torch.device) -> Tensor:
-    """The part of an axis that each position is from, [length]: the last window's wrapped around are apart."""
+    """Return the region label of each position of an axis, [length]: the wrapped part of the last window differs."""
     position = torch.arange(length, device=device)
     return (position >= length - side).int() + (position >= length - turned).int()
 
 
 def _wrapping_mask(x: Tensor, down: int, across: int, side: int) -> Tensor:
-    """Positions of a window that only the wrapping brought together, as Swin masks them: [windows, queries, keys].
+    """Return Swin's mask of position pairs that only wrapping brought together: [windows, queries, keys].
 
-    While exporting for the windows of all pictures, so that no axis has as many as one picture has.
+    While exporting, the mask covers the windows of all images, so that no axis has the length of one image's windows.
     """
     rows, columns = _parts(x.shape[1], down, side, x.device), _parts(x.shape[2], across, side, x.device)
     part = (3 * rows[:, None] + columns)[None, :, :, None]
@@ -110,13 +110,13 @@ def _wrapping_mask(x: Tensor, down: int, across: int, side: int) -> Tensor:
 
 
 class WindowBlock(nn.Module):
-    """Swin's block on [B, H, W, C]: attention in windows, which may be shifted, then an MLP.
+    """Apply Swin's block to [B, H, W, C]: attention in windows, optionally shifted, then an MLP.
 
-    A map that is not whole windows is padded with zeros below and on the right, before it is shifted.
+    A map that does not consist of whole windows is zero-padded at the bottom and on the right before it is shifted.
 
     Args:
-        shift: positions by which windows begin later, and wrap around.
-        shifts_single: whether an axis of one window is shifted, too.
+        shift: offset of the windows, with wrap-around.
+        shifts_single: whether to shift an axis of one window as well.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class WindowBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def _shift_along(self, windows: int) -> int:
-        """The shift along an axis; never a branch, since the number of windows may be a symbol while exporting."""
+        """Return the shift along an axis without branching: the number of windows may be symbolic while exporting."""
         return self.shift if self.shifts_single else self.shift * (1 - 1 // windows)
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -172,10 +172,10 @@ register_notrace_module(WindowBlock)
 
 
 class SemanticBlock(nn.Module):
-    """Attention of one set of tokens to another, then an MLP, each normalised before and scaled; [B, H, W, C].
+    """Apply attention between two token sets and an MLP as pre-norm branches with layer scale; [B, H, W, C].
 
     Args:
-        shortcut: whether what attention gives is added to what came in.
+        shortcut: whether the attention is a residual branch.
     """
 
     def __init__(
@@ -210,13 +210,13 @@ class SemanticBlock(nn.Module):
 
 
 class SemanticUnit(nn.Module):
-    """Six blocks of the classifier's third stage; [B, H, W, C].
+    """Apply one unit, six blocks, of the classifier's third stage; [B, H, W, C].
 
     Args:
         drop_paths: rates of the six blocks.
     """
 
-    shortcut = False  # around the first attention of tokens
+    shortcut = False  # around the first attention of the tokens
     windows: ClassVar[dict[str, dict[str, Any]]] = {
         "generate": {"window_size": _TOKENS, "key_window_size": 10, "sees_query": True},
         "local": {"window_size": _TOKENS, "key_window_size": _TOKENS},
@@ -264,29 +264,29 @@ class SemanticUnit(nn.Module):
 
 
 def _surrounded(x: Tensor, more: int) -> Tensor:
-    """A map with the zeros around it that its windows, `more` wider and higher, reach."""
+    """Zero-pad a map on all sides so that its windows, `more` wider and higher, fit."""
     before, after = more // 2, (more + 1) // 2
     return F.pad(x, [0, 0, before, after, before, after])
 
 
 def _seen(surrounded: Tensor, rows: int, columns: int, below: int, right: int) -> Tensor:
-    """The published mask, [H, W] for a surrounded map that has `rows` x `columns` positions of its own.
+    """Return the published mask, [H, W] for a zero-padded map that contains `rows` x `columns` positions.
 
     Args:
-        below, right: rows and columns of the image's map that pad it to whole windows.
+        below, right: rows and columns that pad the image's map to whole windows.
     """
     before = (surrounded.shape[1] - rows) // 2
     row = torch.arange(surrounded.shape[1], device=surrounded.device)[:, None] - before
     column = torch.arange(surrounded.shape[2], device=surrounded.device) - before
     inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    # Python's slice [-n:] is the last n, but all where n is 0.
+    # Python's slice [-n:] is the last n elements, but all of them if n is 0.
     last_rows = row >= (rows - below) * (1 - 1 // (below + 1))
     last_columns = column >= (columns - right) * (1 - 1 // (right + 1))
     return inside & ~(last_rows & last_columns)
 
 
 class WindowedSemanticUnit(SemanticUnit):
-    """Six blocks of the detector's third stage, [B, H, W, C]: windows wherever the classifier's see the whole map."""
+    """Apply one unit of the detector's third stage, [B, H, W, C], with windows wherever the classifier is global."""
 
     shortcut = True
     windows: ClassVar[dict[str, dict[str, Any]]] = {
@@ -302,31 +302,31 @@ class WindowedSemanticUnit(SemanticUnit):
         below, right = _beyond(height, window), _beyond(width, window)
         x = F.pad(x, [0, 0, 0, right, 0, below])
 
-        around = _surrounded(x, window)
-        seen = _seen(around, x.shape[1], x.shape[2], below, right)
-        tokens = self.generate(pool_to_tokens(x, window, tokens_side), around, seen)
-        around = _surrounded(x, 2 * window)
-        seen = _seen(around, x.shape[1], x.shape[2], below, right)
-        tokens = self.refine(tokens, around, seen)
+        surrounded = _surrounded(x, window)
+        visible = _seen(surrounded, x.shape[1], x.shape[2], below, right)
+        tokens = self.generate(pool_to_tokens(x, window, tokens_side), surrounded, visible)
+        surrounded = _surrounded(x, 2 * window)
+        visible = _seen(surrounded, x.shape[1], x.shape[2], below, right)
+        tokens = self.refine(tokens, surrounded, visible)
         tokens = self.local(tokens, tokens)
         tokens = self.mix(tokens, tokens)
-        around = _surrounded(tokens, 8 * tokens_side)
-        seen = _seen(around, tokens.shape[1], tokens.shape[2], below, right)
-        return _part_of(self.recover(x, around, seen), 0, 0, height, width)
+        surrounded = _surrounded(tokens, 8 * tokens_side)
+        visible = _seen(surrounded, tokens.shape[1], tokens.shape[2], below, right)
+        return _part_of(self.recover(x, surrounded, visible), 0, 0, height, width)
 
 
 class STViTR(HierarchicalBackbone):
     """STViT-R.
 
     Args:
-        depths: blocks of each stage; in the third one units of six blocks.
+        depths: blocks of each stage; in the third stage units of six blocks.
         embed_dim: channels of the first stage; each later one has twice as many.
-        detection: the graph of the published detection backbone, with a norm of what `features_only` returns.
-        init_values: initial scale of the branches of blocks that deal with semantic tokens.
+        detection: whether to build the published detection backbone's graph, with norms of the features.
+        init_values: initial layer scale of the blocks that process semantic tokens.
         drop_rate, proj_drop_rate: dropout before the classifier, and after the projections of attention and MLP.
     """
 
-    exports_free_sizes = False  # windows of windows of free sizes: tracing takes an hour, and ONNX does not end
+    exports_free_sizes = False  # windows of symbolic sizes: tracing takes an hour, and ONNX export does not finish
 
     def __init__(
         self,
@@ -396,7 +396,7 @@ class STViTR(HierarchicalBackbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours: classifiers, and detectors, which have no classifier; that stays the model's own."""
+    """Rename published parameters to ours; detectors have no classifier, so the model keeps its own."""
     derived = ("attn_mask", "relative_position_index")
     state_dict = {name: tensor for name, tensor in unwrap(checkpoint).items() if not name.endswith(derived)}
     rules = [
@@ -418,8 +418,8 @@ def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackb
         ]
     state_dict = rename(state_dict, [*rules, (r"layers\.", "stages.")])
     if any(".out_norm." in name for name in state_dict):
-        own = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
-        state_dict = {**own, **state_dict}
+        head_weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("head.")}
+        state_dict = {**head_weights, **state_dict}
     state_dict = keep_fresh_norms(state_dict, model)
     refuse_mismatch(state_dict, model)
     return state_dict

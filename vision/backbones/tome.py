@@ -1,15 +1,15 @@
-"""ToMe: vision transformers that merge similar tokens in every block, on timm's own weights or trained with it.
+"""ToMe: vision transformers that merge similar tokens in every block, with timm's weights or weights trained by ToMe.
 
-Paper: Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461). Their code and trained weights:
-github.com/facebookresearch/ToMe, CC-BY-NC 4.0. Nothing here is from that code; the weights that are fetched by default
-are timm's, trained without merging. Any other ViT: `reduce_tokens(model, "tome", r=13)`.
+Paper: Bolya et al., "Token Merging: Your ViT But Faster" (ICLR 2023, arXiv 2210.09461). The authors' code and trained
+weights: github.com/facebookresearch/ToMe, CC-BY-NC 4.0. No code here is from that repository; the default weights are
+timm's, trained without merging. To reduce any other ViT, use `reduce_tokens(model, "tome", r=13)`.
 
 What is unusual:
-* Weights that were trained without merging want proportional attention if they were trained on labels (`prop_attn`, the
-  default); MAE's fine-tuned ones are better without it unless they were trained with merging.
-* `tome_mae_*` pool over all tokens by their size; their published names are timm's with `fc_norm`.
-* Against the published code: LayerScale, query and key norms, registers and gates of a model are respected, ties go to
-  the lowest index, and undoing the merge is right with a distillation token too.
+* Weights trained on labels without merging need proportional attention (`prop_attn`, the default). MAE's fine-tuned
+  weights perform better without it, unless they were trained with merging.
+* `tome_mae_*` pool over all tokens, weighted by size; their published parameter names are timm's with `fc_norm`.
+* Compared with the published code: LayerScale, query and key norms, registers and gates of a model are supported, ties
+  go to the lowest index, and unmerging is also correct with a distillation token.
 """
 
 import numbers
@@ -17,23 +17,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from timm.models import generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 
 from ...mixers.token_reduction import TokenMerging, TokenReducer
-from ._checkpoints import StateDict, refuse_mismatch, unwrap
-from ._token_reduction import METHODS, TokenReducedDistilledViT, TokenReducedViT, create_reduced, numbers_of
+from ._checkpoints import StateDict, refuse_mismatch, timm_cfg, unwrap
+from ._token_reduction import METHODS, TokenReducedDistilledViT, TokenReducedViT, check_flag, create_reduced, numbers_of
 
 
 def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
-    """How many tokens each of `depth` blocks merges.
+    """Return how many tokens each of `depth` blocks merges.
 
     Args:
-        r: one number for all blocks; one for each, zeros where the list ends; or a pair of a mean and, as a float, an
-            inflection from -1 to 1: the number then rises (1) or falls (-1) evenly along the depth, to or from zero.
+        r: one number for all blocks; or one number per block, zero for blocks beyond the end of the list; or a pair
+            (mean, inflection) with a float inflection from -1 to 1: the number of merged tokens then changes linearly
+            along the depth, rising from zero for 1 and falling to zero for -1.
+
+    Raises:
+        ValueError: for negative counts, for more than `depth` counts, and for two integers, which could be either a
+            pair or two counts.
     """
-    r = (float(r), 0.0) if isinstance(r, numbers.Real) else numbers_of("r", r)
+    if isinstance(r, numbers.Real):
+        return merge_schedule(numbers_of("r", [r], whole=True) * depth, depth)
+    r = numbers_of("r", r, or_number=True)
+    if len(r) == 2 and depth != 2 and r[1] in (-1, 0, 1) and not isinstance(r[1], float):
+        raise ValueError(
+            f"r={r} could be a mean with an inflection or the counts of two blocks; "
+            f"write {[r[0], float(r[1])]} for the first, {[*r, 0]} for the second"
+        )
     if len(r) == 2 and isinstance(r[1], float):
         mean, inflection = r
         if not -1 <= inflection <= 1:
@@ -42,20 +54,29 @@ def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
         step = 2 * (mean - first) / max(depth - 1, 1)
         schedule = [int(first + step * i) for i in range(depth)]
     else:
-        schedule = [*(int(count) for count in r), *[0] * (depth - len(r))]
+        counts = numbers_of("r", r, whole=True, or_number=True)
+        schedule = [*(int(count) for count in counts), *[0] * (depth - len(counts))]
     if len(schedule) > depth or min(schedule, default=0) < 0:
-        raise ValueError(f"r needs up to {depth} counts, one a block, each 0 or more; got {r}")
+        raise ValueError(f"r needs up to {depth} counts, one per block, each 0 or more; got {r}")
     return schedule
 
 
 @dataclass(frozen=True)
 class ToMe:
-    """Token merging; `r` as in `merge_schedule`, `prop_attn` lets tokens attract attention by their size."""
+    """Merge similar tokens in every block.
+
+    Args:
+        r: number of merged tokens, in the forms that `merge_schedule` accepts.
+        prop_attn: whether tokens receive attention in proportion to their size.
+    """
 
     r: int | Sequence[float] = 8
     prop_attn: bool = True
 
     merges: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_flag("prop_attn", self.prop_attn)
 
     def reducers(self, model: VisionTransformer) -> list[TokenReducer]:
         return [
@@ -68,32 +89,23 @@ METHODS["tome"] = ToMe
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: VisionTransformer) -> StateDict:
-    """timm's rules for ViTs: patches and positions resized, the names of DeiT's and MAE's files.
+    """Apply timm's filter for ViTs: resize patches and positions, and rename the parameters of DeiT's and MAE's files.
 
-    A masked autoencoder ends in a norm before pooling, which its fine-tuning replaces by a new one behind it.
+    A masked autoencoder ends with a norm before pooling; fine-tuning replaces it with a new norm after pooling.
     """
     state_dict: StateDict = vit_filter_fn(unwrap(checkpoint), model)  # type: ignore[assignment]
-    own = model.state_dict()
-    if "fc_norm.weight" in own and "norm.weight" in state_dict:
+    initial = model.state_dict()
+    if "fc_norm.weight" in initial and "norm.weight" in state_dict:
         state_dict = {name: value for name, value in state_dict.items() if not name.startswith("norm.")}
-        state_dict |= {name: own[name] for name in ("fc_norm.weight", "fc_norm.bias")}
+        state_dict |= {name: initial[name] for name in ("fc_norm.weight", "fc_norm.bias")}
     refuse_mismatch(state_dict, model)
     return state_dict
 
 
-def _create_tome(
-    name: str, pretrained: bool, *, r: int | Sequence[float], prop_attn: bool = True, **kwargs: Any
-) -> TokenReducedViT:
+def _create_tome(name: str, pretrained: bool, **kwargs: Any) -> TokenReducedViT:
     distilled = kwargs.pop("distilled", False)
     kind = TokenReducedDistilledViT if distilled else TokenReducedViT
-    return create_reduced(kind, name, pretrained, ToMe(r, prop_attn), checkpoint_filter_fn, **kwargs)
-
-
-def timm_cfg(name: str, **settings: Any) -> dict[str, Any]:
-    """The entry of timm's own model, for a model of ours on the same weights."""
-    cfg = get_pretrained_cfg(name)
-    assert cfg is not None, name
-    return {**cfg.to_dict(remove_source=False, remove_null=True), **settings}
+    return create_reduced(kind, name, pretrained, ToMe, checkpoint_filter_fn, **kwargs)
 
 
 _PAPER = {"paper_name": "Token Merging: Your ViT But Faster", "paper_ids": "arXiv:2210.09461"}
@@ -104,12 +116,12 @@ _ORIGINS = {
 
 
 def _plain(name: str) -> dict[str, Any]:
-    """timm's weights, trained without merging."""
+    """Return the configuration of timm's weights, trained without merging."""
     return timm_cfg(name, origin_url=_ORIGINS[name.partition("_")[0]], **_PAPER)
 
 
 def _trained(file: str) -> dict[str, Any]:
-    """Weights that were trained with merging."""
+    """Return the configuration of the authors' weights, trained with merging."""
     return {
         "url": f"https://dl.fbaipublicfiles.com/tome/{file}",
         "num_classes": 1000,

@@ -1,20 +1,20 @@
-"""UniRepLKNet: a pyramid of few large kernels, trained as sums of dilated branches and evaluated as one convolution.
+"""UniRepLKNet: a pyramid with few large kernels, trained as sums of dilated branches and evaluated as one convolution.
 
 Paper: Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series
 and Image Recognition" (CVPR 2024, arXiv 2311.15599). Code github.com/AILab-CVC/UniRepLKNet, weights
 huggingface.co/DingXiaoH/UniRepLKNet, Apache-2.0.
 
 What is unusual:
-* Evaluation always runs the large kernels merged (see `mixers/dilated_reparam.py`), and keeps the parameters. For
-  deployment `timm.utils.reparameterize_model(model)` also folds all batch norms, the layer scale and the bias of the
-  response norm away: a copy with other parameters, whose counts are those that the paper states.
-* A file in that deployed form can only become a deployed model. So loading one re-parameterises the model; the other
-  way round there is no way back, and a deployed model refuses a training checkpoint.
-* The norm comes after pooling and belongs to the head. Segmentation and detection backbones drop it and normalise every
+* Evaluation always runs the merged large kernels (see `mixers/dilated_reparam.py`) and keeps the parameters. For
+  deployment, `timm.utils.reparameterize_model(model)` also folds away all batch norms, the layer scale and the bias of
+  the response norm: the copy has other parameters, with the counts stated in the paper.
+* A file in that deployed form only fits a deployed model, so loading one re-parameterises the model. The reverse is
+  impossible: a deployed model rejects a training checkpoint.
+* The norm follows the pooling and belongs to the head. Segmentation and detection backbones drop it and normalise every
   stage's map instead: `out_norms=True`.
-* Pictures of 384 pixels were evaluated squashed to a square, without a crop.
+* Models at 384 pixels were evaluated on images resized to a square without cropping.
 * Weight decay: the official optimiser decays the response norm's parameters, which have four axes there. Here they have
-  one, and timm's optimisers leave them alone like those of other norms.
+  one axis, and timm's optimisers exempt them like those of other norms.
 """
 
 import re
@@ -46,11 +46,11 @@ SMALLEST_WITH_BRANCHES = 7
 
 
 class GlobalResponseNorm(nn.Module):
-    """[B, H, W, C] to the same: each channel amplified by its share of the map's energy (ConvNeXt V2).
+    """Amplify each channel of [B, H, W, C] by its share of the map's energy (global response norm, ConvNeXt V2).
 
-    timm's layer reads the map twice more and always has a bias, which deployment folds into the next layer. For the
-    energy PyTorch's norm is right in half precision, where squares overflow; in other types plain sums do, which the
-    CPU adds up faster.
+    timm's layer reads the map twice more, and always has a bias, which deployment folds into the next layer here. In
+    half precision the energy comes from PyTorch's norm, since squares would overflow; in other dtypes from plain sums,
+    which are faster on the CPU.
     """
 
     def __init__(self, dim: int, *, eps: float = 1e-6, device: Any = None, dtype: Any = None) -> None:
@@ -69,20 +69,20 @@ class GlobalResponseNorm(nn.Module):
         if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
             energy = x.norm(p=2, dim=(1, 2), keepdim=True)
         else:
-            energy = (x.square().sum(dim=(1, 2), keepdim=True) + 1e-24).sqrt()  # with a gradient at zero
+            energy = (x.square().sum(dim=(1, 2), keepdim=True) + 1e-24).sqrt()  # the offset keeps the gradient finite
         gain = 1 + self.weight * (energy / (energy.mean(dim=-1, keepdim=True) + self.eps))
         bias = self.bias
         return x * gain if bias is None else torch.addcmul(bias, x, gain)
 
 
-register_notrace_module(GlobalResponseNorm)  # not as a decorator, whose type would hide the class
+register_notrace_module(GlobalResponseNorm)  # not as a decorator, which would hide the class's type
 
 
 class UniRepLKNetBlock(nn.Module):
-    """Depth-wise convolution and channel attention, then an MLP, as one residual branch; [B, C, H, W].
+    """Apply depth-wise convolution, channel attention and an MLP as one residual branch; [B, C, H, W].
 
     Args:
-        kernel_size: from 7 on with dilated branches beside the large kernel, smaller ones a plain convolution.
+        kernel_size: 7 or more adds dilated branches to the large kernel; smaller ones are a plain convolution.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class UniRepLKNetBlock(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """The same function by its running statistics, without branches, batch norms and layer scale; in place."""
+        """Fold branches, batch norms (with running statistics) and layer scale into the layers, in place."""
         if not isinstance(self.ls, LayerScale2d):
             return
         if isinstance(self.dwconv, DilatedReparamBlock):
@@ -148,7 +148,7 @@ class UniRepLKNetBlock(nn.Module):
 
 
 def _downsampler(in_dim: int, dim: int, **dd: Any) -> list[nn.Module]:
-    """[B, in_dim, H, W] to [B, dim, H / 2, W / 2], rounded up. The norm leaves its map in channels_last."""
+    """Return layers that downsample to [B, dim, ceil(H / 2), ceil(W / 2)]; the norm's output is channels_last."""
     return [nn.Conv2d(in_dim, dim, 3, stride=2, padding=1, **dd), LayerNorm2d(dim, **dd)]
 
 
@@ -159,7 +159,7 @@ class UniRepLKNet(HierarchicalBackbone):
         dims: channels of each stage.
         kernel_sizes: of the depth-wise convolutions; one for all blocks, or per stage those of its blocks, repeated to
             the stage's depth.
-        init_values: initial scale of the residual branches.
+        init_values: initial layer scale of the residual branches.
         out_norms: normalise the maps that `features_only` returns, as the published segmentation backbones do.
         drop_rate: dropout before the classifier.
     """
@@ -182,7 +182,7 @@ class UniRepLKNet(HierarchicalBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(dims) != len(depths):
-            raise ValueError(f"dims needs one entry a stage, {len(depths)}; got {tuple(dims)}")
+            raise ValueError(f"dims needs one entry per stage, {len(depths)}; got {tuple(dims)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -221,7 +221,7 @@ class UniRepLKNet(HierarchicalBackbone):
 
 
 def _is_deployed(names: Iterable[str]) -> bool:
-    """Whether these are names of a re-parameterised model: only there the second linear layer has a bias."""
+    """Return whether these are names of a re-parameterised model, whose second linear layer alone has a bias."""
     return any(re.fullmatch(r"stages\.\d+\.blocks\.\d+\.fc2\.bias", name) for name in names)
 
 
@@ -244,7 +244,7 @@ _BLOCK_RULES = [
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours, of both forms; also of the segmentation and detection backbones (`norm0` to `norm3`).
+    """Rename published parameters of both forms to ours; also accept dense-task backbones (`norm0` to `norm3`).
 
     A file in deployed form turns `model` into its deployed form, in place.
     """
@@ -329,7 +329,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# Drop path rates: those that the published weights were trained with, before any fine-tuning.
+# Drop path rates are those with which the published weights were trained, before any fine-tuning.
 _A = {"depths": (2, 2, 6, 2), "dims": (40, 80, 160, 320), "kernel_sizes": (3, 13, 13, 13)}
 _F = {**_A, "dims": (48, 96, 192, 384)}
 _P = {**_A, "dims": (64, 128, 256, 512), "drop_path_rate": 0.1}

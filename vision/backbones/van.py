@@ -2,18 +2,18 @@
 
 Paper: Guo et al., "Visual Attention Network" (CVMJ 2023, arXiv 2202.09741). Code: github.com/Visual-Attention-Network
 (VAN-Classification, VAN-Segmentation), Apache-2.0. Weights: b0 to b3 at huggingface.co/Visual-Attention-Network, b4 to
-b6 as converted by OpenMMLab (github.com/open-mmlab/mmpretrain); files with either's names load.
+b6 as converted by OpenMMLab (github.com/open-mmlab/mmpretrain); files with the names of either load.
 
 What is unusual:
-* A block's attention has a shortcut of its own around the gate and its two projections, from the normalised map, which
-  no figure of the paper shows: x + scale1 * (attention(norm1(x)) + norm1(x)).
-* The network is of degree two in each block: the gate multiplies the map with a linear function of itself, unbounded.
-  The initial layer scale of 1e-2 keeps that tame; see `LargeKernelAttention` for what half precision holds.
-* Batch norm inside blocks, layer norm after each stage, which the next stage sees too. The segmentation backbone has
-  the same names, but `norm_eps=1e-5` in the layer norms instead of the classifier's 1e-6.
-* b6 is 384 wide in its third stage here and in the authors' code. mmpretrain's file is of another network, 480 wide;
-  the address given is mmsegmentation's, of the same authors' weights. Whether it has a classifier was not seen.
-* Maps are channels_last inside, whatever format the image has: every operation of a block is fastest so.
+* A block's attention contains a further shortcut around the gate and its two projections, from the normalised map,
+  which no figure of the paper shows: x + scale1 * (attention(norm1(x)) + norm1(x)).
+* Each block is quadratic in its input: the gate multiplies the map by a linear function of itself, without bound. The
+  initial layer scale of 1e-2 keeps that under control; see `LargeKernelAttention` for the limits of half precision.
+* Blocks use batch norm; a layer norm follows each stage, and the next stage reads its output. The segmentation backbone
+  has the same parameter names, but `norm_eps=1e-5` in the layer norms instead of the classifier's 1e-6.
+* b6 is 384 wide in its third stage, here and in the authors' code. mmpretrain's file is of another network, 480 wide;
+  the URL here is mmsegmentation's copy of the authors' weights. Whether it has a classifier has not been verified.
+* Maps are channels_last internally, whatever the memory format of the image: every operation of a block is fastest so.
 """
 
 import math
@@ -34,7 +34,7 @@ from ._hierarchical import HierarchicalBackbone, Stage
 
 
 class OverlapPatchEmbed(nn.Module):
-    """[B, in_chans, H, W] to [B, dim, H / stride, W / stride], rounded up, channels_last."""
+    """Embed [B, in_chans, H, W] as [B, dim, ceil(H / stride), ceil(W / stride)], channels_last."""
 
     def __init__(
         self, in_chans: int, dim: int, *, kernel_size: int, stride: int, device: Any = None, dtype: Any = None
@@ -49,7 +49,7 @@ class OverlapPatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """LKA between two projections, with a shortcut around them; [B, C, H, W]."""
+    """Apply LKA between two projections, with a residual connection around them; [B, C, H, W]."""
 
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 @register_notrace_module
 class ConvMlp(nn.Module):
-    """Two 1 x 1 convolutions, a 3 x 3 depth-wise one and GELU between them; [B, C, H, W]."""
+    """Apply two 1 x 1 convolutions with a 3 x 3 depth-wise one and GELU in between; [B, C, H, W]."""
 
     def __init__(self, dim: int, hidden_dim: int, *, drop: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class ConvMlp(nn.Module):
 
 
 class VANBlock(nn.Module):
-    """Attention, then an MLP, each normalised before, scaled and added to what came in; [B, C, H, W]."""
+    """Apply attention and an MLP as pre-norm residual branches with layer scale; [B, C, H, W]."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class VANBlock(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The two scales only; the layers have their own."""
+        """Initialise the two layer scales; the layers initialise themselves."""
         nn.init.constant_(self.layer_scale_1, self.init_values)
         nn.init.constant_(self.layer_scale_2, self.init_values)
 
@@ -125,9 +125,9 @@ class VAN(HierarchicalBackbone):
     """VAN.
 
     Args:
-        init_values: initial scale of the residual branches.
-        norm_eps: of the layer norm after each stage: 1e-6 in the published classifiers, 1e-5 in the segmentation
-            backbones.
+        init_values: initial layer scale of the residual branches.
+        norm_eps: epsilon of the layer norm after each stage: 1e-6 in the published classifiers, 1e-5 in the
+            segmentation backbones.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside and after each MLP.
     """
@@ -151,7 +151,7 @@ class VAN(HierarchicalBackbone):
     ) -> None:
         for name, values in (("dims", dims), ("mlp_ratios", mlp_ratios)):
             if len(values) != len(depths):
-                raise ValueError(f"{name} needs one entry a stage, {len(depths)}; got {tuple(values)}")
+                raise ValueError(f"{name} needs one entry per stage, {len(depths)}; got {tuple(values)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -181,7 +181,7 @@ class VAN(HierarchicalBackbone):
 
     @staticmethod
     def init_module(module: nn.Module, name: str, needs_reset: bool) -> None:
-        """Convolutions normally by the size of their output, biases zero; all else as in the base."""
+        """Initialise convolutions as normal by their fan-out with zero biases, all else as the base class does."""
         if isinstance(module, nn.Conv2d):
             fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
@@ -192,7 +192,7 @@ class VAN(HierarchicalBackbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours: the authors' classifiers and segmentation backbones, and mmpretrain's conversions."""
+    """Rename published parameters to ours: the authors' models, also for segmentation, and mmpretrain's conversions."""
     state_dict = rename(
         unwrap(checkpoint),
         [

@@ -1,16 +1,16 @@
-"""ViG: a plain stack of gated linear attention over patches, read from both ends.
+"""ViG: a plain stack of bidirectional gated linear attention over patches.
 
 Paper: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention" (AAAI 2025, arXiv
-2405.18425). Code: github.com/hustvl/ViG, MIT. Weights: huggingface.co/hustvl/ViG; the names of the files there are
-inferred, not seen. The pyramid of the same paper is in vig_h.py. Not the graph network "Vision GNN" of the same name.
+2405.18425). Code: github.com/hustvl/ViG, MIT. Weights: huggingface.co/hustvl/ViG; the file names there are inferred and
+have not been verified. The same paper's pyramid is in vig_h.py. Not the graph network "Vision GNN" of the same name.
 
 What is unusual:
-* vig_tiny has SiLU after the mixers' convolution and before their last projection, vig_small and vig_base have none:
-  so the authors' configurations say, and nothing in a file's names or shapes shows it.
+* vig_tiny has SiLU after the mixers' convolution and before their last projection, vig_small and vig_base have none.
+  This follows the authors' configurations; no name or shape in a checkpoint reveals it.
 * Patches overlap: a 9 x 9 convolution of stride 8, then a 3 x 3 one of stride 2. An image that ends within a patch is
-  padded with zeros at its end; the official code drops what does not fill the first convolution's stride.
+  zero-padded at its end; the official code drops pixels that do not fill the first convolution's stride.
 * Positions are resampled bicubically without anti-aliasing, as in the official code.
-* No class token; the final norm comes before the average.
+* There is no class token; the final norm precedes average pooling.
 * See `GatedLinearAttention2d` for the two halvings of the official evaluation, of which this model has one.
 """
 
@@ -42,13 +42,13 @@ from ._isotropic import IsotropicBackbone
 
 
 def swiglu(dim: int, *, multiple: int, drop: float, **dd: Any) -> nn.Module:
-    """SwiGLU without biases, of 8 / 3 as many channels, rounded up to a multiple."""
+    """Return a bias-free SwiGLU with 8 / 3 times as many hidden channels, rounded up to a multiple."""
     hidden = multiple * -(-(8 * dim // 3) // multiple)
     return GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, gate_last=False, bias=False, drop=drop, **dd)
 
 
 def init_module(module: nn.Module, name: str, needs_reset: bool) -> None:
-    """Initialise one module's own parameters; mixers come after what is in them, and have the last word on it."""
+    """Initialise one module's own parameters; a mixer is visited after its layers and reinitialises them."""
     if isinstance(module, GatedLinearAttention2d):
         module.reset_parameters()
     else:
@@ -57,7 +57,7 @@ def init_module(module: nn.Module, name: str, needs_reset: bool) -> None:
 
 @register_notrace_module
 class ConvPatchEmbed(PatchEmbed):
-    """[B, in_chans, H, W] to [B, H / 16, W / 16, C], rounded up."""
+    """Embed [B, in_chans, H, W] as [B, ceil(H / 16), ceil(W / 16), C]."""
 
     def __init__(self, *, in_chans: int, embed_dim: int, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -76,12 +76,12 @@ class ConvPatchEmbed(PatchEmbed):
         super().set_input_size(img_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.pad(x, [0, 6, 0, 6])).permute(0, 2, 3, 1)  # 6 are enough for any size, and round up
+        return self.proj(F.pad(x, [0, 6, 0, 6])).permute(0, 2, 3, 1)  # 6 suffices for any size, and rounds up
 
 
 @torch.fx.wrap
 def _positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """A position embedding [1, rows * columns, C] of `grid`, as [1, rows, columns, C] of `size`."""
+    """Resample a position embedding [1, rows * columns, C] of `grid` to [1, rows, columns, C] of `size`."""
     raster = table.unflatten(1, [grid[0], grid[1]])
     if is_exporting() or size[0] != grid[0] or size[1] != grid[1]:
         channels_first = raster.permute(0, 3, 1, 2).float()
@@ -90,7 +90,7 @@ def _positions(table: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> T
 
 
 class ViGBlock(nn.Module):
-    """Gated linear attention, then SwiGLU, each normalised before and added to what came in; [B, N, C] and the grid."""
+    """Apply gated linear attention and SwiGLU as pre-norm residual branches; [B, N, C] and the grid."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class ViG(IsotropicBackbone):
     """ViG.
 
     Args:
-        img_size: image size that the position embedding is made for; others resample it.
+        img_size: image size that the position embedding is made for; for others it is resampled.
         mixer_act_layer: `act_layer` of the mixers.
         fc_norm: normalise after pooling instead of before.
         drop_rate: dropout before the classifier.
@@ -194,7 +194,7 @@ def _make_block(
     dtype: Any,
     **_: Any,
 ) -> ViGBlock:
-    """timm offers a block every option that a ViT has; the rest of them mean nothing here."""
+    """Build a block. timm passes all options of a ViT block; the others do not apply here."""
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
     return ViGBlock(dim, num_heads, mixer_act_layer=mixer_act_layer, proj_drop=proj_drop, drop_path=drop_path, **dd)
 
@@ -213,11 +213,11 @@ BLOCK_RULES = [
     (_BLOCK + r"mlp\.gate_proj\.", r"\1mlp.fc1."),
     (_BLOCK + r"mlp\.down_proj\.", r"\1mlp.fc2."),
 ]
-"""The published names inside of blocks to ours, of the plain models and of the pyramids."""
+"""(pattern, replacement) from published names inside blocks to ours, for plain models and pyramids."""
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: ViG) -> StateDict:
-    """Published names to ours, positions resized to the model's."""
+    """Rename published parameters to ours; resize the position embedding to the model's."""
     state_dict = rename(unwrap(checkpoint), BLOCK_RULES)
     positions = state_dict.get("pos_embed")
     if positions is not None and model.pos_embed is not None and positions.shape[1] != model.pos_embed.shape[1]:

@@ -1,14 +1,14 @@
-"""Hierarchical ViG: the pyramid of VMamba with gated linear attention in place of its scans.
+"""Hierarchical ViG: VMamba's pyramid with gated linear attention in place of its scans.
 
 Paper: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention" (AAAI 2025, arXiv
-2405.18425). Code: github.com/hustvl/ViG, MIT. Weights: huggingface.co/hustvl/ViG; the names of the files there are
-inferred, not seen.
+2405.18425). Code: github.com/hustvl/ViG, MIT. Weights: huggingface.co/hustvl/ViG; the file names there are inferred and
+have not been verified.
 
 What is unusual:
-* Attention over the whole map already in the first stage, 3136 tokens at 224 pixels: its cost is linear.
-* Stem and downsampling are VMamba's current ones, and round up by their padding: any image size.
-* The mixers have no activation beside their gates, and MLPs are SwiGLU. Norms of the maps are layer norms, those inside
-  of the mixers RMS norms.
+* Attention covers the whole map already in the first stage, 3136 tokens at 224 pixels: its cost is linear.
+* Stem and downsampling are those of the current VMamba, and round sizes up by their padding: any image size.
+* The mixers have no activation besides their gates, and the MLPs are SwiGLU. Maps are normalised by layer norms, the
+  insides of the mixers by RMS norms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from .vmamba import ConvDownsample, ConvStem
 
 
 class ViGHBlock(nn.Module):
-    """Gated linear attention, then SwiGLU, each normalised before and added to what came in; [B, H, W, C]."""
+    """Apply gated linear attention and SwiGLU as pre-norm residual branches; [B, H, W, C]."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class HierarchicalViG(HierarchicalBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(num_heads) != len(depths):
-            raise ValueError(f"num_heads needs one entry a stage, {len(depths)}; got {tuple(num_heads)}")
+            raise ValueError(f"num_heads needs one entry per stage, {len(depths)}; got {tuple(num_heads)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         dims = [embed_dim * 2**i for i in range(len(depths))]
@@ -114,8 +114,7 @@ class HierarchicalViG(HierarchicalBackbone):
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours, those of VMamba's segmentation and detection backbones too (`outnorm0` to `outnorm3`, no
-    head)."""
+    """Rename published parameters to ours; also accept VMamba's dense-task form (`outnorm0` to `outnorm3`, no head)."""
     rules = [
         (r"layers\.(\d+\.blocks)\.", r"stages.\1."),
         (r"patch_embed\.0\.", "stem.conv1."),

@@ -1,24 +1,24 @@
-"""Vim: a plain stack of Mamba blocks over patches, scanned from both ends, with the class token in the middle.
+"""Vim: a plain stack of bidirectional Mamba blocks over patches, with the class token in the middle.
 
 Paper: Zhu et al., "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model" (ICML
 2024, arXiv 2401.09417). Code: github.com/hustvl/Vim, Apache-2.0. Weights: huggingface.co/hustvl, Vim-tiny-midclstok,
-Vim-small-midclstok and Vim-base-midclstok; the names of the files in them are from memory and were not checked.
+Vim-small-midclstok and Vim-base-midclstok; the file names there are from memory and have not been verified.
 
 What is unusual:
-* The class token stands in the middle of the sequence, before patch number M // 2 of M, at any size of the image. So
-  stand the tokens that `forward_features` returns; intermediate features have the patches alone, and prefix tokens
-  apart. The position embedding is kept as timm keeps it, the class token's first, and resampled around that one.
-* The published code hands two streams from block to block, the residual and what is to be added to it, so that one
-  kernel can add and normalise. Their sum is the one stream here. It is float32 whatever the weights are, as there.
-  Rates of stochastic depth rise linearly from the first block's output to the last's; in the published code each is
-  applied one block later, to the same addition.
-* In `*_stride8` the patches of 16 pixels overlap: 27 x 27 of them at 224 pixels. There and elsewhere an image that ends
-  within a patch is padded with zeros at its end. Published models have one size and refuse all others.
-* No MLP: a block is its mixer.
+* The class token is in the middle of the sequence, before patch number M // 2 of M, at any image size. The tokens that
+  `forward_features` returns have that order; intermediate features contain the patches only, and prefix tokens
+  separately. The position embedding is stored as in timm, with the class token's first, and resampled without it.
+* The published code passes two streams from block to block, the residual and its next addend, so that one kernel can
+  add and normalise. Here their sum is a single stream, which is float32 whatever the dtype of the weights, as there.
+  Stochastic depth rates rise linearly from the first block's output to the last's; the published code applies each one
+  block later, to the same addition.
+* In `*_stride8` the patches of 16 pixels overlap: 27 x 27 of them at 224 pixels. In all models, an image that ends
+  within a patch is zero-padded at its end. Published models accept only one image size.
+* There is no MLP: a block is its mixer.
 * The published segmentation and detection backbones are another, older model (rotary positions, class token first),
   without published weights.
-* Weight decay: none on `A_log`, `D` and the bias of the steps, which are rates and not directions. The authors exempt
-  only what has one axis, so they decay `A_log`.
+* Weight decay: none on `A_log`, `D` and the bias of the step sizes, which are rates and not directions. The authors
+  exempt only one-dimensional parameters, so they decay `A_log`.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ torch.fx.wrap("resample_positions")
 
 
 def _beyond(length: int, patch_size: int, stride: int) -> int:
-    """What an axis lacks to whole patches; never a branch, since the length may be a symbol while exporting."""
+    """Return the padding of an axis to whole patches, without branching: the length may be symbolic while exporting."""
     if torch.jit.is_scripting():
         return max(length, patch_size) + (patch_size - max(length, patch_size)) % stride - length
     else:
@@ -61,10 +61,10 @@ def _beyond(length: int, patch_size: int, stride: int) -> int:
 
 @register_notrace_module
 class OverlappingPatchEmbed(PatchEmbed):
-    """[B, in_chans, H, W] to [B, rows, columns, C]: patches that begin every `stride` pixels, at least one."""
+    """Embed [B, in_chans, H, W] as [B, rows, columns, C]: patches that begin every `stride` pixels, at least one."""
 
     def __init__(self, *, patch_size: int, stride: int, **kwargs: Any) -> None:
-        self.stride: Any = (stride, stride)  # first, since the base asks how many patches there are
+        self.stride: Any = (stride, stride)  # set first, since the base constructor asks for the number of patches
         super().__init__(patch_size=patch_size, **kwargs)
         self.proj.stride = self.stride
 
@@ -94,13 +94,13 @@ class OverlappingPatchEmbed(PatchEmbed):
 
 @torch.fx.wrap
 def _wide(x: Tensor) -> Tensor:
-    """Tokens as the stream has them: float32, or float64."""
+    """Cast tokens to the dtype of the residual stream: float32, or float64 if they are."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @register_notrace_module
 class StreamNorm(RmsNorm):
-    """RMS norm of the float32 stream, computed in float32 and given out in the type of the weight."""
+    """Apply RMS norm to the float32 stream, in float32, and return the dtype of the weight."""
 
     def __init__(self, dim: int, **dd: Any) -> None:
         super().__init__(dim, eps=1e-5, **dd)
@@ -111,7 +111,7 @@ class StreamNorm(RmsNorm):
 
 
 class VimBlock(nn.Module):
-    """x + mixer(norm(x)); the stream [B, N, C], and the grid."""
+    """Compute x + mixer(norm(x)); takes and returns the stream [B, N, C] and the grid."""
 
     def __init__(self, dim: int, *, drop_path: float, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -127,8 +127,8 @@ class Vim(IsotropicBackbone):
     """Vim.
 
     Args:
-        img_size: image size that the position embedding is made for; others resample it.
-        stride: pixels from one patch to the next, `patch_size` if None.
+        img_size: image size that the position embedding is made for; for others it is resampled.
+        stride: pixels between the starts of adjacent patches, `patch_size` if None.
         global_pool: "token", or a pooling over the patches.
         fc_norm: normalise after pooling instead of before.
         drop_rate: dropout before the classifier.
@@ -182,7 +182,7 @@ class Vim(IsotropicBackbone):
         )
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """As in the published code: Mamba's mixers, their last projections smaller the more blocks there are."""
+        """Initialise as the published code does: Mamba's mixers, with output projections scaled down by depth."""
         super().init_weights(mode, needs_reset)
         trunc_normal_(self.cls_token, std=0.02)
         fan_in = self.patch_embed.proj.weight[0].numel()
@@ -202,7 +202,7 @@ class Vim(IsotropicBackbone):
         return {"pos_embed", "cls_token", *(name for name, _ in self.named_parameters() if name.endswith(rates))}
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Patches [B, rows, columns, C] to the stream [B, rows * columns + 1, C], the class token in its middle."""
+        """Turn patches [B, rows, columns, C] into the stream [B, rows * columns + 1, C], class token in the middle."""
         positions = resample_positions(self.pos_embed[:, 1:], self.patch_embed.grid_size, (x.shape[1], x.shape[2]))  # pyright: ignore
         patches = x.flatten(1, 2) + positions
         token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # pyright: ignore
@@ -224,11 +224,11 @@ class Vim(IsotropicBackbone):
 
 
 def _make_block(*, dim: int, drop_path: float, device: Any, dtype: Any, **_: Any) -> VimBlock:
-    """timm offers a block every option that a ViT has; the rest of them mean nothing here."""
+    """Build a block. timm passes all options of a ViT block; the others do not apply here."""
     return VimBlock(dim, drop_path=drop_path, device=device, dtype=dtype)
 
 
-# Ours, and the published names of what it holds for the two directions.
+# Our name -> the published names of its two directions.
 _PAIRS = {
     "conv_weight": ("conv1d.weight", "conv1d_b.weight"),
     "conv_bias": ("conv1d.bias", "conv1d_b.bias"),
@@ -241,11 +241,11 @@ _PAIRS = {
 
 
 def _join_directions(state_dict: StateDict) -> StateDict:
-    """The parameters of the two directions as one; those of a file that lacks either stay, to be reported."""
+    """Stack the parameters of the two directions; if a file lacks one of a pair, keep the other, to be reported."""
     joined = dict(state_dict)
     for name in state_dict:
-        prefix, found, _ = name.partition(".mixer.in_proj.weight")
-        for ours, pair in _PAIRS.items() if found else ():
+        prefix, separator, _ = name.partition(".mixer.in_proj.weight")
+        for ours, pair in _PAIRS.items() if separator else ():
             names = [f"{prefix}.mixer.{theirs}" for theirs in pair]
             if all(theirs in joined for theirs in names):
                 both = torch.stack([joined.pop(theirs) for theirs in names])
@@ -254,10 +254,10 @@ def _join_directions(state_dict: StateDict) -> StateDict:
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: Vim) -> StateDict:
-    """Published names to ours; positions and patches resized to the model's."""
+    """Rename published parameters to ours; resize position and patch embeddings to the model's."""
     state_dict = unwrap(checkpoint)
     positions = state_dict.get("pos_embed")
-    if positions is not None and "norm_f.weight" in state_dict:  # published: the class token's stands in the middle
+    if positions is not None and "norm_f.weight" in state_dict:  # published files have the class token in the middle
         middle = (positions.shape[1] - 1) // 2
         order = [middle, *range(middle), *range(middle + 1, positions.shape[1])]
         state_dict["pos_embed"] = positions[:, order]

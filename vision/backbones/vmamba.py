@@ -1,17 +1,17 @@
-"""VMamba: a pyramid whose blocks scan the map along its rows and columns, forwards and backwards.
+"""VMamba: a pyramid whose blocks scan the map along its rows and columns, in both directions.
 
 Paper: Liu et al., "VMamba: Visual State Space Model" (NeurIPS 2024, arXiv 2401.10166). Code and weights:
 github.com/MzeroMiko/VMamba, MIT.
 
 What is unusual:
-* Two architectures have the name. The current one, `vmamba_*`, has an MLP in each block, convolutions of stride two, a
-  state of one number a channel and no gate; `s2l15` is twice the channels in the scans, 15 blocks in the third stage.
+* Two architectures share the name. The current one, `vmamba_*`, has an MLP in each block, convolutions of stride two, a
+  state of one element per channel and no gate; `s2l15` means expansion 2 in the scans and 15 blocks in the third stage.
   The first one, `vmambav0_*`, is Mamba's block on maps: no MLP, a state of 16, a gate, Swin's patch merging.
 * Maps are [B, H, W, C] from stem to head; the convolutions see them as channels_last.
-* Any image size. The current stem and downsampling round up by their padding; the first one's patches and squares
-  are padded with zeros, where the official code drops the rest of an image that is no multiple of four.
-* Of a file that holds trained and averaged weights, "model" is loaded: in the released files it is what the authors
-  measured, the average included. A local file goes through timm's reader, which prefers "model_ema".
+* Any image size. The current stem and downsampling round up by their padding; the patches and squares of the first
+  architecture are zero-padded, where the official code crops an image that is no multiple of four.
+* From a file with trained and averaged weights, "model" is loaded: in the released files those are the weights the
+  authors evaluated, averaging included. A local file is read by timm, which prefers "model_ema".
 * The official training decays `A_log` and `dt_bias`; ours does not, see `VMamba.no_weight_decay`.
 """
 
@@ -32,7 +32,7 @@ from .dinat_s import PatchMerging
 
 
 class ConvStem(nn.Module):
-    """[B, in_chans, H, W] to [B, H / 4, W / 4, dim], rounded up, by two convolutions of stride two."""
+    """Embed [B, in_chans, H, W] as [B, ceil(H / 4), ceil(W / 4), dim], by two convolutions of stride two."""
 
     def __init__(self, in_chans: int, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ConvStem(nn.Module):
 
 
 class ConvDownsample(nn.Module):
-    """[B, H, W, C] to [B, H / 2, W / 2, out_dim], rounded up."""
+    """Downsample [B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), out_dim]."""
 
     def __init__(self, dim: int, out_dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ConvDownsample(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B, in_chans, H, W] to [B, H / 4, W / 4, dim], rounded up."""
+    """Embed [B, in_chans, H, W] as [B, ceil(H / 4), ceil(W / 4), dim]."""
 
     def __init__(self, in_chans: int, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -70,12 +70,12 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, [0, 3, 0, 3])  # as many as any size needs: the convolution leaves out what is no whole patch
+        x = F.pad(x, [0, 3, 0, 3])  # the maximum that any size needs: the convolution drops incomplete patches
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class VSSBlock(nn.Module):
-    """Scans, then an MLP, each normalised before and added to what came in; [B, H, W, C]."""
+    """Apply scans and an MLP as pre-norm residual branches; [B, H, W, C]."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class VSSBlock(nn.Module):
 
 
 class VSSBlockV0(nn.Module):
-    """Gated scans, normalised before and added to what came in; [B, H, W, C]."""
+    """Apply gated scans as a pre-norm residual branch; [B, H, W, C]."""
 
     def __init__(
         self, dim: int, *, expand: float, state_dim: int, drop_path: float, device: Any = None, dtype: Any = None
@@ -119,7 +119,7 @@ class VSSBlockV0(nn.Module):
 
 
 def parameters_of_scans(model: nn.Module) -> set[str]:
-    """The names of A_log, D and dt_bias of every scan below a model."""
+    """Return the names of A_log, D and dt_bias of every scan in a model."""
     return {name for name, _ in model.named_parameters() if name.endswith((".A_log", ".D", ".dt_bias"))}
 
 
@@ -127,8 +127,8 @@ class VMamba(HierarchicalBackbone):
     """VMamba, the current architecture.
 
     Args:
-        expand: channels of the scans per channel of the map.
-        state_dim: numbers a channel that the scans remember.
+        expand: inner channels of the scans, as a multiple of the map's channels.
+        state_dim: state elements per channel of the scans.
         out_norms: normalise the maps that `features_only` returns, as the published segmentation and detection
             backbones do.
         drop_rate: dropout before the classifier.
@@ -154,7 +154,7 @@ class VMamba(HierarchicalBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(dims) != len(depths):
-            raise ValueError(f"dims needs one entry a stage, {len(depths)}; got {tuple(dims)}")
+            raise ValueError(f"dims needs one entry per stage, {len(depths)}; got {tuple(dims)}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         block_args: dict[str, Any] = {"expand": expand, "state_dim": state_dim, "mlp_ratio": mlp_ratio}
         drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -183,9 +183,9 @@ class VMamba(HierarchicalBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
-        """A_log, D and dt_bias of every scan, which set how fast the states decay: pulled to zero they would all
-        forget at one rate. So in Mamba; the official training of VMamba decays A_log and dt_bias, by an oversight that
-        its marks on the parameters suggest (its optimizer does not read them)."""
+        """Exempt A_log, D and dt_bias of every scan, as Mamba does: decayed to zero, all states would forget at one
+        rate. The official training of VMamba decays A_log and dt_bias, apparently by an oversight: it marks these
+        parameters, but its optimizer does not read the marks."""
         return parameters_of_scans(self)
 
 
@@ -194,9 +194,9 @@ class VMambaV0(HierarchicalBackbone):
 
     Args:
         embed_dim: channels of the first stage; each later one has twice as many.
-        expand: channels of the scans per channel of the map.
-        state_dim: numbers a channel that the scans remember.
-        out_norms: as in `VMamba`.
+        expand: inner channels of the scans, as a multiple of the map's channels.
+        state_dim: state elements per channel of the scans.
+        out_norms: normalise the maps that `features_only` returns, as in `VMamba`.
         drop_rate: dropout before the classifier.
     """
 
@@ -244,7 +244,7 @@ class VMambaV0(HierarchicalBackbone):
 
     @torch.jit.ignore  # pyright: ignore[reportArgumentType]
     def no_weight_decay(self) -> set[str]:
-        """As in `VMamba`."""
+        """Exempt the scan parameters, as `VMamba` does."""
         return parameters_of_scans(self)
 
 
@@ -255,12 +255,14 @@ SS2D_RULES = [
     (_OP + "A_logs", r"\1scan.A_log"),
     (_OP + "Ds", r"\1scan.D"),
 ]
-"""The published names inside of `SS2D` to ours, once the mixers are called `mixer`."""
+"""(pattern, replacement) from published names inside `SS2D` to ours, once the mixers are called `mixer`."""
 
 
 def reshape_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """The scans' weights, which are published flat, stacked or as grouped convolutions, and those of 1 x 1 convolutions
-    as the model has them. The scan is the slowest axis in each form."""
+    """Reshape scan weights, published flat, stacked or as grouped convolutions, and 1 x 1 convolutions to our shapes.
+
+    The scan is the slowest axis in each published form.
+    """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     fitted = dict(state_dict)
     for name, tensor in state_dict.items():
@@ -272,8 +274,11 @@ def reshape_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def checkpoint_filter_fn(checkpoint: Mapping[str, Any], model: HierarchicalBackbone) -> StateDict:
-    """Published names to ours: of the classifiers of either architecture, by the names of any year and of the single
-    file `vmamba.py`, and of the segmentation and detection backbones (`outnorm0` to `outnorm3`, no head)."""
+    """Rename published parameters to ours.
+
+    Accept classifiers of both architectures with the names of any year and of the single file `vmamba.py`, and
+    segmentation and detection backbones (`outnorm0` to `outnorm3`, no head).
+    """
     rules = [
         (r"layers\.(\d+\.blocks\.\d+)\.(?:norm|ln_1)\.", r"stages.\1.norm1."),
         (r"layers\.(\d+\.blocks\.\d+)\.(?:op|self_attention)\.", r"stages.\1.mixer."),

@@ -1,5 +1,1 @@
 """Data sets as exact, resumable batches, and the Lightning data module over them. Needs the extra `train`."""
-
-from .check import main, parser
-
-__all__ = ["main", "parser"]

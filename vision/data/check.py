@@ -1,31 +1,26 @@
-"""Finds before training what would stop it later: every picture and every mask of a data set is read once.
+"""Finds what would stop a training run later: reads every picture and every mask of a data set once.
 
-    python -m mixerzoo.vision.data check path/to/pictures
-    python -m mixerzoo.vision.data check data=ade20k data.root=path/to/ADEChallengeData2016
-
-A path is a folder of pictures by class, one of pictures and masks, or a .tar; settings are those of train.py. One
-line for each problem: unreadable pictures, empty class folders, classes that training does not know, masks that are
-missing, coloured, of another size or with unknown labels, and the same file in two splits. The exit code is 0 without
-problems, 1 with some, 2 where there is nothing to check.
+Problems are unreadable pictures, empty class folders, classes that training does not know, masks that are missing,
+coloured, of another size or with unknown labels, and the same file in two splits.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .pictures import DataError, UnreadableError, read_picture
+from .splits import Augmentation, DataSettings
 
 
 class Problem(NamedTuple):
+    """A problem with one file of a data set; `what` continues the sentence that the file's name begins."""
+
     file: str
     what: str
 
@@ -35,7 +30,8 @@ class Problem(NamedTuple):
 
 @dataclass
 class Part:
-    """A split: `examine` reads one of its `count` pictures. `found` is wrong whatever they hold."""
+    """A split of a data set. `examine(index)` reads one of its `count` pictures; `found` holds problems known without
+    that."""
 
     split: str
     count: int
@@ -44,35 +40,8 @@ class Part:
     found: list[Problem] = field(default_factory=list)
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mixerzoo.vision.data", description="Read every picture and mask of a data set, list problems."
-    )
-    parser.add_argument("command", choices=["check"])
-    parser.add_argument("what", nargs="+", help="a folder or .tar, or settings of train.py: data=… data.root=… …")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that read (all processors)")
-    parser.add_argument("--configs", type=Path, help="the folder of recipes and data sets (./configs)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        parts = parts_of(_settings(arguments.what, arguments.configs))
-    except ValueError as error:
-        print(f"check: {error}", file=sys.stderr)
-        return 2
-    problems = 0
-    for problem in check(parts, workers=max(arguments.workers, 1), progress=True):
-        print(problem)
-        problems += 1
-    counted = ", ".join(f"{part.count:,} {part.split}" for part in parts)
-    print(f"check: {counted}; {problems or 'no'} problem{'s' * (problems != 1)}", file=sys.stderr)
-    return 1 if problems else 0
-
-
 def check(parts: Sequence[Part], *, workers: int = 1, progress: bool = False) -> Iterator[Problem]:
-    """The problems of all parts, those of pictures in the order of the files."""
+    """Yield the problems of all parts; those of pictures come in the order of the files."""
     from tqdm import tqdm
 
     for part in parts:
@@ -88,7 +57,7 @@ def check(parts: Sequence[Part], *, workers: int = 1, progress: bool = False) ->
 
 
 def _in_two_splits(parts: Sequence[Part]) -> Iterator[Problem]:
-    """Files with the same content in two splits. Only what has the same length is read for that."""
+    """Yield files with the same content in two splits. Only files of equal length are read."""
     by_length: defaultdict[int, list[tuple[str, Path]]] = defaultdict(list)
     for part in parts:
         for file in part.files:
@@ -104,26 +73,8 @@ def _in_two_splits(parts: Sequence[Part]) -> Iterator[Problem]:
                 yield Problem(str(file), f"the same as {first}: {split} and {first_split} must not share pictures")
 
 
-def _settings(what: Sequence[str], configs: Path | None) -> Any:
-    """The data settings that are meant: of a path alone, or as train.py would take them."""
-    from ..training.config import DataConfig
-    from ..training.settings import load
-
-    if len(what) == 1 and "=" not in what[0]:
-        path = Path(what[0])
-        if not path.exists():
-            raise ValueError(f"{path}: there is no such folder or file; settings are written key=value")
-        source = "timm" if path.is_file() else "mask_folder" if (path / "images").is_dir() else "image_folder"
-        return DataConfig(source=source, root=str(path))
-    folders = [configs] if configs else [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
-    folder = next((folder for folder in folders if (folder / "data").is_dir()), None)
-    if folder is None:
-        raise ValueError(f"{folders[0]}: there are no data sets; name the folder by --configs")
-    return load(what, folder).data
-
-
-def parts_of(config: Any) -> list[Part]:
-    """The splits of a data set, by its settings."""
+def parts_of(config: DataSettings, augmentation: Augmentation) -> list[Part]:
+    """Return the splits of the data set that `config` describes. `augmentation` is needed to build it and not used."""
     from .mask_layouts import LAYOUTS
     from .module import SOURCES
 
@@ -136,7 +87,7 @@ def parts_of(config: Any) -> list[Part]:
         return _folders(root)
     if config.source not in SOURCES:
         raise ValueError(f"data.source={config.source}: choose one of {', '.join(SOURCES)}")
-    return _read_by_timm(config)
+    return _read_by_timm(config, augmentation)
 
 
 def _folders(root: Path) -> list[Part]:
@@ -150,9 +101,13 @@ def _folders(root: Path) -> list[Part]:
             dataset = ImageFolder(str(folder), allow_empty=True)
         except FileNotFoundError as error:
             raise ValueError(f"{folder} needs a sub-folder with pictures for each class: {error}") from None
-        known = known or dataset.classes  # of training, which comes first
+        found = []
+        if known is None:  # training comes first
+            known = dataset.classes
+            if len(known) < 2:
+                found = [Problem(str(folder), f"there is one class only ({known[0]}); at least 2 are needed")]
         filled = {label for _, label in dataset.samples}
-        found = [
+        found += [
             Problem(str(folder / name), "there is no picture of this class")
             for name, label in dataset.class_to_idx.items()
             if label not in filled
@@ -174,7 +129,7 @@ def _unreadable(file: Path) -> list[Problem]:
     return []
 
 
-def _masks(config: Any) -> list[Part]:
+def _masks(config: DataSettings) -> list[Part]:
     from .mask_files import Pair, problem_of
     from .mask_layouts import LAYOUTS
 
@@ -202,12 +157,11 @@ def _masks(config: Any) -> list[Part]:
     return parts
 
 
-def _read_by_timm(config: Any) -> list[Part]:
-    from ..training.config import AugmentConfig
+def _read_by_timm(config: DataSettings, augmentation: Augmentation) -> list[Part]:
     from .items import SeededItems
     from .module import SOURCES
 
-    splits = SOURCES[config.source](config, AugmentConfig(), 0)
+    splits = SOURCES[config.source](config, augmentation, 0)
     parts = []
     for split, batches in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
         if split == "test" and batches is splits.val:

@@ -1,7 +1,7 @@
-"""Pictures with one label each: Fashion-MNIST, scikit-learn's digits, or a folder with a sub-folder a class.
+"""Classification data sets: Fashion-MNIST, scikit-learn's digits, and folders with a sub-folder per class.
 
-Small pictures are kept in memory and framed (not resampled) to the wanted size where they fit, so that no detail is
-invented; they are augmented a batch at a time. Folders are read through torchvision with timm's transforms.
+Small pictures are kept in memory. Where they fit, they are framed to the requested size and not resampled, so that no
+detail is invented; they are augmented a batch at a time. Folders are read through torchvision, with timm's transforms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 
 class PicturesInMemory:
-    """Grey pictures uint8 [N, H, W] as normalised batches [B, 1, size, size], augmented a batch at a time."""
+    """Grey pictures uint8 [N, H, W], returned as normalised batches [B, 1, size, size] and augmented a batch at a
+    time."""
 
     def __init__(
         self,
@@ -43,7 +44,10 @@ class PicturesInMemory:
         mean: float,
         std: float,
         augmentation: Augmentation | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
+        """`rows`: the numbers of the pictures in the data set that they were taken from; None if these are all."""
+        self.rows = np.arange(len(images)) if rows is None else rows
         self.originals = torch.from_numpy(np.ascontiguousarray(images))
         self.images = _to_size(self.originals, size)
         self.labels = torch.from_numpy(np.ascontiguousarray(labels))
@@ -53,6 +57,9 @@ class PicturesInMemory:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def name_of(self, index: int) -> int:
+        return int(self.rows[index])
 
     def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
         indices = torch.as_tensor(request.indices)
@@ -70,7 +77,8 @@ class PicturesInMemory:
 
 
 def _to_size(images: Tensor, size: int) -> Tensor:
-    """uint8 [N, H, W] to [N, size, size]: enlarged by a whole factor, framed with black; shrunk only if too large."""
+    """Enlarge uint8 [N, H, W] by a whole factor and frame it with black to [N, size, size]; shrink it only if too
+    large."""
     height, width = images.shape[1:]
     if max(height, width) > size:
         small = F.interpolate(images[:, None].float(), (size, size), mode="bilinear", antialias=True)
@@ -85,7 +93,8 @@ def _to_size(images: Tensor, size: int) -> Tensor:
 
 
 def _shift_and_flip(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """[B, S, S], each picture moved by up to `shift` pixels, black coming in, and mirrored with probability `hflip`."""
+    """Shift each picture of [B, S, S] by up to `shift` pixels, filling with black, and mirror it with probability
+    `hflip`."""
     batch, size, shift = len(images), images.shape[-1], augmentation.shift
     flip = torch.rand(batch, generator=generator) < augmentation.hflip
     offset = torch.randint(0, 2 * shift + 1, (2, batch), generator=generator)
@@ -97,7 +106,7 @@ def _shift_and_flip(images: Tensor, augmentation: Augmentation, generator: torch
 
 
 def load_fashion_mnist(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """Fashion-MNIST, or digits where it cannot be had. Validation pictures come out of the training files."""
+    """Load Fashion-MNIST, or digits if it is unavailable. Validation pictures are held out of the training files."""
     arrays = fashion_mnist.load(config.root, download=config.download)
     if arrays is None:
         _log.warning(
@@ -113,6 +122,7 @@ def load_digits(config: DataSettings, augmentation: Augmentation, seed: int) -> 
 
 
 def digits() -> Arrays:
+    """Load scikit-learn's digits, 8 x 8; every sixth is a test picture."""
     from sklearn.datasets import load_digits as read
 
     bunch: Any = read()
@@ -129,23 +139,25 @@ def _from_arrays(
     mean, std = float(arrays.train_images.mean() / 255), float(arrays.train_images.std() / 255)
     common = {"size": config.size, "mean": mean, "std": std}
 
-    def make(images: np.ndarray, labels: np.ndarray, augment: Augmentation | None = None) -> PicturesInMemory:
-        return PicturesInMemory(images, labels, augmentation=augment, **common)
+    def held(rows: np.ndarray, augment: Augmentation | None = None) -> PicturesInMemory:
+        pictures, labels = arrays.train_images[rows], arrays.train_labels[rows]
+        return PicturesInMemory(pictures, labels, augmentation=augment, rows=rows, **common)
 
     return Splits(
-        train=make(arrays.train_images[train], arrays.train_labels[train], augmentation),
-        val=make(arrays.train_images[val], arrays.train_labels[val]),
-        test=make(arrays.test_images, arrays.test_labels),
+        train=held(train, augmentation),
+        val=held(val),
+        test=PicturesInMemory(arrays.test_images, arrays.test_labels, **common),
         classes=classes,
         mean=(mean,),
         std=(std,),
         size=config.size,
         origin=arrays.origin,
+        framed=True,
     )
 
 
 def split_indices(length: int, held_out: float, seed: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Indices for training and for validation: a fixed shuffle, so that the two never meet."""
+    """Return disjoint indices for training (at most `limit`) and validation, from a shuffle that `seed` determines."""
     if length < 2:
         raise ValueError(
             f"{length} picture cannot be divided: one at least is needed for training and another for validation"
@@ -156,7 +168,7 @@ def split_indices(length: int, held_out: float, seed: int, limit: int | None = N
 
 
 def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """ROOT/train/CLASS/…, val and test beside it. Without val some pictures are held out; without test, val is used."""
+    """Load ROOT/{train,val,test}/CLASS/…. Without val, training pictures are held out; without test, val is used."""
     root = Path(config.root or "")
     if config.root is None or not root.is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; give one with a sub-folder for each class")
@@ -183,19 +195,29 @@ def load_image_folder(config: DataSettings, augmentation: Augmentation, seed: in
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """Which folder holds which split; one without a folder `train` is for training as a whole."""
+    """Return the folder of each split. A folder without sub-folders for splits is for training as a whole.
+
+    Raises:
+        ValueError: there is a folder for validation or test, but none for training.
+    """
     names = {"train": "train", "validation": "val", "val": "val", "test": "test"}
-    return {"train": root, **{split: root / name for name, split in names.items() if (root / name).is_dir()}}
+    folders = {split: root / name for name, split in names.items() if (root / name).is_dir()}
+    if folders and "train" not in folders:
+        found = ", ".join(folder.name for folder in folders.values())
+        raise ValueError(
+            f"{root} holds {found} but no folder train; pictures for training are needed in {root / 'train'}/CLASS/…"
+        )
+    return folders or {"train": root}
 
 
 def trained(dataset: Any, config: DataSettings, augmentation: Augmentation, indices: np.ndarray) -> SeededItems:
-    """The training batches of a data set of (RGB picture, class)."""
+    """Return the training batches of a data set of (RGB picture, class)."""
     transforms = PictureTransforms(config, augmentation)
     return SeededItems(dataset, indices.tolist(), transforms=transforms, max_bad=config.max_bad)
 
 
 def evaluated(dataset: Any, config: DataSettings, indices: np.ndarray | None = None) -> SeededItems:
-    """The batches of a data set of (RGB picture, class), as they are judged."""
+    """Return the evaluation batches of a data set of (RGB picture, class)."""
     return SeededItems(
         dataset, None if indices is None else indices.tolist(), transforms=PictureTransforms(config, None)
     )
@@ -203,7 +225,7 @@ def evaluated(dataset: Any, config: DataSettings, indices: np.ndarray | None = N
 
 @dataclass(frozen=True)
 class PictureTransforms:
-    """timm's transforms of pictures with one label, for any size; without augmentation those of evaluation."""
+    """Makes timm's transform for a picture size; without augmentation, the one of evaluation."""
 
     config: DataSettings
     augmentation: Augmentation | None
@@ -237,7 +259,7 @@ class PictureTransforms:
 
 @dataclass(frozen=True)
 class PictureTransform:
-    """Of an item of which only the picture changes."""
+    """Applies `of_picture` to the picture of an item (picture, target) and leaves the target as it is."""
 
     of_picture: Any
 
@@ -245,9 +267,16 @@ class PictureTransform:
         return self.of_picture(picture), target
 
 
-def _read_folder(folder: Path, classes: Sequence[str] | None = None) -> ImageFolder:
+class PictureFolder(ImageFolder):
+    """torchvision's folder with a sub-folder for each class, which can also name its files."""
+
+    def name_of(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+def _read_folder(folder: Path, classes: Sequence[str] | None = None) -> PictureFolder:
     try:
-        dataset = ImageFolder(str(folder), loader=read_picture)
+        dataset = PictureFolder(str(folder), loader=read_picture)
     except FileNotFoundError as error:
         raise ValueError(f"{folder} needs a sub-folder with pictures for each class: {error}") from None
     if classes is not None and dataset.classes != list(classes):

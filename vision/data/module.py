@@ -1,10 +1,11 @@
-"""`ZooData`: any data set of this library as a Lightning data module, and the table of readers.
+"""The table of data sets, and `ZooData`, the Lightning data module for any of them.
 
 A new data set is a function that returns `Splits` and one line in `SOURCES`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from .classification import load_digits, load_fashion_mnist, load_image_folder
-from .loading import Batches, EpochBatches, ResumableLoader
+from .loading import Batches, EpochBatches, Request, ResumableLoader
 from .mask_layouts import LAYOUTS, load_masks
 from .readers import load_timm
 from .scenes import load_fashion_scenes
@@ -33,7 +34,7 @@ SOURCES: dict[str, Callable[[DataSettings, Augmentation, int], Splits]] = {
 
 
 class ZooData(pl.LightningDataModule):
-    """Loaders over `splits`, sharded over the trainer's processes by themselves (use_distributed_sampler=False)."""
+    """Provides loaders over `splits`, which shard over the trainer's processes (use_distributed_sampler=False)."""
 
     def __init__(
         self,
@@ -47,7 +48,10 @@ class ZooData(pl.LightningDataModule):
         timeout: float = 120,
         restarts: int = 0,
     ) -> None:
-        """`repeats` and `sizes` are of training, as `EpochBatches` has them, the last two `ResumableLoader`'s."""
+        """`workers` is reduced to the number of processors, except for streams, whose order depends on it.
+
+        `repeats` and `sizes` go to the `EpochBatches` of training, `timeout` and `restarts` to `ResumableLoader`.
+        """
         super().__init__()
         self.splits, self.batch_size, self.seed, self.workers = splits, batch_size, seed, workers
         self.repeats, self.sizes, self.timeout, self.restarts = repeats, sizes, timeout, restarts
@@ -61,26 +65,41 @@ class ZooData(pl.LightningDataModule):
     def test_dataloader(self) -> ResumableLoader:
         return self._loader(self.splits.test)
 
-    def _loader(self, dataset: Batches, *, training: bool = False) -> ResumableLoader:
-        trainer = self.trainer
+    def first_request(self, world_size: int = 1) -> Request:
+        """What the first of `world_size` processes asks of the training set in its first step."""
+        return next(iter(self._requests(self.splits.train, 0, world_size, training=True)))
+
+    def _requests(self, dataset: Batches, rank: int, world_size: int, *, training: bool) -> EpochBatches:
         options: dict[str, Any] = {
             "seed": self.seed,
             "training": training,
-            "rank": trainer.global_rank if trainer else 0,
-            "world_size": trainer.world_size if trainer else 1,
+            "rank": rank,
+            "world_size": world_size,
             "repeats": self.repeats,
             "sizes": self.sizes,
         }
         if isinstance(dataset, Stream):
-            batches = StreamBatches(len(dataset), self.batch_size, workers=self.workers, **options)
-        else:
-            batches = EpochBatches(len(dataset), self.batch_size if training or not self.splits.whole else 1, **options)
+            return StreamBatches(len(dataset), self.batch_size, workers=self.workers, **options)
+        batch_size = self.batch_size if training or not self.splits.whole else 1
+        return EpochBatches(len(dataset), batch_size, **options)
+
+    def _loader(self, dataset: Batches, *, training: bool = False) -> ResumableLoader:
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        batches = self._requests(dataset, rank, world_size, training=training)
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return ResumableLoader(
             dataset,
             batches,
-            workers=self.workers,
+            workers=self.workers if isinstance(dataset, Stream) else min(self.workers, _processors()),
             pin_memory=on_gpu,
             timeout=self.timeout,
             restarts=self.restarts,
         )
+
+
+def _processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

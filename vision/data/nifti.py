@@ -1,10 +1,11 @@
-"""Volumes in NIfTI-1 files (`.nii`, `.nii.gz`), the format of brain imaging: https://nifti.nimh.nih.gov/nifti-1.
+"""Reads volumes from NIfTI-1 files (`.nii`, `.nii.gz`), the format of brain imaging:
+https://nifti.nimh.nih.gov/nifti-1.
 
-A header of 348 bytes says the axes, the type of the numbers, how they are scaled, and where each axis points; the
-numbers follow at an offset, the first axis running fastest.
+A header of 348 bytes describes the axes, the data type, the scaling and the orientation of each axis; the values follow
+at an offset, with the first axis contiguous.
 
-Unusual: volumes are turned so that their axes run to the right, to the front and upwards, whatever the scanner wrote.
-Axes may point obliquely: then each is taken for the direction that it is nearest to, and nothing is resampled.
+Unusual: volumes are reoriented so that their axes run to the right, to the front and upwards. An oblique axis is
+assigned to the nearest direction, without resampling.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _HEADER = np.dtype(
 
 
 def read_nifti(path: Path) -> np.ndarray:
-    """[right, front, up] in the file's own type, or as floats where the file scales its numbers."""
+    """Return the volume [right, front, up] in the file's type, or as floats if the file scales its values."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             data = file.read()
@@ -55,7 +56,7 @@ def read_nifti(path: Path) -> np.ndarray:
 
 
 def _directions(header: np.void) -> np.ndarray:
-    """[3, 3]: the columns are where the axes of the file point, to the right, the front and upwards."""
+    """Return [3, 3], whose columns are the directions of the file's axes as (right, front, up)."""
     by_quaternion, by_rows = (int(code) for code in header["forms"])
     if by_rows > 0:
         return header["rows"][:, :3].astype(np.float64)
@@ -76,7 +77,7 @@ def _directions(header: np.void) -> np.ndarray:
 
 def _upright(values: np.ndarray, directions: np.ndarray) -> np.ndarray:
     free, order = np.abs(directions / np.linalg.norm(directions, axis=0)), [0, 0, 0]
-    for _ in range(3):  # the surest first: two axes never become one
+    for _ in range(3):  # the clearest first, so that no direction is assigned twice
         world, axis = (int(place) for place in np.unravel_index(free.argmax(), free.shape))
         order[world] = axis
         free[world], free[:, axis] = -1, -1

@@ -1,12 +1,11 @@
-"""Reading one picture: what a camera, a scanner or a web page left there, as RGB of 8 bits, or the reason why not.
-Lists that lie beside pictures are read here, too.
+"""Reads pictures of any format and mode as 8-bit RGB, with clear errors, and the text lists that data sets contain.
 
 Unusual:
 
 * 16-bit pictures are scaled to 8 bits. Pillow's own conversion clips them, which leaves most of a scan white.
-* The orientation that a camera notes (EXIF) is applied, as every viewer applies it. Pillow and torchvision leave it.
-* A picture of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (178 million) is refused: such files are made to exhaust
-  memory. Who really has them raises that number.
+* The EXIF orientation is applied, as in every viewer; Pillow and torchvision ignore it.
+* A picture of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (178 million) is refused as a decompression bomb. For
+  pictures that are really so large, raise that number.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ CHECK_COMMAND = "python -m mixerzoo.vision.data check"
 
 
 class DataError(ValueError):
-    """Something about the data that shows only once they are read. The message names the file and the remedy."""
+    """An error in the data that shows only when they are read. The message names the file and the remedy."""
 
 
 class UnreadableError(DataError):
-    """A file that holds no picture."""
+    """Raised for a file that holds no readable picture."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(f"{file} cannot be read: {reason}; `{CHECK_COMMAND} …` lists all such files")
@@ -40,7 +39,7 @@ class UnreadableError(DataError):
 
 
 def read_picture(source: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
-    """The whole picture, decoded, upright, RGB. `name` is what an error calls it where `source` has none."""
+    """Read and decode a whole picture, upright, as RGB. `name` identifies it in errors if `source` has no name."""
     called = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "a picture")
     try:
         with Image.open(source) as file:
@@ -52,7 +51,7 @@ def read_picture(source: str | os.PathLike[str] | BinaryIO, name: str | None = N
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright picture, from its header alone."""
+    """Return the height and width of the upright picture, from its header alone."""
     try:
         with Image.open(path) as file:
             turned = file.getexif().get(_ORIENTATION, 1) >= 5  # by a quarter, one way or the other
@@ -63,7 +62,7 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode, upright, as RGB of 8 bits."""
+    """Convert a picture of any mode to upright 8-bit RGB."""
     if 0 in picture.size:
         raise ValueError(f"it is {picture.size[0]} x {picture.size[1]} pixels")
     picture.load()
@@ -78,16 +77,16 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list in UTF-8, without the empty ones."""
+    """Return the lines of a UTF-8 text file without surrounding white space, leaving out empty ones."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors of Windows begin a file with its mark
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8") from error
-    return [line for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def reason_of(source: object, error: Exception) -> str:
-    """Why a file cannot be read, in one line."""
+    """Return in one line why a file cannot be read."""
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if not path.exists():

@@ -1,6 +1,6 @@
-"""Pictures with one label each through timm's readers: a .tar, Hugging Face's and torchvision's data sets, and streams.
+"""Classification data through timm's readers: a .tar, data sets of Hugging Face and torchvision, and streams.
 
-`data.dataset` is timm's name of a data set, whose prefix chooses the reader (timm.data.create_dataset):
+`data.dataset` is timm's name of a data set; its prefix selects the reader (timm.data.create_dataset):
 
     null        data.root, a .tar of CLASS/… or train/CLASS/…, a folder with train.tar (val.tar, test.tar), or one of
                 pictures as `image_folder` has it
@@ -8,9 +8,9 @@
     torch/NAME  torchvision: cifar10, cifar100, mnist, kmnist, fashion_mnist, imagenet, …; data.root is where it lies
     hfids/NAME, wds/, tfds/NAME    streams, see streams.py
 
-Unusual: of timm only the reading is used, not `ImageDataset`, which puts the next picture in the place of one that it
-cannot read and says so in the log alone. A name that is not given for the validation or test split is looked for;
-where no split is for validation, training pictures are held out, as for every data set here.
+Unusual: timm's `ImageDataset` is not used, only its readers, because it replaces an unreadable picture by the next one
+with nothing but a line in the log. If the validation or test split is not named, the usual names are tried; without a
+validation split, training pictures are held out, as for every data set here.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ from .classification import evaluated, load_image_folder, split_indices, trained
 from .fetching import cache_folder
 from .items import Items
 from .pictures import DataError, UnreadableError, read_picture, to_rgb
+from .sources import PREFIXES, STREAMS
 from .splits import Augmentation, DataSettings, Splits
 from .streams import columns, load_stream
 
 _log = logging.getLogger(__name__)
 
-STREAMS = ("hfids", "wds", "tfds")
-PREFIXES = ("hfds", "torch", *STREAMS)
 _PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset", "tfds": "tensorflow-datasets"}
 _VAL, _TEST = ("validation", "val", "valid"), ("test",)
 _TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # torchvision's: training and test
 
 
 class ReaderPictures:
-    """(RGB picture, class) of a timm reader, or of a part of it."""
+    """A data set of (RGB picture, class) over a timm reader, or over some of its indices."""
 
     def __init__(self, reader: Any, classes: tuple[str, ...], indices: Sequence[int] | None = None) -> None:
         self.reader, self.classes = reader, classes
@@ -55,8 +54,7 @@ class ReaderPictures:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        index = self.indices[index]
-        name = self.name(index)
+        name, index = self.name_of(index), self.indices[index]
         try:
             file, label = self.reader[index]
         except Exception as error:  # a damaged archive, a file that is gone: each reader has its own
@@ -64,7 +62,8 @@ class ReaderPictures:
         with file:
             return read_picture(file, name), _checked(label, self.classes, name)
 
-    def name(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
+        index = self.indices[index]
         try:
             file = self.reader.filename(index, absolute=True)
         except (KeyError, TypeError, AssertionError):
@@ -73,7 +72,7 @@ class ReaderPictures:
 
 
 class TorchPictures:
-    """(RGB picture, class) of a data set of torchvision's, which timm hands out as it is."""
+    """A data set of (RGB picture, class) over one of torchvision's data sets, which timm returns unwrapped."""
 
     def __init__(self, dataset: Any, classes: tuple[str, ...]) -> None:
         self.dataset, self.classes = dataset, classes
@@ -98,7 +97,7 @@ def _checked(label: Any, classes: Sequence[str], name: str) -> int:
 
 
 def load_timm(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """The data set that `data.dataset` and `data.root` name, through the timm reader for it."""
+    """Load the data set that `data.dataset` and `data.root` name, through its timm reader."""
     prefix = _check_prefix(config.dataset)
     if prefix in STREAMS:
         return load_stream(config, augmentation, seed)
@@ -131,7 +130,7 @@ def load_timm(config: DataSettings, augmentation: Augmentation, seed: int) -> Sp
 
 
 class _Source(Protocol):
-    """Where splits come from; `split` gives None for one that is not there."""
+    """A source of splits; `split` returns None for one that does not exist."""
 
     origin: str
 
@@ -145,7 +144,7 @@ class _Labelled(Items, Protocol):
 def _split(
     source: _Source, given: str | None, usual: Sequence[str], key: str, classes: Sequence[str] | None = None
 ) -> _Labelled | None:
-    """The split of that name, or the first of the usual ones, with the classes of training; None where none is."""
+    """Return the split of the given name, or the first of the usual names that exists, or None."""
     for name in usual if given is None else (given,):
         found = source.split(name)
         if found is None:
@@ -162,7 +161,7 @@ def _split(
 
 
 def _check_prefix(dataset: str | None) -> str:
-    """The reader's prefix in lower case, "" for files; the package it needs is there."""
+    """Return the reader's prefix in lower case, "" for files; raise a ValueError if its package is missing."""
     if dataset is None:
         return ""
     prefix, slash, _ = dataset.partition("/")
@@ -176,7 +175,7 @@ def _check_prefix(dataset: str | None) -> str:
 
 
 class _Tar:
-    """One archive whose last folders are the classes, below train/, val/ and test/ or not; or one a split."""
+    """A .tar with a folder per class, optionally below train/, val/ and test/; or a folder with a .tar per split."""
 
     def __init__(self, config: DataSettings) -> None:
         root = Path(config.root or "")
@@ -199,7 +198,7 @@ class _Tar:
 
 def _read_tar(path: Path) -> ReaderPictures:
     try:
-        # An archive that is kept open would be shared, its position too, by the processes that load from it.
+        # An open archive would be shared by the loading processes, including its file position.
         reader: Any = create_reader("", root=str(path), cache_tarfiles=False)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is no .tar that can be read: {error}") from error
@@ -209,7 +208,7 @@ def _read_tar(path: Path) -> ReaderPictures:
 
 
 class _HuggingFace:
-    """A data set of the hub or a local folder, by `datasets`."""
+    """A data set of the Hugging Face hub or a local folder, read by `datasets`."""
 
     def __init__(self, config: DataSettings) -> None:
         self.name, self.cache, self.given = str(config.dataset).partition("/")[2], config.root, config.test_split
@@ -237,7 +236,7 @@ class _HuggingFace:
 
 
 class _Torchvision:
-    """A data set of torchvision's that timm knows; fetched where `data.download` allows."""
+    """A torchvision data set that timm supports; downloaded if `data.download` allows it."""
 
     def __init__(self, config: DataSettings) -> None:
         self.config, self.origin = config, str(config.dataset)

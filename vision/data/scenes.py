@@ -1,12 +1,12 @@
-"""Scenes for segmentation, composed of real photos: Fashion-MNIST items, turned, scaled and tinted, on real ground.
+"""Segmentation scenes composed of photos: Fashion-MNIST items, rotated, scaled and tinted, on photographed grounds.
 
-Scene number i of a seed is always the same picture, whatever batch it is drawn in and however many there are; a
-batch of scenes is rendered at once. Its mask holds 0 for the ground, 1 + class for an item, and `IGNORE_INDEX` on
-the outline of every item, as Pascal VOC's masks do, where a pixel belongs to neither side.
+Scene i of a seed is always the same picture, independent of the batch and of the number of scenes; a batch is rendered
+at once. The mask holds 0 for the ground, 1 + class for an item, and `IGNORE_INDEX` on the outline of every item, as
+Pascal VOC's masks do.
 
-Unusual: items of the training scenes come from the training pictures only, those of the validation and test scenes
-from the pictures held out and from the test files, and their grounds from other parts of the photographs (grounds.py),
-so that the numbers are about clothes and grounds never seen.
+Unusual: items of the training scenes come from training pictures, those of the validation and test scenes from held-out
+pictures and test files, and their grounds from other parts of the photographs (grounds.py), so that a model is
+evaluated on unseen clothes and grounds.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 @dataclass
 class Layout:
-    """Random choices of a batch of scenes; the first axis is the scene, the second its items, last in front."""
+    """The random choices of a batch of scenes. Axis 0 is the scene, axis 1 its items; later items lie in front."""
 
     item: Tensor  # int64 [B, K], an index of the item pictures
     shown: Tensor  # bool [B, K]
     theta: Tensor  # [B, K, 2, 3], from scene to item coordinates, both -1 to 1
     tint: Tensor  # [B, K, 3]
-    ground: list[Any]  # a scene's each, as the ground draws it
+    ground: list[Any]  # one per scene, as `Ground.draw` returns it
 
 
 class FashionScenes:
-    """`count` scenes as (pictures float [B, 3, size, size], masks int64 [B, size, size])."""
+    """A data set of `count` scenes: (pictures float [B, 3, size, size], masks int64 [B, size, size])."""
 
     def __init__(
         self,
@@ -74,8 +74,12 @@ class FashionScenes:
             scenes[flip], masks[flip] = scenes[flip].flip(-1), masks[flip].flip(-1)
         return (scenes - MEAN[0]) / STD[0], masks
 
+    def name_of(self, index: int) -> int:
+        """The number of a scene, which with the seed determines all of it."""
+        return index
+
     def render(self, indices: list[int], size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Scenes in 0..1, float [B, 3, size, size], and masks int64 [B, size, size]."""
+        """Render scenes in 0..1, float [B, 3, size, size], and masks int64 [B, size, size]."""
         size = size or self.size
         layout = self._draw(indices)
         scene, mask = self.ground.paint(layout.ground, size), torch.zeros(len(indices), size, size, dtype=torch.int64)
@@ -107,9 +111,9 @@ class FashionScenes:
         )
 
     def _place(self, layout: Layout, size: int) -> tuple[Tensor, Tensor]:
-        """Every item on a scene of its own: brightness float and shape bool, both [B, K, size, size]."""
+        """Place every item on its own canvas; return brightness, float, and shape, bool, both [B, K, size, size]."""
         items = self.images[layout.item.flatten()][:, None].float() / 255
-        # An item's dark spots belong to it: closing fills what is darker than the outline around it.
+        # Dark spots inside an item belong to it: morphological closing fills them.
         shape = (items > 0.06).float()
         shape = -F.max_pool2d(-F.max_pool2d(shape, 5, 1, 2), 5, 1, 2)
         grid = F.affine_grid(layout.theta.flatten(0, 1), [len(items), 1, size, size], align_corners=False)
@@ -119,7 +123,8 @@ class FashionScenes:
 
 
 def _placement(rng: np.random.Generator) -> np.ndarray:
-    """[K, 2, 3]: each item, half to three quarters of the scene in size, turned, maybe mirrored, and moved."""
+    """Sample affine maps [K, 2, 3]: items of 0.45 to 0.75 of the scene's size, rotated, mirrored and shifted at
+    random."""
     extent = rng.uniform(0.45, 0.75, MOST_ITEMS)
     angle = rng.uniform(-math.pi / 7, math.pi / 7, MOST_ITEMS)
     mirror = rng.choice([-1.0, 1.0], MOST_ITEMS)
@@ -130,7 +135,7 @@ def _placement(rng: np.random.Generator) -> np.ndarray:
 
 
 def _outline(inside: Tensor) -> Tensor:
-    """The pixels on either side of a shape's edge, bool [B, S, S]. Beyond the scene nothing begins or ends."""
+    """Return the pixels on both sides of a shape's edge, bool [B, S, S]. The border of the scene is no edge."""
     edge = torch.zeros_like(inside)
     rows, columns = inside[:, 1:] != inside[:, :-1], inside[:, :, 1:] != inside[:, :, :-1]
     edge[:, 1:] |= rows
@@ -141,7 +146,7 @@ def _outline(inside: Tensor) -> Tensor:
 
 
 def load_fashion_scenes(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """Training, validation and test scenes, a quarter as many for each of the last two, no item in two of them."""
+    """Make training scenes, and a quarter as many for validation and for test; no item is in two of the splits."""
     arrays = fashion_mnist.load(config.root, download=config.download)
     names = fashion_mnist.CLASSES
     if arrays is None:

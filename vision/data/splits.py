@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the library: three sets of batches and the facts a model and a picture need."""
+"""The interface of data sets: the settings they read, and `Splits`, which they return."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal, Protocol
 from .loading import Batches
 
 IGNORE_INDEX = 255
-"""Label of pixels that count neither for the loss nor for a metric."""
+"""Label of pixels that are ignored by the loss and by metrics."""
 
 
 class Augmentation(Protocol):
-    """The settings that a data set's own augmentation reads."""
+    """The settings that the augmentation of a data set reads."""
 
     shift: int
     hflip: float
@@ -29,8 +29,9 @@ class Augmentation(Protocol):
 
 
 class DataSettings(Protocol):
-    """The settings that say which pictures are wanted, and how many."""
+    """The settings that select the pictures of a data set."""
 
+    source: str
     root: str | None
     download: bool
     size: int
@@ -52,9 +53,13 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """Batches are (pictures float [B, C, size, size], labels int64 [B], or [B, size, size] where `dense`).
+    """The training, validation and test batches of a data set, and what models and figures need to know of it.
 
-    `whole`: validation and test pictures keep their own height and width, and come one to a batch.
+    Batches are (pictures float [B, C, size, size], labels int64 [B], or [B, size, size] if `dense`).
+
+    Attributes:
+        whole: validation and test pictures keep their own height and width, and come one to a batch.
+        framed: pictures are prepared as `PicturesInMemory` does it, enlarged by a whole factor and framed with black.
     """
 
     train: Batches
@@ -67,6 +72,7 @@ class Splits:
     origin: str
     dense: bool = False
     whole: bool = False
+    framed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:

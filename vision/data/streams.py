@@ -1,17 +1,17 @@
-"""Data sets that are read from one end to the other: WebDataset shards, Hugging Face's and TensorFlow's streams.
+"""Streamed data sets: WebDataset shards, and the streams of Hugging Face and TensorFlow.
 
-timm's readers for them shuffle and shard by themselves: by shards over all loading processes, samples through a buffer.
-What a stream cannot do is begin in the middle, or give a picture by its number. Here each loading process counts, so
-that training is as exact as on other data, at a price:
+timm's readers distribute shards over all loading processes and shuffle samples through a buffer. A stream cannot start
+in the middle or return a picture by its index. Each loading process therefore counts its batches, so that training can
+be resumed exactly, with these limits:
 
-* A run resumed inside an epoch reads that epoch's stream again up to its place; pictures on the way are decoded, but
-  not augmented. It sees what it would have seen, with as many workers and processes as before.
-* No picture is held out of a stream: validation pictures need a split of their own.
-* In training the stream goes on from its beginning until the epoch is full, so some pictures come twice and some later,
-  depending on how even the shards are. An evaluation sees each picture once. Every process reads all of the stream for
-  that and keeps its share.
-* timm's reader of shards leaves out what it cannot decode, with a line in the log. There is no counting, no limit; but
-  an evaluation of fewer pictures than the split states is an error.
+* A run resumed within an epoch reads the stream of that epoch again up to its position, decoding pictures without
+  augmenting them. It needs the same number of workers and processes as before.
+* No pictures can be held out of a stream: validation needs a split of its own.
+* In training the stream starts over until the epoch is full, so some pictures appear twice and some later, depending on
+  how even the shards are. An evaluation sees each picture once; every process reads the whole stream and keeps its
+  share.
+* timm's reader of shards skips samples that it cannot decode, with a line in the log. They are not counted, but an
+  evaluation of fewer pictures than the split states is an error.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _HINT = "(a split may state its length, as in train|50000 or, with shards, train
 
 
 class Turn(NamedTuple):
-    """A request to a stream, for its next pictures of a rank: of `indices` only how many they are counts. `number`
-    counts from the epoch's beginning."""
+    """A request for the next pictures of a rank from a stream. Only the length of `indices` matters; `number` counts
+    requests from the beginning of the epoch."""
 
     indices: Sequence[int]
     seed: int
@@ -53,7 +53,7 @@ class Turn(NamedTuple):
 
 
 class Stream:
-    """The batches of an iterable timm data set. Each worker answers its own turns, in order."""
+    """Batches of an iterable timm data set. Each worker answers its own turns, in order."""
 
     def __init__(
         self, dataset: Any, length: int, transforms: PictureTransforms, *, classes: int, training: bool
@@ -66,7 +66,7 @@ class Stream:
         return self.length
 
     def __getitems__(self, request: Request, /) -> tuple[Tensor, Tensor]:
-        """As many pictures as are asked for, from the beginning: a stream has no numbers."""
+        """Return as many pictures as `request` has indices, from the beginning: a stream has no random access."""
         batch = self.answer(Turn(*request))[0]
         self._items = iter(())
         if batch is None:
@@ -74,7 +74,7 @@ class Stream:
         return batch
 
     def answer(self, turn: Turn) -> tuple[tuple[Tensor, Tensor] | None, dict[str, str]]:
-        """A batch, or None for one that is skipped or past the end."""
+        """Return a batch, or None for one that is skipped or past the end."""
         worker = get_worker_info()
         if turn.number == (worker.id if worker else 0):
             self._items = self._begin(turn)
@@ -91,7 +91,7 @@ class Stream:
         return (pictures, targets), {}
 
     def _begin(self, turn: Turn) -> Iterator[tuple[Any, Any]]:
-        """The stream of this process for an epoch, as if it had never been read."""
+        """Open the stream of this process for an epoch, with the reader's state reset."""
         reader, worker = self.dataset.reader, get_worker_info()
         # timm asks torch.distributed, which is not started when the data set is made.
         reader.dist_rank, reader.dist_num_replicas = (turn.rank, turn.world_size) if self.training else (0, 1)
@@ -112,10 +112,10 @@ class Stream:
 
 
 class StreamBatches(EpochBatches):
-    """The turns of one rank for one epoch. Those before `start` are asked for too, to be passed over.
+    """A batch sampler that yields the turns of one rank for one epoch, including those before `start`, to be skipped.
 
-    `workers` loading processes take turns. How many pictures each of them has is unknown, so that an evaluation asks
-    until the one that has all of them, should there be one, is at its end.
+    The `workers` loading processes alternate. The number of pictures of each is unknown, so an evaluation requests
+    enough turns for the case that one of them has all pictures.
     """
 
     def __init__(self, length: int, batch_size: int, *, workers: int, **options: Any) -> None:
@@ -141,7 +141,7 @@ class StreamBatches(EpochBatches):
 
 
 def load_stream(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """The stream that `data.dataset` names, training and validation."""
+    """Load the stream that `data.dataset` names."""
     val_name = config.val_split or "validation"
     train, val = _open(config, config.train_split, seed, training=True), _open(config, val_name, seed, training=False)
     classes = _classes(config, train)
@@ -199,14 +199,14 @@ def _open(config: DataSettings, split: str, seed: int, *, training: bool) -> Any
 
 
 def _features(name: str, split: str, cache: str | None) -> Any:
-    """The kinds of the columns. The builder, which timm asks, knows those of local files only once it has read them."""
+    """Return the column types. timm asks the builder, which does not know those of local files before reading them."""
     import datasets
 
     return datasets.load_dataset(name, split=split, streaming=True, cache_dir=cache).features  # pyright: ignore
 
 
 def columns(features: Any, origin: str) -> dict[str, str]:
-    """timm's names for the columns of `datasets` with the picture and the class, which may be called otherwise."""
+    """Return timm's arguments for the columns of pictures and classes, which data sets name differently."""
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
     pictures = [name for name, kind in kinds.items() if kind == "Image"]
     labels = [name for name, kind in kinds.items() if kind == "ClassLabel"]

@@ -1,4 +1,4 @@
-"""Real masks that packages carry: slices of the head of one person, and of the mean of 152.
+"""Segmentation of brain slices from volumes that packages contain: one person's head, and the mean of 152.
 
     colin27       C. Holmes et al., Enhancement of MR images using registration for signal averaging (1998): one head,
                   scanned 27 times; with the atlas of N. Tzourio-Mazoyer et al., Automated anatomical labeling (2002),
@@ -6,9 +6,9 @@
     mni_tissue    V. Fonov et al., Unbiased nonlinear average age-appropriate brain templates (2009): the mean of 152
                   brains, and how likely grey and white matter are. Carried by nilearn's wheel.
 
-Unusual, and the limit of both: each is one volume. Slices are held out in blocks, and between a block and the training
-slices some are left out, since neighbours look alike; still every number is about this very brain, and says nothing of
-how a model does on another person. They are here to see real anatomy learned without a download, not to compare by.
+Unusual: each data set is a single volume. Slices are held out in blocks, and slices between a block and the training
+slices are dropped because neighbours look alike; still, scores hold for this brain only and do not transfer to other
+people. The sets show training on real anatomy without a download and are no benchmark.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _COLIN_FOLDER = "usr/share/mricron/templates"
 _COLIN_FILES = ("ch2.nii.gz", "aal.nii.gz", "aal.nii.txt")
 _MNI_FILES = tuple(f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz" for kind in ("t1", "gm", "wm"))
 
-LEAST_LABELLED = 500  # pixels, or a slice shows next to nothing
-BLOCK, GAP = 10, 3  # neighbouring slices of one part, and those between that belong to none
-_PARTS = ("train", "train", "val", "train", "train", "test")  # of the blocks, in turn
+LEAST_LABELLED = 500  # pixels; slices with fewer are not used
+BLOCK, GAP = 10, 3  # consecutive slices of a part, and slices dropped next to validation and test blocks
+_PARTS = ("train", "train", "val", "train", "train", "test")  # of consecutive blocks, cyclically
 
 
 class Volume(NamedTuple):
-    """Brightness and labels, both [right, front, up]."""
+    """A volume with labels; brightness and labels are [right, front, up]."""
 
     brightness: np.ndarray
     labels: np.ndarray
@@ -56,7 +56,7 @@ class Volume(NamedTuple):
 
 
 class Slices:
-    """(RGB picture, mask) of each horizontal slice of uint8 volumes, the lowest first, the face at the top."""
+    """A data set of (RGB picture, mask) of the horizontal slices of uint8 volumes, lowest first, face at the top."""
 
     def __init__(self, brightness: np.ndarray, labels: np.ndarray) -> None:
         self.pictures, self.masks = (np.ascontiguousarray(np.flip(part.T, 1)) for part in (brightness, labels))
@@ -70,7 +70,7 @@ class Slices:
 
 
 def load_colin27(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """Slices of one head with the lobes of its brain."""
+    """Load slices of Colin27, one head, with the lobes of its brain."""
     installed = Path("/") / _COLIN_FOLDER
     folder = _find(config.root, _COLIN_FILES, [installed], "colin27")
     if folder is None and config.root is None and config.download:
@@ -81,7 +81,7 @@ def load_colin27(config: DataSettings, augmentation: Augmentation, seed: int) ->
 
 
 def load_mni_tissue(config: DataSettings, augmentation: Augmentation, seed: int) -> Splits:
-    """Slices of the mean brain with its tissues."""
+    """Load slices of the mean brain of MNI with its tissues."""
     package = folder_of_package("nilearn")
     folder = _find(config.root, _MNI_FILES, [package / "datasets" / "data"] if package else [], "mni_tissue")
     if folder is None and config.root is None and config.download:
@@ -138,14 +138,14 @@ def _splits(volume: Volume, config: DataSettings, augmentation: Augmentation, se
         volume.origin,
     )
 
-    drawn = np.random.default_rng(seed).permutation(parts["train"])[: config.limit]
+    chosen = np.random.default_rng(seed).permutation(parts["train"])[: config.limit]
 
     def judged(part: str) -> SeededItems:
         return SeededItems(slices, parts[part], transforms=MaskTransforms(config.size, None))
 
     transforms = MaskTransforms(config.size, augmentation, config.short_side)
     return Splits(
-        train=SeededItems(slices, sorted(drawn.tolist()), transforms=transforms),
+        train=SeededItems(slices, sorted(chosen.tolist()), transforms=transforms),
         val=judged("val"),
         test=judged("test"),
         classes=volume.classes,
@@ -159,7 +159,7 @@ def _splits(volume: Volume, config: DataSettings, augmentation: Augmentation, se
 
 
 def parts_of_slices(usable: np.ndarray) -> dict[str, list[int]]:
-    """Which of the usable slices are for what: blocks in turn, and training keeps away from the others."""
+    """Assign the usable slices to parts, block by block, and drop training slices next to other parts."""
     roles = {int(place): _PARTS[(int(place) - int(usable[0])) // BLOCK % len(_PARTS)] for place in usable}
     held = np.array([place for place, role in roles.items() if role != "train"])
     parts: dict[str, list[int]] = {part: [] for part in ("train", "val", "test")}

@@ -1,12 +1,12 @@
-"""The processes that load data, watched: a dead or hanging one becomes an error that says what happened.
+"""Supervises the processes that load data: a dead or hanging worker becomes an error that states the cause.
 
 Unusual:
 
-* PyTorch raises a dead worker's error from its signal handler, that is out of whatever line the main process has
-  reached, the middle of a training step included. Here it waits until the next batch is asked for.
-* With a timeout, PyTorch would notice a dead worker through that signal alone. Their exit codes are looked at too.
-* Workers outlive Ctrl-C and a SIGTERM to the whole process group, so that the main process can finish its step and
-  save.
+* PyTorch raises a dead worker's error from its signal handler, at any line of the main process, even in the middle of a
+  training step. Here the error is raised when the next batch is requested.
+* With a timeout, PyTorch notices a dead worker only by that signal. Here exit codes are checked too.
+* Workers survive Ctrl-C and a SIGTERM to the whole process group, so that the main process can finish its step and save
+  a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-_GRACE = 60  # seconds that a worker goes on after SIGTERM, should the main process be gone without a word
+_GRACE = 60  # seconds that a worker survives SIGTERM, in case the main process is gone
 
-_LAST_BREATH = 0.5  # seconds from a broken connection to an exit code
+_LAST_BREATH = 0.5  # seconds to wait for the exit code after a connection broke
 
 _CAUSES = {
     "SIGKILL": "memory ran out, most likely: try fewer data.workers or a smaller train.batch_size",
@@ -34,18 +34,18 @@ _CAUSES = {
 
 
 class WorkerError(RuntimeError):
-    """A process that loads data is dead or hangs."""
+    """Raised if a process that loads data is dead or hangs."""
 
 
 def outlive_the_step(_: int) -> None:
-    """Runs in each worker as it begins."""
+    """Make a new worker survive SIGINT, and SIGTERM for a while. This is PyTorch's `worker_init_fn`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 class Crew:
-    """The batches of an iterator of PyTorch's, and the processes that it has started, until `dismiss`."""
+    """Iterates over PyTorch's loader iterator and watches the processes that it started, until `dismiss`."""
 
     def __init__(self, start: Callable[[], Iterator[Any]]) -> None:
         before = multiprocessing.active_children()
@@ -72,21 +72,21 @@ class Crew:
                 raise
         finally:
             self._waiting = False
-        raise failure  # out here, where it keeps neither the first error nor PyTorch's iterator alive
+        raise failure  # outside `except`, so that it references neither the first error nor PyTorch's iterator
 
     def dismiss(self) -> None:
-        """Ends the processes and waits for them, so that none is left, not as a zombie either."""
+        """End the processes and wait for them, so that no zombies remain."""
         atexit.unregister(self.dismiss)
         if self._hangs:
             self._kill()
-        self._batches = None  # PyTorch ends its processes in good order when this was the last reference
+        self._batches = None  # PyTorch shuts its processes down when the last reference is gone
         self._kill()
         if self._previous is not None and signal.getsignal(signal.SIGCHLD) == self._on_child:
             signal.signal(signal.SIGCHLD, self._previous)
 
     def _kill(self) -> None:
         for process in self.processes:
-            process.kill()  # they only read, so nothing is lost; one that hangs heeds nothing else
+            process.kill()  # they only read, so nothing is lost; a hanging one reacts to nothing else
         for process in self.processes:
             process.join()
         self.processes = []
@@ -96,7 +96,7 @@ class Crew:
             self._hangs = True
             seconds = float(str(error).split("after ")[-1].split(" ")[0])
             return WorkerError(f"no data came for {seconds:g} s (data.timeout): workers hang, as a file system may")
-        # A batch is fetched from the memory of its worker: the connection may break before the process has ended.
+        # A batch is read from the memory of its worker: the connection may break before the process has ended.
         deadline = time.monotonic() + (0 if isinstance(error, RuntimeError) else _LAST_BREATH)
         while True:
             try:

@@ -1,8 +1,7 @@
-"""What the decode heads share: counting their maps, convolutions as published, dropout and the classifier of positions.
+"""The base class of the decode heads: checks of the feature maps, initialisation, dropout and the pixel classifier.
 
 Parameter names are those of mmsegmentation (https://github.com/open-mmlab/mmsegmentation), where the published weights
-come from. Its synchronised batch norms are plain ones here: the names and numbers are the same, and Lightning can make
-them synchronised.
+come from. Its synchronised batch norms are plain ones here, with the same parameters; Lightning can synchronise them.
 """
 
 from __future__ import annotations
@@ -16,12 +15,17 @@ from torch.nn import functional as F
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """To (height, width), bilinearly and with `align_corners=False`, which is what all of the families publish."""
+    """Resize bilinearly to (height, width), with `align_corners=False`, as in all published models."""
     return F.interpolate(x, size=list(size), mode="bilinear", align_corners=False)
 
 
 class DecodeHead(nn.Module):
-    """The base of the heads: `in_channels` of the maps it takes, finest first, and `channels` of what it classifies."""
+    """The base class of the decode heads.
+
+    Args:
+        in_channels: channels of the feature maps, finest first.
+        channels: channels of the map that is classified.
+    """
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, *, channels: int, dropout: float) -> None:
         super().__init__()
@@ -30,7 +34,7 @@ class DecodeHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def reset_parameters(self) -> None:
-        """As mmsegmentation begins: He's initialisation by the size of the output, a classifier close to zero."""
+        """Initialise as mmsegmentation does: Kaiming by fan-out for convolutions, near zero for the classifier."""
         for module in self.modules():
             if isinstance(module, ConvNormAct):
                 weight: Any = module.conv.weight
@@ -39,7 +43,7 @@ class DecodeHead(nn.Module):
         nn.init.zeros_(self.conv_seg.bias)  # pyright: ignore[reportArgumentType]
 
     def check(self, maps: Sequence[Tensor]) -> None:
-        """Refuse maps that are not those of the backbone that the head was built for."""
+        """Raise a ValueError if the maps do not have the channels that the head was built for."""
         channels = tuple(level.shape[1] for level in maps)
         if channels != self.in_channels:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""BEVANet for segmentation: the two branches of its backbone, context down to 1/64, and three heads.
+"""BEVANet for segmentation: the two branches of its backbone, a context stage at 1/64, and three heads.
 
 Paper: "BEVANet" (ICIP 2025, arXiv 2508.07300), on the plan of PIDNet (CVPR 2023, arXiv 2206.02066). Code and weights:
 github.com/maomao0819/BEVANet (MIT).
@@ -11,14 +11,15 @@ The published configurations, as arguments of `build_segmenter`:
     L      "bevanet", 19, head={"name": "bevanet", "channels": 256, "neck_channels": 112}, depths=(3, 3, 4, 2, 2)
 
 What is unusual:
-* Logits are brought from 1/8 to the picture's size with `align_corners=True`, a default of the authors' settings that
-  none of their files changes. Everything inside is resized without.
-* The auxiliary head learns from the detail branch after its first fusion, the boundary head from its second. The
-  boundaries that guide the fusion come from the same detail by layers of their own (`to_boundary`).
-* A file of the ImageNet classifier gives the four stages and the end of the detail branch; its last stage, of 1/32, is
-  another than the one of 1/64 here. A published segmenter gives everything, or an error tells what is missing.
-* Exported with free sizes it takes pictures from 257 pixels a side, if it was traced with such: where the coarsest
-  pooled map has a single row or column, an exporter takes that for a fact.
+* Logits are upsampled from 1/8 to the picture's size with `align_corners=True`, the authors' default. All other
+  resizing uses `align_corners=False`.
+* The auxiliary head takes the detail branch after its first fusion, the boundary head after its second. The boundary
+  features that guide the final fusion come from the same detail map through separate layers (`to_boundary`).
+* A checkpoint of the ImageNet classifier provides the four stages and the end of the detail branch; its last stage, at
+  1/32, differs from the one at 1/64 here. A published segmenter provides all weights, or an error lists the missing
+  ones.
+* Exported with free sizes, a model takes pictures from 257 pixels per side if it was traced with such a size: a pooled
+  map with a single row or column would become a constant of the graph.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ _PUBLISHED = [
 
 
 class PredictionHead(nn.Module):
-    """[B, in_dim, H, W] to logits [B, num_classes, H, W]: 3 x 3 and 1 x 1 convolutions, each after norm and ReLU."""
+    """Maps [B, in_dim, H, W] to logits [B, num_classes, H, W] by a 3 x 3 and a 1 x 1 convolution, each after norm and
+    ReLU."""
 
     def __init__(self, in_dim: int, inner_dim: int, num_classes: int) -> None:
         super().__init__()
@@ -78,12 +80,12 @@ class PredictionHead(nn.Module):
 
 
 class BilateralHead(nn.Module):
-    """Context at 1/32 and both forms of the detail at 1/8 to logits [B, num_classes, H / 8, W / 8].
+    """Fuses context at 1/32 and two detail maps at 1/8 into logits [B, num_classes, H / 8, W / 8].
 
     Args:
         dim: channels of the backbone's first stage.
-        depth: blocks of the context at 1/64.
-        channels, pool_channels: inside the head and inside each branch of the pyramid pooling.
+        depth: blocks of the context stage at 1/64.
+        channels, pool_channels: width of the head and of each branch of the pyramid pooling.
     """
 
     def __init__(self, dim: int, num_classes: int, *, depth: int, channels: int, pool_channels: int) -> None:
@@ -102,12 +104,12 @@ class BilateralHead(nn.Module):
 
 
 class BEVANetSegmenter(Segmenter):
-    """Pictures [B, C, H, W] of any size to logits, as every `Segmenter`; in training those of three heads.
+    """A `Segmenter` of BEVANet; in training it also returns the logits of the auxiliary and the boundary head.
 
     Args:
         backbone: a `BEVANet` behind timm's features_only=True, at least with the maps 1 and 3.
-        depth: blocks of the context at 1/64.
-        auxiliary: whether the auxiliary and the boundary head are there, which only learn.
+        depth: blocks of the context stage at 1/64.
+        auxiliary: whether to add the auxiliary and the boundary head, which are used in training alone.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class BEVANetSegmenter(Segmenter):
         self.boundary_head = PredictionHead(2 * dim, dim, 1) if auxiliary else None
 
     def forward_heads(self, images: Tensor) -> SegmenterOutput:
-        """The logits of all heads that are there, at an eighth of the picture's size, rounded up."""
+        """Return the logits of all heads at an eighth of the picture's size, rounded up."""
         network: Any = self.backbone.model
         context, detail, earlier = network.forward_branches(images)
         logits = self.decode_head(context, detail, network.refine(detail))
@@ -143,7 +145,7 @@ class BEVANetSegmenter(Segmenter):
         return SegmenterOutput(logits, auxiliary, None if self.boundary_head is None else self.boundary_head(detail))
 
     def forward(self, images: Tensor) -> Tensor | SegmenterOutput:
-        """[B, C, H, W] to logits [B, num_classes, H, W]; in training with the other heads, all heads' logits."""
+        """Map [B, C, H, W] to logits [B, num_classes, H, W]; in training return the logits of all heads."""
 
         def enlarge(logits: Tensor) -> Tensor:
             return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=True)
@@ -167,14 +169,14 @@ def build_bevanet(
     checkpoint: str | Path | None = None,
     **model_kwargs: Any,
 ) -> BEVANetSegmenter:
-    """BEVANet for segmentation from the classifier's name; `build_segmenter` with the head "bevanet" calls it.
+    """Build BEVANet for segmentation from the name of its classifier, for the head "bevanet" of `build_segmenter`.
 
     Args:
-        channels: inside the heads of classes; None for 128.
-        neck_channels: inside each branch of the pyramid pooling; None for 96.
-        auxiliary: whether the two heads are there that only learn.
-        checkpoint: a published segmenter, one of ours, or a classifier of ImageNet.
-        model_kwargs: arguments of the backbone; the last of `depths` is that of the context at 1/64.
+        channels: width of the classification heads; 128 by default.
+        neck_channels: width of each branch of the pyramid pooling; 96 by default.
+        auxiliary: whether to add the two heads that are used in training alone.
+        checkpoint: a published segmenter, one of ours, or an ImageNet classifier.
+        model_kwargs: arguments of the backbone; the last of `depths` is that of the context stage at 1/64.
     """
     state = None if checkpoint is None else _read(checkpoint)
     if checkpoint is not None:
@@ -191,7 +193,7 @@ def build_bevanet(
         auxiliary=auxiliary,
     )
     if state is not None:
-        if not auxiliary:  # load_segmenter leaves the other head that learns alone out
+        if not auxiliary:  # load_segmenter itself drops the auxiliary head
             state = {name: tensor for name, tensor in state.items() if not name.startswith("boundary_head.")}
         load_segmenter(model, state, source=str(checkpoint))
     elif model_kwargs.get("pretrained"):
@@ -201,7 +203,7 @@ def build_bevanet(
 
 
 def _read(file: str | Path) -> StateDict | None:
-    """A segmenter's weights under our names; None if the file holds a classifier."""
+    """Read a segmenter's weights under our names; return None if the file holds a classifier."""
     state, _ = read_checkpoint(Path(file), segmenters=True)
     if any(name.startswith("decode_head.") for name in state):
         return state
@@ -212,6 +214,6 @@ def _read(file: str | Path) -> StateDict | None:
 
 
 def from_published(state: Mapping[str, Tensor]) -> StateDict:
-    """The authors' names of a segmenter to ours, without the buffers of their losses."""
+    """Rename a segmenter's weights from the authors' names to ours, dropping the buffers of their losses."""
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(("sem_loss.", "boundary_loss."))}
     return rename({rename_parts(name): tensor for name, tensor in kept.items()}, _PUBLISHED)

@@ -1,8 +1,7 @@
-"""`build_segmenter`: a backbone by its timm name, the heads by theirs, and the weights of both."""
+"""`build_segmenter`: builds a segmenter from the names of a timm backbone and a head, and loads its weights."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .._messages import did_you_mean
 from ._head import DecodeHead
 from .bevanet import build_bevanet
 from .fcn_head import FCNHead
@@ -30,17 +30,17 @@ SMP = "smp:"
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What `build_segmenter` is told of the heads; None is the published value."""
+    """The options of a segmenter's heads; None stands for the published value."""
 
     name: str
     channels: int | None = None
     neck_channels: int | None = None
-    """Of Semantic FPN's pyramid: 256 in the published models, twice `channels` if those are given."""
+    """Width of Semantic FPN's pyramid: 256 in the published models, by default twice `channels`."""
     dropout: float = 0.1
     auxiliary: bool | None = None
-    """Whether a further head learns on the last map but one; published with UPerNet."""
+    """Whether an auxiliary head is trained on the second to last map, as in the published UPerNet."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the decode head."""
+    """Further arguments of the decode head's class."""
 
 
 def build_segmenter(
@@ -51,18 +51,18 @@ def build_segmenter(
     checkpoint: str | Path | None = None,
     **model_kwargs: Any,
 ) -> nn.Module:
-    """A timm backbone, as its published segmentation models have it (published.py), under heads.
+    """Build a segmenter on a timm backbone, configured as for its published segmenters (published.py).
 
     Args:
-        head: `HeadOptions`; its name is "upernet", "semantic_fpn", "segformer", "bevanet", or "smp:" and the name of
-            an architecture of segmentation_models_pytorch.
-        checkpoint: a file to begin with: a whole segmenter, published or ours, or a backbone alone.
+        head: the fields of `HeadOptions`; the name is "upernet", "semantic_fpn", "segformer", "bevanet", or "smp:" and
+            the name of an architecture of segmentation_models_pytorch.
+        checkpoint: initial weights: a whole segmenter, published or ours, or a backbone alone.
         model_kwargs: arguments of the backbone.
     """
     options = _read(head)
     if num_classes < 1:
         raise ValueError(f"a segmenter needs classes; got num_classes={num_classes}")
-    if options.name == "bevanet":  # whole: its head goes on from two branches, not from feature maps
+    if options.name == "bevanet":  # its head takes two branches of the backbone, not feature maps
         if options.dropout not in (0, HeadOptions.dropout):
             raise ValueError(f"the head bevanet has no dropout; got {options.dropout:g}; leave it out, or give 0")
         widths = {"channels": options.channels, "neck_channels": options.neck_channels, **options.kwargs}
@@ -95,16 +95,15 @@ def _read(head: Mapping[str, Any]) -> HeadOptions:
         if width is not None and width < 1:
             raise ValueError(f"head.{name} is a width, at least 1, or None for the published one; got {width}")
     if options.name not in HEADS and not str(options.name).startswith(SMP):
-        near = difflib.get_close_matches(str(options.name), HEADS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no head is called {options.name!r}; {hint}There are {', '.join(HEADS)} and smp:ARCHITECTURE")
+        hint = did_you_mean(str(options.name), HEADS, cutoff=0.4) or "."
+        raise ValueError(f"no head is called {options.name!r}{hint} There are {', '.join(HEADS)} and smp:ARCHITECTURE")
     return options
 
 
 def _around(name: str, arguments: Mapping[str, Any], options: HeadOptions, num_classes: int) -> SmpSegmenter:
-    given = [key for key in ("channels", "neck_channels", "auxiliary") if getattr(options, key)]
-    if given:
-        raise ValueError(f"head.{given[0]} is of our own heads; give {options.name} its own arguments in head.kwargs")
+    foreign = [key for key in ("channels", "neck_channels", "auxiliary") if getattr(options, key)]
+    if foreign:
+        raise ValueError(f"head.{foreign[0]} is of our own heads; give {options.name} its own arguments in head.kwargs")
     architecture = options.name.removeprefix(SMP)
     return build_smp(
         architecture, name, num_classes, dropout=options.dropout, kwargs=options.kwargs, model_kwargs=arguments
@@ -119,18 +118,18 @@ def _assemble(name: str, backbone: nn.Module, options: HeadOptions, num_classes:
         pyramid = FeaturePyramid(channels, reduction=reductions[0])
         channels, reductions = pyramid.out_channels, pyramid.reductions
         necks.append(pyramid)
-    given = {**({} if options.channels is None else {"channels": options.channels}), "dropout": options.dropout}
-    given |= options.kwargs
+    settings = {**({} if options.channels is None else {"channels": options.channels}), "dropout": options.dropout}
+    settings |= options.kwargs
     decode_head: DecodeHead
     if options.name == "upernet":
-        decode_head = UPerNet(channels, num_classes, **{"channels": upernet_width(name, channels), **given})
+        decode_head = UPerNet(channels, num_classes, **{"channels": upernet_width(name, channels), **settings})
     elif options.name == "segformer":
-        decode_head = SegFormerHead(channels, num_classes, **given)
+        decode_head = SegFormerHead(channels, num_classes, **settings)
     else:
-        width = options.neck_channels or 2 * given.get("channels", 128)
+        width = options.neck_channels or 2 * settings.get("channels", 128)
         necks.append(FPN(channels, channels=width))
         octaves = [round(math.log2(reduction / reductions[0])) for reduction in reductions]
-        decode_head = SemanticFPN([width] * len(channels), num_classes, octaves=octaves, **given)
+        decode_head = SemanticFPN([width] * len(channels), num_classes, octaves=octaves, **settings)
     auxiliary = None
     if options.name == "upernet" if options.auxiliary is None else options.auxiliary:
         if len(decode_head.in_channels) < 2:

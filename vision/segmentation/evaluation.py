@@ -1,12 +1,12 @@
-"""How published segmenters are judged, for those that are named by their parts and have no run that would say it.
+"""Evaluation settings of published segmenters, for models that are named by backbone and head and have no run folder.
 
-Sources: the repositories of published.py and https://github.com/maomao0819/BEVANet, as in configs/recipes; pictures of
-a data set that no recipe has are judged as in configs/data. A test holds this and those to each other.
+Sources: the repositories of published.py and https://github.com/maomao0819/BEVANet, as in configs/recipes; data sets
+without a recipe use the settings of configs/data. A test keeps this file and those equal.
 
 Unusual:
 
-* What is published of one backbone may differ by its head: VAN is judged with mirror images under UPerNet alone.
-* Pictures of classes that are of no data set known here are taken for photographs, and judged as ADE20K's are.
+* Published settings may depend on the head: VAN is evaluated with mirror images under UPerNet alone.
+* Classes of an unknown data set are evaluated with the settings of ADE20K.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "cityscapes": {"size": 1024, "short_side": 0},
     "camvid": {"size": 960, "short_side": 0},
 }
-"""By data set: `data.size` of training, and `data.short_side` where that is another (0: the picture's own)."""
+"""By data set: `data.size` of training, and `data.short_side` if it differs (0 keeps the picture's own size)."""
 
 MODELS: Mapping[tuple[str, str, str], Mapping[str, Any]] = {
     ("ade20k", "semantic_fpn", "van_*"): {"evaluate": {"divisor": 32, "scales": _SCALES}},
@@ -37,12 +37,12 @@ MODELS: Mapping[tuple[str, str, str], Mapping[str, Any]] = {
     ("ade20k", "upernet", "vim_*"): {"evaluate": {"mode": "slide", "stride": [341, 341]}},
     ("ade20k", "bevanet", "bevanet*"): {"short_side": 640},
 }
-"""What is otherwise by data set, head and pattern of the backbone's name, of which the first that fits counts; and what
-the recipes set of `evaluate`."""
+"""Deviations by data set, head and pattern of the backbone's name, and the `evaluate` settings of the recipes. The
+first match applies."""
 
 
 def published_evaluation(name: str, head: str, classes: Sequence[str]) -> dict[str, Any]:
-    """`size`, `short_side` and `evaluate` of a published segmenter, as a run's checkpoint has them."""
+    """Return `size`, `short_side` and `evaluate` of a published segmenter, with the keys of a run's checkpoint."""
     data = published_name(classes) or "ade20k"
     more = (
         settings

@@ -1,8 +1,7 @@
-"""Maps out of a timm model, as segmenters want them; and what the model tells of its parameters.
+"""Feature maps of timm models for segmenters, and the parameter groups of these models.
 
-Unusual: timm has several ways to take maps out of a model, of which only one leaves the model whole
-(`feature_cls="getter"`). It is taken wherever a model has it, since the others hide the layers from layer decay and
-some give maps with channels last.
+Unusual: of timm's ways to extract features only `feature_cls="getter"` leaves the model intact. It is used if a model
+supports it, since the others hide the layers from layer decay, and some return maps with channels last.
 """
 
 from __future__ import annotations
@@ -16,33 +15,34 @@ from timm.models import FeatureListNet, group_parameters
 from torch import nn
 
 LEVELS = 4
-"""Maps that a segmenter takes: where all have one size, those of a quarter, a half, … of the blocks; of a pyramid the
-coarsest, the last one of each stride, so that ResNet's map of stride 2 stays out, as in all published models."""
+"""The number of maps that a segmenter takes. If all maps have one size, these are the maps after each quarter of the
+blocks; of a pyramid, the last map of each of the four coarsest strides, so that ResNet's map of stride 2 is not used,
+as in all published models."""
 
 
 def make_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """timm's features of a model, of four of its maps; where these have one size, at any size of picture."""
-    drawn = sketch(name, arguments)
-    blocks: Sequence[Mapping[str, Any]] = drawn.feature_info.info
+    """Build timm's feature extractor with four maps; a model whose maps have one size then takes any input size."""
+    outline = sketch(name, arguments)
+    blocks: Sequence[Mapping[str, Any]] = outline.feature_info.info
     more: dict[str, Any] = {}
-    if type(drawn) is FeatureListNet and _has_getter(name, arguments):
+    if type(outline) is FeatureListNet and _has_getter(name, arguments):
         more["feature_cls"] = "getter"
     if is_isotropic(blocks):
         quarters = [len(blocks) * (i + 1) // LEVELS - 1 for i in range(LEVELS)]
         more["out_indices"] = quarters if len(blocks) >= LEVELS else [len(blocks) - 1]
-        if getattr(getattr(drawn, "model", None), "dynamic_img_size", True) is False:
+        if getattr(getattr(outline, "model", None), "dynamic_img_size", True) is False:
             more |= {"dynamic_img_size": True, "dynamic_img_pad": True}
     elif len(blocks) > LEVELS:
         last = {level["reduction"]: index for index, level in enumerate(blocks)}  # BEVANet has two maps at 1/32
         more["out_indices"] = list(last.values())[-LEVELS:]
     features: Any = timm.create_model(name, features_only=True, **(more | dict(arguments)))
     if "dynamic_img_pad" in more:
-        features.exports_free_sizes = False  # timm counts the patches by math.ceil, which no file can hold
+        features.exports_free_sizes = False  # timm counts patches by math.ceil, which cannot be exported
     return features
 
 
 def sketch(name: str, arguments: Mapping[str, Any]) -> Any:
-    """The features of a model without weights or storage, to read its `feature_info` of all maps."""
+    """Build the feature extractor on the meta device, to read the `feature_info` of all maps."""
     plain = {key: value for key, value in arguments.items() if not key.startswith("pretrained")}
     plain |= {"out_indices": (0,), "features_only": True}
     try:
@@ -53,11 +53,11 @@ def sketch(name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def takes_any_size(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether a model that timm builds for one size of picture is built for all by `make_features`."""
+    """Return whether `make_features` lets a model that timm builds for one input size take any size."""
     if "dynamic_img_size" in arguments:
         return bool(arguments["dynamic_img_size"])
-    drawn = sketch(name, arguments)
-    return is_isotropic(drawn.feature_info.info) and hasattr(getattr(drawn, "model", None), "dynamic_img_size")
+    outline = sketch(name, arguments)
+    return is_isotropic(outline.feature_info.info) and hasattr(getattr(outline, "model", None), "dynamic_img_size")
 
 
 def _has_getter(name: str, arguments: Mapping[str, Any]) -> bool:
@@ -69,12 +69,12 @@ def _has_getter(name: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def is_isotropic(maps: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all maps have one size."""
+    """Return whether all maps have the same size."""
     return len({level["reduction"] for level in maps}) == 1
 
 
 def feature_info(backbone: nn.Module) -> Any:
-    """timm's account of the maps that a features_only backbone returns."""
+    """Return timm's `feature_info` of a features_only backbone."""
     info: Any = getattr(backbone, "feature_info", None)
     if info is None:
         raise ValueError(f"{type(backbone).__name__} has no feature_info; make it with features_only=True")
@@ -82,7 +82,8 @@ def feature_info(backbone: nn.Module) -> Any:
 
 
 def spared_of(backbone: nn.Module, name: str) -> set[str]:
-    """What a features_only backbone spares from weight decay, where `name` is its own name in a larger model."""
+    """Return the parameters that a features_only backbone excludes from weight decay; `name` is its name in the
+    segmenter."""
     if not hasattr(backbone, "no_weight_decay"):
         backbone, name = getattr(backbone, "model", backbone), f"{name}.model"
     spared: Callable[[], Any] = getattr(backbone, "no_weight_decay", set)
@@ -90,7 +91,7 @@ def spared_of(backbone: nn.Module, name: str) -> set[str]:
 
 
 def layers_of(backbone: nn.Module, name: str, *, coarse: bool) -> Callable[[str], tuple[int, int]]:
-    """The layer of a parameter of the larger model, for layer decay: the backbone's own, then all else."""
+    """Return a function from a segmenter's parameter to its layer, for layer decay: the backbone's, then all else."""
     inner = getattr(backbone, "model", None)
     matcher: Callable[..., Any] | None = getattr(inner, "group_matcher", None)
     if inner is None or matcher is None:

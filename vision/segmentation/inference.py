@@ -1,17 +1,16 @@
-"""What a segmenter says of whole pictures: at once or through a sliding window, at several sizes, mirrored or not.
+"""Inference of segmenters on whole pictures: at once or by a sliding window, at several scales, with mirror images.
 
-The definition is that of mmsegmentation (`slide_inference`, `whole_inference` and its test-time augmentation), by which
-the published numbers of the zoo's families were made; https://github.com/open-mmlab/mmsegmentation. Scales multiply the
-shorter side, as in its versions 0.x; the mirror image is turned back before logits are resized, as in 1.x.
+The definition is that of mmsegmentation (`slide_inference`, `whole_inference` and its test-time augmentation), with
+which the published numbers of the zoo's families were measured; https://github.com/open-mmlab/mmsegmentation. Scales
+multiply the shorter side, as in its versions 0.x; mirrored logits are flipped back before they are resized, as in 1.x.
 
 Unusual:
 
-* The last window of a row or column is moved back to the edge, so that it overlaps the one before by more; where
-  windows overlap, logits are averaged. A picture smaller than the window is one window of its own size, not padded.
-* Windows go through the model one position at a time. A batch of them would be other sums in another order, and the
-  results could be compared with nothing.
-* Pictures are resized without antialiasing, as OpenCV does it; models were trained on such pictures.
-* Logits are brought to the picture's own size before the softmax, whose average over the views is what counts.
+* The last window of a row or column is moved back to the edge and overlaps its neighbour further; logits are averaged
+  where windows overlap. A picture smaller than the window is one window of its own size, without padding.
+* Windows are processed one at a time: a batch of them would change the order of summation, and with it the results.
+* Pictures are resized without antialiasing, as by OpenCV, since models were trained on such pictures.
+* Logits are resized to the picture's own size before the softmax, which is averaged over the views.
 """
 
 from __future__ import annotations
@@ -26,20 +25,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LONGEST = 4
-"""How many times as long as `short_side` the longer side may become, as in the published 2048 x 512."""
+from .._sizes import resized
+
 COARSEST = 32
-"""Pixels to a position of the coarsest maps of most backbones: a side must not be shorter, but for small models."""
-_MOST_AT_ONCE = 2**25  # logits at the size of a picture
+"""The stride of most backbones' coarsest map: pictures are enlarged to at least this side, unless trained on
+smaller."""
+_MOST_AT_ONCE = 2**25  # logits at picture size that are held in memory at a time
 
 
 @dataclass(frozen=True)
 class Inference:
-    """How a picture is shown to a segmenter. Sizes are (height, width).
+    """The settings of inference on a picture. Sizes are (height, width).
 
-    `short_side` is that of the picture at scale 1, 0 its own; no side becomes smaller than `least`. `stride` is two
-    thirds of the window by default. `divisor` enlarges each side to a multiple. `fixed`: the model takes one size only,
-    and a picture is squeezed to a square of `short_side`, or enlarged to the window where it is smaller.
+    Args:
+        stride: distance of the windows; two thirds of the window by default.
+        short_side: shorter side of the picture at scale 1; 0 keeps its own size.
+        divisor: sides are enlarged to multiples of this.
+        least: no side becomes smaller than this.
+        fixed: the model takes one size only. A picture is resized to a square of `short_side`, or in mode slide
+            enlarged to the window if it is smaller.
     """
 
     mode: Literal["whole", "slide"] = "whole"
@@ -71,23 +75,20 @@ class Inference:
 
     @property
     def views(self) -> list[tuple[float, bool]]:
-        """(scale, mirrored) of each time that the model sees the picture."""
+        """The views that are averaged, as (scale, mirrored)."""
         return [(scale, mirrored) for scale in self.scales for mirrored in ((False, True) if self.flip else (False,))]
 
     def size(self, height: int, width: int, scale: float = 1.0) -> tuple[int, int]:
-        """Of a picture, before its sides become multiples."""
-        short = max(1, int(self.short_side * scale))
+        """Return the (height, width) of a resized picture, before its sides become multiples of `divisor`."""
         if self.fixed and self.mode == "whole":
+            short = max(1, int(self.short_side * scale))
             return short, short
-        factor = scale
-        if self.short_side:
-            factor = min(int(LONGEST * self.short_side * scale) / max(height, width), short / min(height, width))
         low, narrow = self.window if self.fixed and self.window is not None else (self.least, self.least)
-        height, width = max(low, int(height * factor + 0.5)), max(narrow, int(width * factor + 0.5))
-        return height, width
+        height, width = resized(height, width, self.short_side, scale)
+        return max(low, height), max(narrow, width)
 
     def multiple(self, height: int, width: int) -> tuple[int, int]:
-        """The next sizes that `divisor` divides."""
+        """Return the sides, rounded up to multiples of `divisor`."""
         height, width = (-(-side // self.divisor) * self.divisor for side in (height, width))
         return height, width
 
@@ -95,8 +96,8 @@ class Inference:
 def of_settings(
     evaluate: Mapping[str, Any], *, size: int, short_side: int | None = None, fixed: bool = False
 ) -> Inference:
-    """Of the settings `evaluate.…` of a run and its `data.size` and `data.short_side`; what is missing is as by
-    default."""
+    """Make the `Inference` of a run from its settings `evaluate.…`, `data.size` and `data.short_side`; missing ones
+    have their defaults."""
     window = evaluate.get("window") or (size, size)
     return Inference(
         mode=evaluate.get("mode", "whole"),
@@ -125,9 +126,9 @@ def _check_window(window: Sequence[int] | None, stride: Sequence[int] | None) ->
 
 @torch.no_grad()
 def infer(model: Callable[[Tensor], Tensor], images: Tensor, inference: Inference) -> Tensor:
-    """[B, C, H, W] to [B, K, H, W]: the logits of one view, or the probabilities averaged over several.
+    """Map [B, C, H, W] to [B, K, H, W]: logits of a single view, or probabilities averaged over several views.
 
-    `model` answers for [B, C, h, w] with logits [B, K, h, w], as a `Segmenter` in eval mode does.
+    `model` maps [B, C, h, w] to logits [B, K, h, w], as a `Segmenter` in eval mode does.
     """
     size = images.shape[-2], images.shape[-1]
     views = inference.views
@@ -143,14 +144,16 @@ def infer(model: Callable[[Tensor], Tensor], images: Tensor, inference: Inferenc
 
 @torch.no_grad()
 def label_map(model: Callable[[Tensor], Tensor], images: Tensor, inference: Inference) -> Tensor:
-    """The most likely class of each pixel, int64 [B, H, W]: `infer(…).argmax(1)` up to rounding, a few classes at a
-    time, since all of them for each pixel of a photograph are gigabytes."""
+    """Return the most likely class of each pixel, int64 [B, H, W]: `infer(…).argmax(1)` up to rounding.
+
+    A few classes are processed at a time, since all classes of all pixels of a photograph take gigabytes.
+    """
     size = images.shape[-2], images.shape[-1]
     views = [view_logits(model, images, inference, *view) for view in inference.views]
     count = views[0].shape[1]
     step = max(1, _MOST_AT_ONCE // max(len(images) * size[0] * size[1], 1))
     parts = [slice(first, first + step) for first in range(0, count, step)]
-    totals: list[Tensor] = []  # of each view, the logarithm of what its softmax divides by
+    totals: list[Tensor] = []  # per view, the logarithm of the softmax's denominator
     if len(views) > 1:
         for view in views:
             sums = [_resize(view[:, part], size).logsumexp(1, keepdim=True) for part in parts]
@@ -173,7 +176,7 @@ def label_map(model: Callable[[Tensor], Tensor], images: Tensor, inference: Infe
 def view_logits(
     model: Callable[[Tensor], Tensor], images: Tensor, inference: Inference, scale: float, mirrored: bool
 ) -> Tensor:
-    """Logits [B, K, h, w] of one view, no longer mirrored, at the size of the model's input."""
+    """Return the logits [B, K, h, w] of one view at the size of the model's input; mirrored ones are flipped back."""
     images = _resize(images, inference.size(images.shape[-2], images.shape[-1], scale))
     images = _resize(images, inference.multiple(images.shape[-2], images.shape[-1]))
     if mirrored:
@@ -200,7 +203,7 @@ def _slide(model: Callable[[Tensor], Tensor], images: Tensor, inference: Inferen
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[slice]:
-    """Where the windows along one axis lie: the last ends at the edge, and one that is too long is the whole axis."""
+    """Yield the windows along one axis. The last ends at the edge; a window longer than the axis is the whole axis."""
     for place in range(max(length - window + stride - 1, 0) // stride + 1):
         end = min(place * stride + window, length)
         yield slice(max(end - window, 0), end)
@@ -210,7 +213,7 @@ def _ask(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     logits = model(images)
     if logits.shape[-2:] != images.shape[-2:]:
         raise ValueError(f"the model answered {list(logits.shape)} for {list(images.shape)}; sizes must agree")
-    return logits.to(images.dtype)  # sums of half precision, under autocast, would lose what is averaged
+    return logits.to(images.dtype)  # sums in half precision, under autocast, would be too inexact
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

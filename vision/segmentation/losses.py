@@ -1,16 +1,16 @@
-"""What a segmenter is trained to lower: `SegmentationLoss`, and the parts that it is made of.
+"""Losses of segmentation: `SegmentationLoss` and its parts.
 
 Sources: Shrivastava et al., "Training Region-based Object Detectors with Online Hard Example Mining" (CVPR 2016, arXiv
 1604.03540); Xu et al., "PIDNet" (CVPR 2023, arXiv 2206.02066), whose losses github.com/maomao0819/BEVANet (MIT) trains
 with; Canny, "A Computational Approach to Edge Detection" (PAMI 1986), in the integers of OpenCV.
 
 What is unusual:
-* Without a single labelled pixel a loss is 0 and so are its gradients, where PyTorch's mean is nan.
-* Beside hard example mining every mean is over pixels, as its authors take it: class weights scale the loss of a pixel
-  and nothing divides by their sum, and an auxiliary head's mean counts ignored pixels as zeros.
-* Boundaries are drawn from the masks of a batch, after scaling and cropping, so they are as wide at every scale. The
-  authors draw them in the whole picture and scale them with it; those within 6 pixels of its rim they drop, except in
-  CamVid.
+* Without any labelled pixel a loss and its gradients are 0, where PyTorch's mean is nan.
+* With hard example mining every mean is over pixels, as in the authors' code: class weights scale the loss of a pixel
+  without division by their sum, and the mean of an auxiliary head counts ignored pixels as zeros.
+* Boundaries are computed from the masks of a batch, after scaling and cropping, so they have the same width at every
+  scale. The authors compute them in the whole picture and scale them with it; except in CamVid, they drop those within
+  6 pixels of its border.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .segmenter import SegmenterOutput
 
 IGNORED = 255
-"""Label of pixels that take no part."""
+"""Label of ignored pixels."""
 
 _TAN_22 = 13573
 """tan(22.5 degrees) in steps of 2 ** -15."""
@@ -44,7 +44,7 @@ class PixelCrossEntropy(nn.Module):
     """Mean cross entropy over labelled pixels; with class weights the weighted mean, as in torch.nn.CrossEntropyLoss.
 
     Args:
-        class_weights: one for each class.
+        class_weights: one weight per class.
     """
 
     class_weights: Tensor | None
@@ -56,7 +56,8 @@ class PixelCrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def of_pixels(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """[B, classes, H, W] and [B, H, W] to the weighted loss of each pixel [B, H, W], 0 where ignored."""
+        """Return the weighted loss of each pixel [B, H, W], 0 where ignored, from logits [B, classes, H, W] and
+        masks."""
         _check(logits, masks)
         weights, classes = self.class_weights, logits.shape[1]
         if weights is not None and len(weights) != classes:
@@ -82,15 +83,15 @@ class PixelCrossEntropy(nn.Module):
 
 
 class OhemCrossEntropy(PixelCrossEntropy):
-    """Mean cross entropy of the hard pixels: those whose own class has a probability below `threshold`, but not fewer
-    than `kept` of a batch.
+    """Mean cross entropy of the hard pixels: those whose true class has a probability below `threshold`, and at least
+    `kept` per batch.
 
-    Where fewer are that hard, the threshold is the probability of the pixel that `kept` others are harder than, or of
-    the easiest if there are no more; that pixel itself does not count.
+    If fewer are that hard, the threshold is raised to the probability of the pixel of rank `kept` (from 0, hardest
+    first), or of the easiest pixel if there are no more; that pixel itself is not included.
 
     Args:
-        kept: of a batch, on one device.
-        class_weights: scale the loss of a pixel, and do not decide which one is hard.
+        kept: least number of pixels per batch, on one device.
+        class_weights: scale the loss of a pixel but do not affect the selection.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class OhemCrossEntropy(PixelCrossEntropy):
 
     @torch.no_grad()
     def hard(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Which pixels count, bool [B, H, W]."""
+        """Return the mask of hard pixels, bool [B, H, W]."""
         labelled = masks != IGNORED
         likely = (-F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="none")).exp()
         known = likely[labelled].sort().values
@@ -123,9 +124,9 @@ class OhemCrossEntropy(PixelCrossEntropy):
 
 
 def _canny(masks: Tensor) -> Tensor:
-    """Edges of label maps, bool [B, H, W]: any step of a label, thinned to the ridge of the steps' gradient.
+    """Detect the edges of label maps, bool [B, H, W]: every change of label, thinned by non-maximum suppression.
 
-    Exactly OpenCV's Canny(label, 0.1, 0.2): Sobel 3 x 3 with the rim repeated, |dx| + |dy|, four directions.
+    The result equals OpenCV's Canny(label, 0.1, 0.2): Sobel 3 x 3 with replicated border, |dx| + |dy|, four directions.
     """
     padded = F.pad(masks.float().unsqueeze(1), (1, 1, 1, 1), mode="replicate").squeeze(1).int()
     smoothed = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
@@ -149,9 +150,10 @@ def _canny(masks: Tensor) -> Tensor:
 
 
 def _unpadded(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks whose padding repeats what is next to it, and where there is none, bool: both [B, H, W].
+    """Replace the padding of masks by replicated labels; return the masks and where they are not padding, both
+    [B, H, W].
 
-    Padding are the lines along the rim that hold nothing but ignored pixels.
+    Padding is the rows and columns along the border that hold only ignored pixels.
     """
     inside = torch.ones_like(masks, dtype=torch.bool)
     for axis, across in ((1, 2), (2, 1)):
@@ -165,10 +167,10 @@ def _unpadded(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def boundary_targets(masks: Tensor) -> Tensor:
-    """Label maps [B, H, W], integers of 0 to 255, to 1 on boundaries and 0 elsewhere, float [B, 1, H, W].
+    """Map label maps [B, H, W], integers from 0 to 255, to 1 on boundaries and 0 elsewhere, float [B, 1, H, W].
 
-    The edges of OpenCV's Canny, made 4 pixels wide: one before and two after the edge, along each axis. A border with
-    ignored pixels is one, too; the border of a picture with its padding is not.
+    Boundaries are the edges of OpenCV's Canny, dilated to 4 pixels: one before and two after the edge, along each axis.
+    A border with ignored pixels is a boundary; the border between a picture and its padding is not.
     """
     if masks.ndim != 3 or masks.is_floating_point():
         raise ValueError(f"needed integer masks [B, H, W]; got {masks.dtype} {list(masks.shape)}")
@@ -178,7 +180,7 @@ def boundary_targets(masks: Tensor) -> Tensor:
 
 
 def boundary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross entropy of [B, 1, H, W], each side weighted with the other side's share of the batch."""
+    """Mean binary cross entropy of [B, 1, H, W], with each class weighted by the other's share of the batch."""
     if logits.shape != targets.shape:
         raise ValueError(f"needed logits and targets of one shape; got {list(logits.shape)}, {list(targets.shape)}")
     share = targets.mean()
@@ -187,14 +189,14 @@ def boundary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class SegmentationLoss(nn.Module):
-    """The loss of a segmenter's answer, a tensor or a `SegmenterOutput`, and its parts.
+    """The loss of a segmenter's output, a tensor or a `SegmenterOutput`, and its parts.
 
     Args:
-        name: of the main head's loss, `PixelCrossEntropy` or `OhemCrossEntropy`.
-        auxiliary_weight: of the cross entropy of each auxiliary head.
-        boundary_weight: of `boundary_cross_entropy`.
-        boundary_labels_weight: of the main head's loss once more, on pixels that the boundary head is sure of, where
-            its probability is above 0.8.
+        name: the main head's loss, `PixelCrossEntropy` ("ce") or `OhemCrossEntropy` ("ohem").
+        auxiliary_weight: weight of the cross entropy of each auxiliary head.
+        boundary_weight: weight of `boundary_cross_entropy`.
+        boundary_labels_weight: weight of a second term of the main head's loss, restricted to pixels to which the
+            boundary head gives a probability above 0.8.
     """
 
     def __init__(
@@ -228,8 +230,8 @@ class SegmentationLoss(nn.Module):
         return self.pixels.of_pixels(logits, masks).mean()
 
     def forward(self, output: Tensor | SegmenterOutput, masks: Tensor) -> dict[str, Tensor]:
-        """Masks [B, H, W] of class numbers, 255 ignored, to the loss as "total", and to its parts without weights:
-        "labels", and where the answer has them "auxiliary", "boundary" and "boundary_labels"."""
+        """Return the loss as "total" and its unweighted parts: "labels" and, if the output has them, "auxiliary",
+        "boundary" and "boundary_labels". Masks [B, H, W] hold class numbers, and 255 for ignored pixels."""
         if isinstance(output, Tensor):
             labels = self.main(output, masks)
             return {"total": labels, "labels": labels}
@@ -241,8 +243,8 @@ class SegmentationLoss(nn.Module):
             total = total + self.auxiliary_weight * parts["auxiliary"]
         if output.boundary is not None:
             parts["boundary"] = boundary_cross_entropy(output.boundary, boundary_targets(masks))
-            drawn = output.boundary.detach().squeeze(1).sigmoid() > 0.8
-            parts["boundary_labels"] = self.main(output.logits, masks.where(drawn, IGNORED))
+            sure = output.boundary.detach().squeeze(1).sigmoid() > 0.8
+            parts["boundary_labels"] = self.main(output.logits, masks.where(sure, IGNORED))
             total = total + self.boundary_weight * parts["boundary"]
             total = total + self.boundary_labels_weight * parts["boundary_labels"]
         return {"total": total, **parts}

@@ -1,7 +1,7 @@
-"""All numbers of a classifier of pictures or of pixels from one confusion matrix, which adds up exactly over processes.
+"""Metrics of classification and segmentation from a confusion matrix, which can be summed exactly over processes.
 
-Unusual: a class that is neither present nor predicted has no IoU and stays out of the mean. Per-class results that
-report 0 for it, as some libraries do, make a mean that is too low.
+Unusual: a class that is neither present nor predicted has no IoU and is excluded from the mean. Counting it as 0, as
+some libraries do, makes the mean too low.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from torch import Tensor
 
 
 def scores(confusion: Tensor) -> dict[str, Tensor]:
-    """Of counts [truth, prediction]: accuracy, its mean over classes, mean IoU, and IoU weighed with how often a class
-    is the truth; by class `iou`, `recall`, `precision` (nan where there is nothing to divide by)."""
+    """Compute metrics from counts [truth, prediction].
+
+    Returns:
+        Scalars "accuracy", "mean_accuracy" (over classes), "mean_iou" and "frequency_weighted_iou"; per class "iou",
+        "recall" and "precision", nan where the denominator is zero.
+    """
     counts = confusion.double()
     hits, truth, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     iou = hits / (truth + predicted - hits)  # 0 / 0 is nan: the class does not occur

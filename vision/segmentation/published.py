@@ -1,15 +1,15 @@
-"""How the families' published segmentation backbones differ from their classifiers: the one place that knows.
+"""The arguments by which published segmentation backbones differ from the classifiers of their family.
 
-`build_segmenter` applies this unless the caller says otherwise. Sources: the configurations of
+`build_segmenter` applies them unless the caller sets others. Sources: the configurations of
 https://github.com/Visual-Attention-Network/VAN-Segmentation, https://github.com/ziplab/LITv2,
 https://github.com/SHI-Labs/Neighborhood-Attention-Transformer, https://github.com/MzeroMiko/VMamba,
 https://github.com/AILab-CVC/UniRepLKNet and https://github.com/hustvl/Vim.
 
 Unusual:
 
-* Dilations of DiNAT are no part of its weights. They grow with the picture, so that the widest window of a stage spans
-  its map: these are for 512 pixels, those of the large models for 640. Where a model has other depths, or the caller
-  other dilations, they are not touched.
+* Dilations of DiNAT are not part of its weights. They grow with the picture, so that the widest window of a stage spans
+  its map: these are for 512 pixels, those of the large models for 640. They are not applied to other depths, or if the
+  caller sets dilations.
 * ViG-H and EfficientVMamba publish no segmentation; they are built as their detectors are, and as VMamba is.
 """
 
@@ -41,17 +41,17 @@ KWARGS: Mapping[str, Mapping[str, Any]] = {
     **{f"dinat_s_{size}": _DINAT_S for size in ("tiny", "small", "base")},
     "dinat_s_large*": _DINAT_S_LARGE,
 }
-"""Arguments by pattern of the name without its tag; one pattern a model."""
+"""Arguments by pattern of the model name without its tag; one pattern matches a model."""
 
 
-def backbone_kwargs(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a published segmentation backbone sets and `given` does not."""
+def backbone_kwargs(name: str, set_by_caller: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the published segmentation backbone that the caller does not set."""
     model = name.partition(".")[0]
-    found = next((kwargs for pattern, kwargs in KWARGS.items() if fnmatch.fnmatchcase(model, pattern)), {})
-    other_depths = "depths" in given
-    return {k: v for k, v in found.items() if k not in given and not (k == "dilations" and other_depths)}
+    published = next((kwargs for pattern, kwargs in KWARGS.items() if fnmatch.fnmatchcase(model, pattern)), {})
+    other_depths = "depths" in set_by_caller
+    return {k: v for k, v in published.items() if k not in set_by_caller and not (k == "dilations" and other_depths)}
 
 
 def upernet_width(name: str, channels: Sequence[int]) -> int:
-    """Channels of UPerNet over maps of `channels`: Vim's is as wide as its tokens, all others' 512."""
+    """Return the published width of UPerNet over maps of `channels`: Vim's token width, else 512."""
     return channels[-1] if name.startswith("vim_") else 512

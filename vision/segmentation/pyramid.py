@@ -1,11 +1,11 @@
-"""Maps of four sizes out of a backbone whose maps all have one.
+"""A feature pyramid of four scales for a backbone whose maps all have one size.
 
 H. Bao et al.: BEiT: BERT Pre-Training of Image Transformers, ICLR 2022, https://arxiv.org/abs/2106.08254, whose
-segmentation code Vim's is made from (https://github.com/hustvl/Vim, seg/backbone/vim.py): of four blocks' outputs the
-first is enlarged four times and the second twice by transposed convolutions, the third stays, the last is pooled.
+segmentation code Vim's is based on (https://github.com/hustvl/Vim, seg/backbone/vim.py): the outputs of four blocks
+are upsampled 4 and 2 times by transposed convolutions, kept, and max-pooled, in this order.
 Parameter names are Vim's, where the four belong to the backbone; mmsegmentation's Feature2Pyramid has the same parts.
 
-Unusual: pooling rounds up, so that a map of one position stays one. At the published sizes nothing is left over.
+Unusual: pooling rounds up, so that a map of one position remains one. Published sizes divide evenly.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from .features import LEVELS
 
 FINEST = 4
-"""Pixels per position that the first map comes closest to, along each axis."""
+"""Target stride of the first map."""
 
 
 class FeaturePyramid(nn.Module):
-    """Four maps [B, C_i, H, W], or one to make all of, to maps whose sides are halved from one to the next.
+    """Rescales four maps [B, C_i, H, W] of one size, or copies of one map, to a pyramid with strides doubling.
 
     Args:
-        reduction: pixels of the picture per position of the maps: 16 gives strides 4, 8, 16 and 32, 14 the powers of
-            two nearest to it, 3.5 to 28.
+        reduction: stride of the input maps. 16 gives strides 4, 8, 16 and 32; 14 gives 3.5, 7, 14 and 28.
     """
 
     def __init__(self, in_channels: Sequence[int], *, reduction: int) -> None:
@@ -50,7 +49,7 @@ class FeaturePyramid(nn.Module):
 
 
 def _rescale(dim: int, doublings: int) -> nn.Module:
-    """What doubles the sides of a map so many times, or halves them."""
+    """Make the module that doubles the sides of a map `doublings` times, or halves them if negative."""
     if doublings == 0:
         return nn.Identity()
     if doublings < 0:

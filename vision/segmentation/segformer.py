@@ -1,11 +1,11 @@
-"""SegFormer's head: a linear layer for each map, all brought to the finest, joined by another one.
+"""SegFormer's head: a linear layer per map, upsampling to the finest map, and a linear layer that fuses them.
 
 E. Xie et al.: SegFormer: Simple and Efficient Design for Semantic Segmentation with Transformers, NeurIPS 2021,
 https://arxiv.org/abs/2105.15203; SegformerHead of https://github.com/open-mmlab/mmsegmentation, with its parameter
 names.
 
-Unusual: in mmsegmentation's form, which this is, the linear layers of the maps have norms and activations; in the
-authors' own (https://github.com/NVlabs/SegFormer) they have neither, and the maps are joined coarsest first.
+Unusual: as in mmsegmentation, the linear layers of the maps have norms and activations; in the authors' code
+(https://github.com/NVlabs/SegFormer) they have neither, and the maps are concatenated coarsest first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._head import DecodeHead, resize
 
 
 class SegFormerHead(DecodeHead):
-    """Maps [B, C_i, H_i, W_i], finest first, to logits [B, num_classes, H_0, W_0]."""
+    """Maps features [B, C_i, H_i, W_i], finest first, to logits [B, num_classes, H_0, W_0]."""
 
     def __init__(
         self, in_channels: Sequence[int], num_classes: int, *, channels: int = 256, dropout: float = 0.1

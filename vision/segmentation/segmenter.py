@@ -1,11 +1,11 @@
-"""`Segmenter`: a feature backbone and heads, and nothing between them but sizes.
+"""`Segmenter`: a feature backbone with an optional neck, a decode head and an optional auxiliary head.
 
 Unusual:
 
-* No multiple of 32 is asked of the picture. Heads take sizes from the maps they get, and the logits are brought to the
-  size of the picture.
-* The parts have mmsegmentation's names (`backbone`, `neck`, `decode_head`, `auxiliary_head`), so that the weights of
-  published models fit (weights.py).
+* The sides of the picture need not be multiples of 32. Heads take sizes from their input maps, and logits are resized
+  to the size of the picture.
+* The parts have mmsegmentation's names (`backbone`, `neck`, `decode_head`, `auxiliary_head`), so that published weights
+  can be loaded (weights.py).
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ from .features import layers_of, spared_of
 
 
 class SegmenterOutput(NamedTuple):
-    """What a segmenter of several heads says in training, all at the picture's size."""
+    """The output of a segmenter with several heads in training, at the picture's size."""
 
     logits: Tensor
-    """[B, num_classes, H, W], of the head that answers in evaluation."""
+    """Logits [B, num_classes, H, W] of the decode head, which is used in evaluation."""
     auxiliary: tuple[Tensor, ...] = ()
-    """The same of heads that only learn beside it."""
+    """Logits [B, num_classes, H, W] of heads that are used in training alone."""
     boundary: Tensor | None = None
-    """[B, 1, H, W], how likely a pixel lies where classes meet, as a logit."""
+    """Logits [B, 1, H, W] of a pixel lying on a boundary between classes."""
 
 
 class Segmenter(nn.Module):
-    """`backbone` is what timm makes with features_only=True (NCHW maps); `neck` makes other maps of its maps, of which
-    `decode_head` makes logits. `auxiliary_head` sees the last map but one, in training."""
+    """A backbone and heads that map pictures of any size to logits of the same size.
+
+    Args:
+        backbone: a timm model with features_only=True and NCHW maps.
+        decode_head: maps the feature maps to logits.
+        auxiliary_head: maps the second to last feature map to logits; used in training alone.
+        neck: transforms the backbone's maps before the heads.
+    """
 
     def __init__(
         self,
@@ -49,7 +55,8 @@ class Segmenter(nn.Module):
         self.auxiliary_head = auxiliary_head
 
     def forward(self, images: Tensor) -> Tensor | SegmenterOutput:
-        """[B, C, H, W] to logits [B, num_classes, H, W]; in training with an auxiliary head, both heads' logits."""
+        """Map [B, C, H, W] to logits [B, num_classes, H, W]; in training return the logits of both heads, if there are
+        two."""
         maps = self.backbone(images)
         if self.neck is not None:
             maps = self.neck(maps)
@@ -60,9 +67,10 @@ class Segmenter(nn.Module):
         return SegmenterOutput(logits, (resize(self.auxiliary_head(maps[-2]), size),))
 
     def no_weight_decay(self) -> set[str]:
-        """What the backbone spares from weight decay, under the names it has here (timm's optimisers ask)."""
+        """Return the backbone's parameters without weight decay, by their names here, for timm's optimisers."""
         return spared_of(self.backbone, "backbone")
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, int]]:
-        """The layer of a parameter, for layer decay (timm's optimisers ask): the backbone's own, then the head."""
+        """Return the function from a parameter to its layer, for layer decay in timm's optimisers; the heads come
+        last."""
         return layers_of(self.backbone, "backbone", coarse=coarse)

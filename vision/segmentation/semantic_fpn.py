@@ -1,11 +1,11 @@
-"""Semantic FPN: a feature pyramid, each level of which is convolved and doubled until it is as fine as the first.
+"""Semantic FPN: a feature pyramid whose levels are convolved, upsampled to the finest one and summed.
 
 A. Kirillov et al.: Panoptic Feature Pyramid Networks, CVPR 2019, https://arxiv.org/abs/1901.02446, on the pyramid of
 T.-Y. Lin et al.: Feature Pyramid Networks for Object Detection, CVPR 2017, https://arxiv.org/abs/1612.03144; FPN and
 FPNHead of https://github.com/open-mmlab/mmsegmentation, with their parameter names: the pyramid is a `neck`.
 
-Unusual: only the pyramid is brought to the finer map by repeating positions; the head does it bilinearly. A doubled
-level that has outgrown the first, which happens where sizes were rounded up, is resized to it.
+Unusual: the pyramid upsamples by nearest neighbour, the head bilinearly. A doubled level that has become larger than
+the first, because sizes were rounded up, is resized to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._head import DecodeHead, resize
 
 
 class _Conv(nn.Module):
-    """A convolution alone, under the name that it has in the published pyramids."""
+    """A plain convolution, wrapped to have its name in the published pyramids."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class _Conv(nn.Module):
 
 
 class FPN(nn.Module):
-    """Maps [B, C_i, H_i, W_i], finest first, to maps [B, channels, H_i, W_i]; neither norms nor activations."""
+    """Maps features [B, C_i, H_i, W_i], finest first, to [B, channels, H_i, W_i], without norms and activations."""
 
     def __init__(self, in_channels: Sequence[int], *, channels: int = 256) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class _Double(nn.Module):
 
 
 class SemanticFPN(DecodeHead):
-    """Maps [B, C_i, H_i, W_i], finest first, to logits [B, num_classes, H_0, W_0].
+    """Maps features [B, C_i, H_i, W_i], finest first, to logits [B, num_classes, H_0, W_0].
 
     Args:
-        octaves: how often each map was halved since the first, which is how often it is doubled.
+        octaves: the binary logarithm of each map's stride relative to the first, and so the number of doublings.
     """
 
     def __init__(

@@ -1,20 +1,19 @@
 """The architectures of segmentation_models_pytorch as heads: `head.name=smp:Unet`, `smp:FPN`, `smp:PSPNet`, …
 
 P. Iakubovskii: Segmentation Models Pytorch, https://github.com/qubvel-org/segmentation_models.pytorch; version 0.6 is
-tested. An optional dependency, imported where it is asked for.
+tested. This optional dependency is imported when it is needed.
 
 Unusual:
 
-* It takes pictures whose sides are multiples of 32: others are padded below and to the right, with zeros, which are
-  the mean colour of a picture, and the logits cropped.
-* Its encoders need maps of strides 4, 8, 16 and 32 (or 2 besides). Backbones whose maps have one size have none.
-* DeepLabV3, DeepLabV3Plus and PAN dilate the last stages of a backbone (timm's `output_stride`). Some of timm's can do
-  that, none of ours.
+* smp needs pictures whose sides are multiples of 32: others are padded below and to the right with zeros, the mean
+  colour of a normalised picture, and the logits are cropped.
+* Its encoders need maps of strides 4, 8, 16 and 32 (and may have 2). Isotropic backbones do not have them.
+* DeepLabV3, DeepLabV3Plus and PAN dilate the last stages of a backbone (timm's `output_stride`), which some of timm's
+  models support and none of ours.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._messages import did_you_mean
 from .features import layers_of, sketch, spared_of
 
 MULTIPLE = 32
@@ -29,24 +29,24 @@ STRIDE = "output_stride"
 
 
 class SmpSegmenter(nn.Module):
-    """`network` is a model of segmentation_models_pytorch; logits come at the picture's size, whatever that is."""
+    """A model of segmentation_models_pytorch that takes pictures of any size and returns logits at that size."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] to logits [B, num_classes, H, W]."""
+        """Map [B, C, H, W] to logits [B, num_classes, H, W]."""
         height, width = images.shape[-2:]
         padded = F.pad(images, [0, -width % MULTIPLE, 0, -height % MULTIPLE])
         return self.network(padded)[:, :, :height, :width]
 
     def no_weight_decay(self) -> set[str]:
-        """As in `Segmenter`."""
+        """Return the encoder's parameters without weight decay, as `Segmenter` does."""
         return spared_of(self._features, "network.encoder.model")
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[int, int]]:
-        """As in `Segmenter`."""
+        """Return the function from a parameter to its layer, as `Segmenter` does."""
         return layers_of(self._features, "network.encoder.model", coarse=coarse)
 
     @property
@@ -63,7 +63,8 @@ def build_smp(
     kwargs: Mapping[str, Any],
     model_kwargs: Mapping[str, Any],
 ) -> SmpSegmenter:
-    """`architecture` around the timm model `name`; `kwargs` are the architecture's, `model_kwargs` timm's."""
+    """Build an architecture of smp on the timm model `name`; `kwargs` go to the architecture, `model_kwargs` to
+    timm."""
     if kwargs.get("aux_params") is not None:
         raise ValueError(
             "head.kwargs.aux_params adds a classifier of whole pictures, but a segmenter answers for pixels alone; "
@@ -77,8 +78,7 @@ def build_smp(
         ) from error
     known = {kind.lower(): kind for kind in dir(smp) if _is_architecture(getattr(smp, kind))}
     if architecture.lower() not in known:
-        near = difflib.get_close_matches(architecture.lower(), known, n=1)
-        hint = f"; did you mean smp:{known[near[0]]}?" if near else ""
+        hint = did_you_mean(f"smp:{architecture}", [f"smp:{kind}" for kind in known.values()], cutoff=0.75) or "."
         raise ValueError(f"no architecture of smp is called {architecture}{hint} There are {', '.join(known.values())}")
     kind = getattr(smp, known[architecture.lower()])
     encoder = dict(model_kwargs)
@@ -112,7 +112,7 @@ def _parameters(kind: Callable[..., Any]) -> Collection[str]:
 
 
 def _check_strides(architecture: str, name: str, encoder: Mapping[str, Any]) -> None:
-    """smp looks at a model without the arguments that it is made with, and does not see what they change."""
+    """Check the strides of the maps with the given arguments; smp inspects the model without them."""
     strides = list(dict.fromkeys(level["reduction"] for level in sketch(name, encoder).feature_info.info))
     if strides[-4:] != [4, 8, 16, 32]:
         raise ValueError(

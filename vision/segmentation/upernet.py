@@ -1,4 +1,4 @@
-"""UPerNet: pyramid pooling of the coarsest map, then a feature pyramid whose levels are joined at the finest.
+"""UPerNet: pyramid pooling of the coarsest map, and a feature pyramid whose levels are concatenated at the finest.
 
 T. Xiao et al.: Unified Perceptual Parsing for Scene Understanding, ECCV 2018, https://arxiv.org/abs/1807.10221, with
 the pooling of H. Zhao et al.: Pyramid Scene Parsing Network, CVPR 2017, https://arxiv.org/abs/1612.01105; UPerHead of
@@ -6,10 +6,10 @@ https://github.com/open-mmlab/mmsegmentation, with its parameter names.
 
 Unusual:
 
-* Pooling to a fixed number of positions cannot be exported with free sizes. While a model is exported, the same means
-  are products with matrices made from the sizes.
-* One of the poolings leaves a single position a picture, which batch norm cannot normalise over one picture: training
-  needs two.
+* Adaptive pooling cannot be exported with free sizes. During export it is computed as products with averaging matrices
+  that are made from the sizes.
+* One pooling scale leaves a single position, over which batch norm cannot normalise a single picture: training needs
+  batches of at least two.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from ._head import DecodeHead, resize
 
 
 def averaging_matrix(parts: int, length: int, like: Tensor) -> Tensor:
-    """[parts, length], so that its product with `length` values is their means as adaptive pooling takes them: part i
-    goes from floor(i * length / parts) up to, not including, ceil((i + 1) * length / parts)."""
+    """Return [parts, length], whose product with `length` values is their adaptive average pooling.
+
+    Part i covers [floor(i * length / parts), ceil((i + 1) * length / parts)).
+    """
     part = torch.arange(parts, device=like.device).unsqueeze(1)
     place = torch.arange(length, device=like.device)
     begin, end = part * length // parts, ((part + 1) * length + parts - 1) // parts
@@ -36,7 +38,7 @@ def averaging_matrix(parts: int, length: int, like: Tensor) -> Tensor:
 
 
 class AdaptivePool(nn.Module):
-    """[B, C, H, W] to [B, C, size, size], means of parts that overlap where they have to."""
+    """Adaptive average pooling of [B, C, H, W] to [B, C, size, size] that can be exported with free sizes."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -52,10 +54,10 @@ class AdaptivePool(nn.Module):
 
 
 class UPerNet(DecodeHead):
-    """Maps [B, C_i, H_i, W_i], finest first, to logits [B, num_classes, H_0, W_0].
+    """Maps features [B, C_i, H_i, W_i], finest first, to logits [B, num_classes, H_0, W_0].
 
     Args:
-        pool_scales: positions along each axis to which the coarsest map is pooled.
+        pool_scales: output sizes of the pooling of the coarsest map, along each axis.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class UPerNet(DecodeHead):
         self.reset_parameters()
 
     def _pool(self, x: Tensor) -> Tensor:
-        """The coarsest map with its means over parts of the picture, of all scales."""
+        """Fuse the coarsest map with its poolings of all scales."""
         if self.training and x.shape[0] == 1:
             raise ValueError(
                 "UPerNet pools a picture to a single position, whose batch norm takes at least 2 pictures in training; "

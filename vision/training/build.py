@@ -1,9 +1,8 @@
-"""From settings to a model that has answered once: errors come before the first step and name the setting to change."""
+"""Build the model from the settings and run it once, so that errors come before training and name the setting."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,9 @@ from torch import nn
 from .. import backbones as backbones  # registers the models
 from .._checksum import refuse_damage
 from .._loading import built_for_one_size, load_model, no_weights, weights_overlay
-from .._reading import one_line, read_checkpoint
+from .._messages import did_you_mean, one_line
+from .._published import require_published
+from .._reading import read_checkpoint
 from ..data.splits import Splits
 from ..segmentation import build_segmenter
 from .config import Config
@@ -27,10 +28,12 @@ _log = logging.getLogger(__name__)
 
 
 def build_model(config: Config, splits: Splits) -> nn.Module:
-    """The classifier, or the backbone under its segmentation head, tried on an empty picture."""
+    """Return the classifier or segmenter of the settings, checked with a forward pass at every size of training."""
     check_name(config.model.name)
     arguments = _model_arguments(config, splits)
     try:
+        if config.model.pretrained:
+            require_published(config.model.name)
         if splits.dense:
             model: nn.Module = _build_dense(config, splits, arguments)
         else:
@@ -52,18 +55,33 @@ def build_model(config: Config, splits: Splits) -> nn.Module:
 
 
 def _build_dense(config: Config, splits: Splits, arguments: dict[str, Any]) -> nn.Module:
-    """A checkpoint may hold a whole segmenter, which timm's road for weights knows nothing of."""
+    """Build a segmenter. Its checkpoint does not go through timm's loader: it may hold a whole segmenter."""
     checkpoint = config.model.checkpoint
     if checkpoint is not None:
-        roads = ("pretrained", "pretrained_cfg_overlay")
-        arguments = {name: value for name, value in arguments.items() if name not in roads}
+        of_timm = ("pretrained", "pretrained_cfg_overlay")
+        arguments = {name: value for name, value in arguments.items() if name not in of_timm}
     head = dataclasses.asdict(config.head)
     return build_segmenter(config.model.name, len(splits.classes), head=head, checkpoint=checkpoint, **arguments)
 
 
+def checkpoint_gradients(model: nn.Module, name: str) -> None:
+    """Has the model, or the backbone under its head, recompute activations in the backward pass instead of keeping
+    them (T. Chen et al.: Training Deep Nets with Sublinear Memory Cost, 2016). `name` is for messages.
+    """
+    backbone: Any = next((part for part in model.modules() if hasattr(part, "set_grad_checkpointing")), None)
+    try:
+        if backbone is None:
+            raise NotImplementedError("it has no set_grad_checkpointing")
+        backbone.set_grad_checkpointing(True)
+    except (AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"train.grad_checkpointing=true: {name} cannot recompute activations ({error}); set it to false"
+        ) from error
+
+
 @torch.no_grad()
 def _scale_head(model: nn.Module, config: Config, splits: Splits, *, loaded: bool) -> None:
-    """Fine-tuning as ConvNeXt's authors do it begins with a new classifier close to zero."""
+    """Scale the initial weights of a new classifier: ConvNeXt's fine-tuning starts with one close to zero."""
     key = f"model.head_init_scale={config.model.head_init_scale:g}"
     if splits.dense:
         raise ConfigError(f"{key} is of a classifier's head; set it to 1 for segmentation")
@@ -78,7 +96,7 @@ def _scale_head(model: nn.Module, config: Config, splits: Splits, *, loaded: boo
 
 
 def _other_weights(config: Config, splits: Splits, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What makes timm load another model's weights: under the names of this model's filter, a fitting head included."""
+    """Return the arguments with which timm loads another model's weights through this model's checkpoint filter."""
     model = config.model
     if model.pretrained or model.checkpoint is not None:
         raise ConfigError(
@@ -99,7 +117,7 @@ def _other_weights(config: Config, splits: Splits, arguments: dict[str, Any]) ->
 
 
 def _check_start(model: nn.Module, config: Config, state: Mapping[str, Any]) -> None:
-    """timm's own models take what has their names and keep silent about the rest; ours refuse by themselves."""
+    """Raise if weights of `start_from` have no counterpart: timm ignores them silently for its own models."""
     own = model.state_dict()
     key = f"model.start_from={config.model.start_from}"
     if not type(model).__module__.startswith("mixerzoo."):
@@ -119,8 +137,7 @@ def _some(names: list[str]) -> str:
 
 def check_name(name: str) -> None:
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.6)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint = did_you_mean(name, timm.list_models(), most=3, cutoff=0.6)
         raise ConfigError(f"model.name={name}: timm and mixerzoo have no such model{hint}")
 
 
@@ -130,7 +147,7 @@ def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
         if not Path(config.model.checkpoint).is_file():
             raise ConfigError(f"model.checkpoint={config.model.checkpoint}: there is no such file")
         refuse_damage(Path(config.model.checkpoint))
-        # timm's road for published weights: it converts their names and leaves out a head of another size.
+        # timm's loader for published weights converts their names and skips a head with other classes.
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.model.checkpoint}}
     if built_for_one_size(config.model.name):
         arguments["img_size"] = splits.size
@@ -139,7 +156,7 @@ def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
 
 
 def _try(model: nn.Module, config: Config, splits: Splits) -> None:
-    """Asks for an answer at the size of evaluation and at every size of training."""
+    """Run the model on an empty picture at the size of evaluation and at every size of training."""
     for size in sorted({splits.size, *config.augment.sizes.values()}):
         _try_size(model, config, splits, size)
 

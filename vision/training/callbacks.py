@@ -1,4 +1,4 @@
-"""Stopping and recording: the last checkpoint, what Ctrl-C does, and a table with a row an epoch."""
+"""Callbacks and loggers: checkpoints, stopping on signals, the keep rate schedule, and metrics.csv."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from .checkpoints import write_text
+from .resume import BEST
 from .signals import Interrupted, SignalWatch
 
 _log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `path` after every epoch, every `every` steps, and when a signal has come, after which training stops.
+    """Saves `path` after every epoch, every `every` steps, and when a signal was received, and then stops training.
 
-    A `Checkpoint` by base class, so that Lightning calls it after the module has logged its epoch.
+    The base class is `Checkpoint`, so that Lightning calls it after the module has logged its epoch.
     """
 
     def __init__(self, path: Path, watch: SignalWatch, *, every: int | None = None) -> None:
@@ -44,8 +45,8 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients are not in a checkpoint
-        # After the last step Lightning takes the epoch for finished and would resume without its validation; the
-        # checkpoint of the epoch's end follows at once.
+        # After the last step Lightning considers the epoch finished and would resume without its validation. The
+        # checkpoint at the end of the epoch follows immediately.
         if not stepped or batch_idx + 1 == trainer.num_training_batches:
             return
         number = self._signal(trainer)
@@ -66,7 +67,7 @@ class LastCheckpoint(Checkpoint):
             raise Interrupted(number, self.path)
 
     def _signal(self, trainer: pl.Trainer) -> int:
-        """The signal that any process got, or 0: if some stopped alone, the others would wait for them for ever."""
+        """Return the signal that any process received, or 0. All must stop together, or some would wait forever."""
         number = self.watch.received or 0
         if trainer.world_size == 1:
             return number
@@ -74,11 +75,39 @@ class LastCheckpoint(Checkpoint):
         return int(trainer.strategy.reduce(numbers, reduce_op="max"))
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Saves best.ckpt in `folder` whenever the validation `metric` exceeds its highest value so far.
+
+    Unusual: a saved state refers to the present folder. Lightning's callback forgets its best score if the folder was
+    moved or copied, and the next epoch would replace best.ckpt however bad it is.
+    """
+
+    def __init__(self, folder: Path, metric: str) -> None:
+        super().__init__(
+            folder,
+            filename=Path(BEST).stem,
+            monitor=f"val/{metric}",
+            mode="max",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {name: self._here(state_dict[name]) for name in paths}
+        scores = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **here, "best_k_models": scores, "dirpath": self.dirpath})
+
+    def _here(self, path: str) -> str:
+        """Return the path of the file of this name in the present folder; "", of a file not saved yet, stays."""
+        return str(Path(str(self.dirpath)) / Path(path).name) if path else ""
+
+
 class KeepRateWarmup(Callback):
-    """EViT's warm start: every token is kept until an epoch, then the rates fall to the model's own, by a cosine.
+    """EViT's keep rate schedule: every token is kept until `start_epoch`, then the rates fall along a cosine.
 
     Y. Liang et al.: Not All Patches are What You Need, ICLR 2022, https://github.com/youweiliang/evit. The rates depend
-    on the step alone, so that a resumed run goes on where it was. Evaluation is at the model's own rates, always.
+    only on the step, so that a resumed run continues the schedule. Evaluation always uses the model's own rates.
     """
 
     def __init__(
@@ -90,13 +119,13 @@ class KeepRateWarmup(Callback):
         epochs: float,
         steps_per_epoch: int,
     ) -> None:
-        """`own`: the rate of each pruning block; `set_rates` takes as many."""
+        """`own` holds the final keep rate of each pruning block; `set_rates` is called with lists of its length."""
         super().__init__()
         self.set_rates, self.own = set_rates, list(own)
         self.start_epoch, self.epochs, self.steps_per_epoch = start_epoch, epochs, steps_per_epoch
 
     def rates_at(self, step: int) -> list[float]:
-        """Of each pruning block, before the optimiser's step number `step`."""
+        """Return the keep rate of each pruning block before optimizer step number `step`."""
         passed = step / self.steps_per_epoch - self.start_epoch
         if passed < 0:
             return [1.0] * len(self.own)
@@ -119,27 +148,27 @@ class KeepRateWarmup(Callback):
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar without the version number, which names nothing here."""
+    """Lightning's progress bar without the version number, which has no meaning here."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 class Curves(TensorBoardLogger):
-    """Lightning's, but that a full disk does not end the run here: metrics.csv has the same numbers."""
+    """Lightning's TensorBoard logger, except that a full disk only logs a warning: metrics.csv has the same numbers."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         try:
             super().log_metrics(metrics, step)
-        except (OSError, ValueError) as error:  # Lightning makes the second of whatever went wrong
+        except (OSError, ValueError) as error:  # Lightning wraps any error of the writer in a ValueError
             _log.warning("warning: %s: TensorBoard's file could not be written (%s)", self.log_dir, str(error).strip())
 
 
 class EpochTable(Logger):
-    """metrics.csv: one row an epoch, whole numbers and floats that read back exactly.
+    """A logger that writes metrics.csv with one row per epoch and floats that read back exactly.
 
-    Lightning's CSVLogger writes a row for each call, mostly empty, and deletes the table of the run that is resumed.
+    Lightning's CSVLogger writes a mostly empty row for each call and deletes the table when a run is resumed.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -158,7 +187,7 @@ class EpochTable(Logger):
         return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The settings are in config.yaml."""
+        """Do nothing: the settings are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -180,6 +209,6 @@ class EpochTable(Logger):
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv; an empty cell is left out."""
+    """Return the rows of metrics.csv without their empty cells."""
     with open(path, newline="") as file:
         return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: written beside their name and moved onto it, read without running code.
+"""Write checkpoints atomically and read them without executing code.
 
-Unusual: Lightning's own writer goes through $TMPDIR and a copy, which leaves a truncated file when the disk fills up
-or the process dies. Here the data is written into the same folder and on the disk before the old file is replaced.
-last.ckpt is not replaced but renamed to previous.ckpt, so that there are two to go on from (resume.py). Each carries a
-checksum (_checksum.py).
+Unusual: Lightning writes to $TMPDIR and copies the file, which leaves a truncated checkpoint when the disk is full or
+the process dies. Here the new file is written to the same folder and flushed to disk before it replaces the old one.
+The old last.ckpt is renamed to previous.ckpt, so that a run can resume from either (resume.py). Each checkpoint carries
+a checksum (_checksum.py).
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from pytorch_lightning.plugins.io import CheckpointIO
 
 from .._checksum import find_damage, write_sealed
-from .failures import TrainingError
+from .failures import TrainingError, after_making_room
 from .resume import LAST, PREVIOUS
 from .settings import ConfigError
 
@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 class SaveError(TrainingError):
-    """A checkpoint could not be written. The one before it is untouched."""
+    """A checkpoint could not be written; the previous one, if there is one, is intact."""
 
 
-def write_atomically(path: Path, write: Any, *, keep: Path | None = None) -> None:
-    """Calls `write(file)` on a new file beside `path` and puts it in the place of `path` when it is on the disk.
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
+    """Call `write(file)` on a temporary file beside `path`, flush it to disk, and rename it to `path`.
 
-    What was at `path` goes to `keep`, if that is given. A process that is killed meanwhile leaves `.NAME.unfinished`,
-    which the next write takes over.
+    If `keep` is given, the old file is renamed to it first. A process that is killed meanwhile leaves
+    `.NAME.unfinished`, which the next write overwrites.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -55,7 +55,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """`on_error`: whether a checkpoint that cannot be written stops the run, or is one less."""
+    """Lightning's checkpoint reader and writer on top of this module's functions.
+
+    `on_error` says what happens when a checkpoint cannot be written: "stop" ends the run, "continue" logs a warning.
+    """
 
     def __init__(self, *, on_error: Literal["stop", "continue"] = "stop") -> None:
         super().__init__()
@@ -73,13 +76,15 @@ class AtomicCheckpointIO(CheckpointIO):
             cause = error if isinstance(error, OSError) else error.__context__
             if not isinstance(cause, OSError):
                 raise
-            message = f"{path} could not be written ({cause.strerror}); the checkpoint before it is untouched"
+            message = f"{path} could not be written ({cause.strerror})"
+            if path.exists():
+                message += "; the checkpoint before it is untouched"
             if self.on_error == "stop":
-                raise SaveError(f"{message}. Make room and go on with resume={path.parent.parent}") from error
+                raise SaveError(f"{message}. {after_making_room(path.parent.parent)}") from error
             _log.warning("warning: %s; training goes on without it (train.save_errors=continue)", message)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = "cpu", weights_only: bool | None = None) -> dict:
-        """`weights_only` cannot be turned off: nothing of ours needs it, and it would run code from the file."""
+        """Load a checkpoint. `weights_only` is always on, since unpickling can execute code from the file."""
         return load_checkpoint(Path(path), map_location)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -90,7 +95,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def load_checkpoint(path: Path, map_location: Any | None = "cpu") -> dict[str, Any]:
-    """The content of a checkpoint, or a ValueError that says in one line why it cannot be used."""
+    """Return the content of a checkpoint. Raise a one-line `ValueError` if it is damaged or unsafe."""
     if (damage := find_damage(path)) is not None:
         raise ValueError(f"{path} {damage}")
     try:
@@ -101,7 +106,7 @@ def load_checkpoint(path: Path, map_location: Any | None = "cpu") -> dict[str, A
 
 
 def load_best(path: Path) -> dict[str, Any]:
-    """What is tested after training; without it everything was trained, and nothing can be said of it."""
+    """Load the best checkpoint for the test after training; raise a `TrainingError` if it cannot be read."""
     try:
         return load_checkpoint(path)
     except ValueError as error:
@@ -111,7 +116,7 @@ def load_best(path: Path) -> dict[str, Any]:
 def refuse_another(
     checkpoint: Mapping[str, Any], own: Mapping[str, Any], facts: Mapping[str, Any], *, force: bool = False
 ) -> None:
-    """Raises if the checkpoint is not of a task with the tensors `own`, or, but for `force`, of other `facts`."""
+    """Raise a `ConfigError` if the checkpoint has other tensors than `own` or, unless `force`, other `facts`."""
     saved = checkpoint.get("state_dict", own)  # FSDP's strategy has taken it out, into the model, and checked it
     resized = [
         f"{name} {list(saved[name].shape)} instead of {list(own[name].shape)}"

@@ -1,14 +1,15 @@
-"""The command line of `train.py`: its help, its messages and its exit codes.
+"""The command line of `train.py`: its help, messages and exit codes.
 
-0 done, or stopped by SIGUSR1 and queued again by Slurm · 1 failed · 2 the settings cannot be used · 130 stopped by
-Ctrl-C · 138 stopped by SIGUSR1, and nothing starts it again · 143 stopped by SIGTERM
+0 done, or stopped by SIGUSR1 and requeued by Slurm · 1 failed · 2 the settings cannot be used · 130 stopped by Ctrl-C ·
+138 stopped by SIGUSR1 without being requeued · 143 stopped by SIGTERM
 
-Unusual: what nobody expected to fail is one line on the terminal, and its traceback a file in the run folder, where it
-is still found when the terminal is gone. `--debug` shows it at once.
+Unusual: an unexpected error is one line on the terminal; its traceback is written to error.txt in the run folder, where
+it is still found when the terminal is closed. `--debug` prints it as well.
 """
 
 from __future__ import annotations
 
+import dis
 import logging
 import sys
 import textwrap
@@ -17,11 +18,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._messages import did_you_mean
 from . import sweep
 from .config import Config, Key, keys
 from .folder import folder_by_time
 from .launch import check_processes, end_with_parent, is_first, launch, python, rank, started_by
-from .settings import ConfigError, choices, load, nearest, to_yaml
+from .settings import ConfigError, choices, load, to_yaml
 
 _USAGE = """\
 Train an image classifier or a segmenter on any timm backbone.
@@ -40,13 +42,14 @@ Train an image classifier or a segmenter on any timm backbone.
   python train.py train.devices=4                    four devices, or processes on a CPU; docs/distributed.md
   python train.py resume=last                        go on after Ctrl-C, with the same numbers as without it
 
-exit codes: 0 done (or queued again by Slurm), 1 failed, 2 the settings cannot be used, 130 Ctrl-C, 143 SIGTERM
+exit codes: 0 done (or queued again by Slurm), 1 failed, 2 the settings cannot be used, 130 Ctrl-C, 143 SIGTERM,
+138 SIGUSR1 where nothing queues the run again
 """
 _FLAGS = ("--help", "-h", "--cfg", "--debug")
 
 
 def main(arguments: Sequence[str], *, configs: Path) -> int:
-    """Runs the command and returns its exit code."""
+    """Run the command and return its exit code."""
     level = logging.INFO if is_first() else logging.WARNING
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger().setLevel(level)
@@ -77,22 +80,24 @@ def main(arguments: Sequence[str], *, configs: Path) -> int:
 
 
 def _checked(arguments: Sequence[str], configs: Path) -> Config:
-    """What can be known of a run before its turn comes."""
+    """Return the settings of a run of a sweep after all checks that need no data."""
     from .build import check_name
+    from .optimization import check_names
 
     config = load(arguments, configs)
     check_name(config.model.name)
+    check_names(config)
     check_processes(config.train, "named by the sweep")
     return config
 
 
 def _start(config: Config, given: Sequence[str], configs: Path, *, debug: bool) -> int:
-    """Trains: here, or in processes of its own if there are to be several."""
+    """Train in this process, or start several processes if the settings ask for them; return the exit code."""
     check_processes(config.train, config.out)
     if config.out is None:
         config.out = str(folder_by_time(config))
     if config.train.processes > 1 and started_by() is None:
-        # What is settled here is the same for all of them.
+        # The processes must agree on these two settings.
         settled = [f"out={config.out}", *([f"resume={config.resume}"] if config.resume else [])]
         command = [*python(), str(configs), *(["--debug"] if debug else []), *given, *settled]
         return launch(command, config.train.processes, _complain)
@@ -103,7 +108,7 @@ def _start(config: Config, given: Sequence[str], configs: Path, *, debug: bool) 
 
 
 def _train(config: Config) -> int:
-    # Imported late: help and errors about settings should not wait for Lightning.
+    # Imported here so that help and errors about settings do not wait for Lightning.
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from ..data.pictures import DataError
@@ -119,14 +124,14 @@ def _train(config: Config) -> int:
         if is_first():
             _complain(str(stop))
         return exit_code(stop, first=is_first())
-    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+    except (KeyboardInterrupt, SystemExit):  # Lightning converts KeyboardInterrupt to SystemExit
         return 130
     except MisconfigurationException as error:
         return _fail(error)
     except (TrainingError, DataError, WorkerError) as error:
         return _fail(error, code=1)
     except ValueError as error:
-        if not _is_ours(error):
+        if not _is_refusal(error):
             raise
         return _fail(error)
     if is_first():
@@ -136,14 +141,24 @@ def _train(config: Config) -> int:
     return 0
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether a check of this library raised it: then its message says what to do, and a traceback adds nothing."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("mixerzoo.")
+def _is_refusal(error: BaseException) -> bool:
+    """Return whether a `raise` statement of this library raised the error, whose message then says what to change.
+
+    An error that the interpreter or a C function raises in one of our frames (unpacking, int(), a strict zip) is a bug
+    of ours and needs its traceback. The two differ in the instruction at which the innermost frame stopped.
+    """
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    frame = innermost.tb_frame
+    instruction = dis.opname[frame.f_code.co_code[innermost.tb_lasti]]
+    return str(frame.f_globals.get("__name__", "")).startswith("mixerzoo.") and instruction == "RAISE_VARARGS"
 
 
 def _unexpected(error: Exception, folder: Path, *, debug: bool) -> int:
-    """One line on the terminal, the traceback in the run folder; where there is none yet, on the terminal too."""
+    """Report an unexpected error in one line; write its traceback to the run folder, or print it if there is none."""
     trace = "".join(traceback.format_exception(error))
     first_line = (str(error).strip().splitlines() or [""])[0]
     line = f"error: {type(error).__name__}: {first_line}" if first_line else f"error: {type(error).__name__}"
@@ -162,7 +177,7 @@ def _unexpected(error: Exception, folder: Path, *, debug: bool) -> int:
 
 
 def help_text(configs: Path, topics: Sequence[str] = ()) -> str:
-    """Everything, or what is asked for: sections (`optim`) and keys (`optim.lr`)."""
+    """Return the whole help text, or that of the given sections (`optim`) and keys (`optim.lr`)."""
     known = list(keys())
     if not topics:
         names = ["recipe=  ", choices(configs, "recipes")], ["data=    ", choices(configs, "data")]
@@ -175,15 +190,14 @@ def help_text(configs: Path, topics: Sequence[str] = ()) -> str:
         some = some or [key for key in known if key.name.rsplit(".", 1)[-1] == name]
         if not some:
             sections = {key.name.split(".")[0] for key in known}
-            raise ConfigError(
-                f"--help {name}: there is no such section or key{nearest(name, sections | {k.name for k in known})}"
-            )
+            hint = did_you_mean(name, sections | {key.name for key in known})
+            raise ConfigError(f"--help {name}: there is no such section or key{hint}")
         found += [key for key in some if key not in found]
     return "\n".join(_sections(found)).lstrip("\n") + "\n"
 
 
 def _sections(chosen: Sequence[Key]) -> list[str]:
-    """The keys with their words, an empty line between sections."""
+    """Return the lines that describe the keys, with an empty line between sections."""
     lines, section = [], None
     for key in chosen:
         head = key.name.rpartition(".")[0]
@@ -206,7 +220,7 @@ def _describe(key: Key) -> list[str]:
 
 
 def _quiet_lightning() -> None:
-    """Lightning announces what was not asked for; its warnings about choices made on purpose are dropped too."""
+    """Silence Lightning's announcements and its warnings about deliberate choices of this library."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -214,8 +228,8 @@ def _quiet_lightning() -> None:
         ".*LeafSpec.*",
         ".*tensorboardX.*",
         ".*exists and is not empty.*",
-        ".*sync_dist=True.*",  # what is logged is computed over all processes
-        ".*method of metric .* was called before the ``update``.*",  # by a process without pictures
+        ".*sync_dist=True.*",  # logged values are reduced over all processes already
+        ".*method of metric .* was called before the ``update``.*",  # from a process without pictures
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -237,5 +251,5 @@ def _complain(text: str) -> None:
 
 if __name__ == "__main__":  # as launch.python() starts it
     _, folder, *sys.argv[1:] = sys.argv
-    sys.argv[0] = "train.py"  # what env.json shows can then be typed
+    sys.argv[0] = "train.py"  # so that the command in env.json can be typed
     sys.exit(main(sys.argv[1:], configs=Path(folder)))

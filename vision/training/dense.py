@@ -1,7 +1,7 @@
-"""What is particular to training a segmenter: its loss, how its pictures are judged, and settings that contradict it.
+"""The parts of training that only segmenters need: their loss, their inference, and checks of their settings.
 
-Unusual: the loss of validation is the cross entropy of every labelled pixel at the picture's own size, whatever
-training lowers: it does not depend on how pictures are put into batches or spread over processes.
+Unusual: the validation loss is the cross entropy of every labelled pixel at the picture's own size, whatever the
+training loss is. It does not depend on how pictures are batched or distributed over processes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .settings import ConfigError
 
 
 def loss_parts(model: nn.Module) -> tuple[str, ...]:
-    """The names of what `SegmentationLoss` adds to "labels", from the heads that answer in training."""
+    """Return the names of the losses that `SegmentationLoss` adds to "labels", one for each further head."""
     auxiliary, boundary = (getattr(model, name, None) is not None for name in ("auxiliary_head", "boundary_head"))
     return (*(["auxiliary"] * auxiliary), *(["boundary", "boundary_labels"] * boundary))
 
 
 def make_loss(model: nn.Module, config: Config, splits: Splits) -> SegmentationLoss | None:
-    """What `loss` asks for; None for classifiers, which have no such settings."""
+    """Return the loss that the section `loss` describes; None for classifiers, which must not set it."""
     loss, own = config.loss, LossConfig()
     if not splits.dense:
         if changed := [name for name, value in vars(loss).items() if value != getattr(own, name)]:
@@ -73,7 +73,7 @@ def _check_weights(loss: LossConfig, parts: Sequence[str], classes: int) -> None
 
 
 def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference] | None:
-    """How pictures are judged in validation and in the final test; None for classifiers, which see one crop."""
+    """Return the inference settings of validation and of the final test; None for classifiers, which see one crop."""
     evaluate = config.evaluate
     if not splits.dense:
         own = type(evaluate)()
@@ -103,7 +103,7 @@ def make_inference(config: Config, splits: Splits) -> tuple[Inference, Inference
 
 
 def short_side(config: Config, splits: Splits) -> int:
-    """Of a picture that is judged, at scale 1; 0 is its own."""
+    """Return the shorter side of evaluated pictures at scale 1; 0 keeps their own size."""
     return splits.size if config.data.short_side is None else config.data.short_side
 
 
@@ -131,7 +131,7 @@ def _check_fixed(config: Config, splits: Splits) -> None:
 
 @torch.no_grad()
 def check_one_picture(model: nn.Module, config: Config, splits: Splits) -> None:
-    """Batch statistics of a map of one pixel need two pictures (UPerNet's pooling to 1 x 1): said before training."""
+    """Raise if the model cannot train on one picture: batch norm over a 1 x 1 map (UPerNet's pooling) needs two."""
     if not splits.dense or config.train.batch_size > 1:
         return
     network: Any = model

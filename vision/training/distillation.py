@@ -1,24 +1,25 @@
-"""What a model learns beside its labels: a teacher's answers and tokens, and how many tokens to keep.
+"""Knowledge distillation, and the loss that trains a model to keep a given share of its tokens.
 
 Y. Rao, W. Zhao, B. Liu, J. Lu, J. Zhou, C.-J. Hsieh: DynamicViT: Efficient Vision Transformers with Dynamic Token
-Sparsification, NeurIPS 2021, https://github.com/raoyongming/DynamicViT. Its objective, with the weights of the
-settings: labels + ratio + logits + tokens, where
+Sparsification, NeurIPS 2021, https://github.com/raoyongming/DynamicViT. The objective is the sum of four losses,
+weighted by the settings:
 
-* ratio is the squared distance between the share of tokens that a stage keeps of a picture and what it should keep,
-  the mean over pictures and stages;
-* logits is KL(teacher || student) of the class probabilities, the mean over pictures;
-* tokens is the distance to the teacher's tokens, the mean over the tokens that the last stage keeps.
+* labels: the cross entropy with the labels;
+* ratio: the squared difference between the share of tokens that a stage keeps and its target keep rate, averaged over
+  pictures and stages;
+* logits: KL(teacher || student) of the class probabilities, averaged over pictures;
+* tokens: the distance to the teacher's tokens, averaged over the tokens that the last stage keeps.
 
-The first asks for a model that decides (`forward_decided`); the other two work for every model, tokens where the two
-share a grid and a width.
+The ratio loss needs a model with `forward_decided`. The logits loss works for every model, and the tokens loss for
+models with the teacher's token grid and width.
 
 Unusual:
 
-* The teacher is no sub-module of what is trained: it is in no checkpoint, no optimiser and no gradient bucket, and
-  `train()` does not reach it. A resumed run builds it again from the settings.
-* The teacher sees the student's pictures, after augmentation and mixup. Where it was made for another mean and
-  standard deviation they are normalised anew.
-* The mean over kept tokens is a weighted sum, not an indexed selection: shapes do not depend on the decisions.
+* The teacher is not a sub-module of the task: it is in no checkpoint, optimizer or gradient bucket, and `train()` does
+  not reach it. A resumed run builds it again from the settings.
+* The teacher sees the student's pictures, after augmentation and mixup. If it was trained with another mean and
+  standard deviation, the pictures are normalised again for it.
+* The mean over kept tokens is a weighted sum, not an indexed selection, so that shapes do not depend on the decisions.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from .config import Config, DistillConfig
 from .settings import ConfigError
 
 RATIO_WEIGHT = 2.0
-"""Of the ratio loss, where the settings leave it open: DynamicViT's for DeiT."""
+"""Default weight of the ratio loss, as in DynamicViT for DeiT."""
 
 
 def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of [B, K] logits, the mean over B."""
+    """Return KL(teacher || student) of the class probabilities of logits [B, K], averaged over B."""
     student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
@@ -49,10 +50,11 @@ def logits_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def tokens_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, distance: Literal["mse", "kl"] = "mse"
 ) -> Tensor:
-    """Between tokens [B, N, C], the mean over those that `mask` [B, N] keeps: 1 or 0; None keeps all.
+    """Return the distance between tokens [B, N, C], averaged over those that `mask` [B, N] keeps (1) or over all.
 
-    `distance`: "mse", the mean square over channels, or "kl", KL(teacher || student) of their softmax. The mask gets
-    no gradient: to drop what is unlike the teacher's would be an easy way out. If nothing is kept the loss is 0.
+    `distance` is "mse", the mean square over channels, or "kl", KL(teacher || student) of the softmax over channels.
+    The mask gets no gradient; otherwise the model could lower the loss by dropping tokens that differ from the
+    teacher's. If no token is kept the loss is 0.
     """
     student, teacher = student.float(), teacher.float()
     if distance == "mse":
@@ -75,8 +77,10 @@ def ratio_loss(decisions: Sequence[Tensor], keep_rates: Sequence[float]) -> Tens
 
 
 def answer_with_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, K], and the last map as tokens [B, N, C], after the last norm: ConvNeXt has it in the head, where it
-    comes after pooling; here it comes before."""
+    """Return logits [B, K] and the last feature map as tokens [B, N, C] after the final norm.
+
+    ConvNeXt has that norm in its head, after pooling; here it is applied to the tokens before pooling.
+    """
     network: Any = model
     features, maps = network.forward_intermediates(images, indices=1, norm=True)
     last = maps[-1]
@@ -85,13 +89,16 @@ def answer_with_tokens(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor
     return network.forward_head(features), last.flatten(2).transpose(1, 2)
 
 
-def keep_rates(model: nn.Module) -> list[float] | None:
+def target_keep_rates(model: nn.Module) -> list[float] | None:
     """The share of the tokens that each stage should keep, of a model that decides on tokens; None for all others."""
-    return list(getattr(model, "keep_rates", ())) or None
+    return list(getattr(model, "target_keep_rates", ())) or None
 
 
 class Teacher:
-    """A frozen classifier in evaluation mode, asked without gradient. `normalised_for`: its own (mean, std)."""
+    """A frozen classifier in evaluation mode, called without gradients.
+
+    `normalised_for` is the (mean, std) that it was trained with, if they differ from those of the data.
+    """
 
     def __init__(
         self, model: nn.Module, splits: Splits, *, normalised_for: tuple[Sequence[float], Sequence[float]] | None = None
@@ -107,7 +114,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, K], and tokens [B, N, C] if they are wanted."""
+        """Return logits [B, K], and tokens [B, N, C] if `tokens` is set."""
         return self._answer(images if self._same else images * self._scale + self._shift, tokens)
 
     def _both(self, images: Tensor, tokens: bool) -> tuple[Tensor, Tensor | None]:
@@ -122,9 +129,9 @@ class Teacher:
 
 
 def make_teacher(distill: DistillConfig, splits: Splits, sizes: Iterable[int] = ()) -> Teacher | None:
-    """The teacher that the settings name, with its weights, tried on an empty picture; None where they name none.
+    """Return the teacher that the settings name, with its weights, or None. A forward pass has checked it.
 
-    `sizes`: more sizes of the pictures that it will see.
+    `sizes` are further sizes of the pictures that it will see.
     """
     name = distill.teacher
     if name is None:
@@ -170,15 +177,15 @@ def _check_classes(name: str, model: nn.Module, facts: Mapping[str, Any], splits
 
 
 class Objective:
-    """The student's answers to a batch, and what its training adds to the cross entropy, by name and unweighted.
+    """Computes the student's output for a batch and the unweighted losses beside the cross entropy, by name.
 
-    `weights` holds the parts of this objective: of "ratio", "logits" and "tokens" those whose weight is not 0.
+    `weights` maps those of "ratio", "logits" and "tokens" whose weight is not 0 to their weights.
     """
 
     def __init__(self, model: nn.Module, config: Config, splits: Splits, teacher: Teacher | None = None) -> None:
         self.model, self.teacher = model, teacher
         self.distance: Literal["mse", "kl"] = config.distill.tokens_loss
-        self.keep_rates = keep_rates(model)
+        self.keep_rates = target_keep_rates(model)
         self.weights = _weights(config, decides=self.keep_rates is not None, teaches=teacher is not None)
         if teacher is not None and "tokens" in self.weights:
             _check_tokens(model, teacher, config, splits)
@@ -210,7 +217,7 @@ class Objective:
             self.teacher.to(device)
 
     def compile(self) -> None:
-        """The student's part where it is not the model's own forward, which is compiled in its place; the teacher's."""
+        """Compile the teacher, and the student's pass unless it is `forward`, which is compiled with the model."""
         if self.keep_rates is not None or "tokens" in self.weights:
             self._answer = torch.compile(self._ask_student)
         if self.teacher is not None:
@@ -240,7 +247,7 @@ def _weights(config: Config, *, decides: bool, teaches: bool) -> dict[str, float
 
 @torch.no_grad()
 def _check_tokens(model: nn.Module, teacher: Teacher, config: Config, splits: Splits) -> None:
-    """The last maps must agree in grid and width."""
+    """Raise if the last feature maps of student and teacher differ in grid or width."""
     picture = torch.zeros(1, splits.channels, splits.size, splits.size)
     name, own = config.distill.teacher, config.model.name
     was_training = model.training

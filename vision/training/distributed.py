@@ -1,17 +1,15 @@
-"""Several processes: which one this is, how gradients and weights are shared, and what a checkpoint holds of them.
+"""Distributed training: the strategy, the cluster environment, sharded models and their checkpoints.
 
-Lightning moves the data; here is what it leaves open.
-
-* DDP (S. Li et al.: PyTorch Distributed, VLDB 2020): a copy of the model on every device. FSDP2
-  (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html), through Lightning's ModelParallelStrategy: a
-  part of every weight on every device, gathered a block at a time.
-* Processes are started by `launch.py`, by torchrun or by Slurm's srun. The environment is told to Lightning, not
-  guessed by it: inside an allocation of Slurm without srun it would wait for processes that nobody starts, and it
-  would requeue the job behind our back.
-* A checkpoint is one file with whole weights under either strategy, and loads anywhere. With FSDP the optimiser's
-  state in it is whole too.
-* Means that run through an epoch (the training loss) are kept in the checkpoint for each process. Lightning saves the
-  first one's and gives it to all: a resumed epoch would count it as often as there are processes.
+* DDP (S. Li et al.: PyTorch Distributed, VLDB 2020) keeps a copy of the model on every device. FSDP2
+  (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html), through Lightning's ModelParallelStrategy,
+  keeps a shard of every weight on every device and gathers one block at a time.
+* Processes are started by `launch.py`, by torchrun or by Slurm's srun. Lightning is told which of them it was, because
+  its own detection, inside a Slurm allocation without srun, would wait for processes that nobody starts and requeue
+  the job by itself.
+* A checkpoint is one file with unsharded weights under either strategy, and loads anywhere. With FSDP the state of the
+  optimizer in it is unsharded too.
+* Means over an epoch (the training loss) are saved for each process. Lightning saves that of rank 0 and restores it on
+  all ranks: a resumed epoch would count it once per process.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from .config import TrainConfig
 from .launch import started_by
 
 _OTHER_WAYS_IN = ("forward_decided", "forward_intermediates", "forward_features", "forward_head")
-"""Methods of a backbone by which training may call it instead of `forward` (distillation.py)."""
+"""Methods of a backbone that training may call instead of `forward` (distillation.py)."""
 
 
 def make_strategy(train: TrainConfig) -> Strategy | str:
@@ -48,7 +46,7 @@ def make_strategy(train: TrainConfig) -> Strategy | str:
 
 
 def on_gpu(train: TrainConfig) -> bool:
-    """Whether training will be on CUDA devices."""
+    """Return whether training will use CUDA devices."""
     return train.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
@@ -60,7 +58,7 @@ def make_environment() -> ClusterEnvironment:
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """FSDP2: a unit of its own for every block, which is gathered when its turn comes, and one for the rest."""
+    """Apply FSDP2 with one unit for each block, which is gathered when it is computed, and one for the rest."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if is_sharded(model):  # Lightning asks again before the test
@@ -74,29 +72,29 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated parts of a network: the members of its innermost sequences that hold most of the weights."""
-    found = []
+    """Return the repeated blocks of a network: the members of its innermost sequences of equal modules."""
+    blocks = []
     for module in model.modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             members = [m for m in module if next(m.parameters(), None) is not None]
             kinds = {type(m) for m in members}
             if len(members) > 1 and len(kinds) == 1 and not isinstance(members[0], (nn.ModuleList, nn.Sequential)):
-                found += members
-    inner = {id(part) for block in found for part in block.modules() if part is not block}
-    return [block for block in found if id(block) not in inner]
+                blocks += members
+    inner = {id(part) for block in blocks for part in block.modules() if part is not block}
+    return [block for block in blocks if id(block) not in inner]
 
 
 def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What of a tensor that is spread over processes is here; of any other all of it."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return the local shard of a DTensor; other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """A whole state dict into a module, in whatever way that one is shared. Every process calls it."""
+    """Load an unsharded state dict into a module, sharded or not. Every process must call this."""
     if not is_sharded(module):
         module.load_state_dict(state)
         return
@@ -106,18 +104,21 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def whole(model: nn.Module, make: Callable[[], nn.Module], state: Mapping[str, Any]) -> nn.Module:
-    """`model`, or where it is in parts a new one with the weights of the task's `state`, for one process alone."""
+    """Return `model`, or if it is sharded a new one from `make` with the weights of the task's `state`.
+
+    The result can be used by one process alone.
+    """
     if not is_sharded(model):
         return model
-    again = make()
-    again.load_state_dict(
+    unsharded = make()
+    unsharded.load_state_dict(
         {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
     )
-    return again
+    return unsharded
 
 
 def of_all_processes(value: Tensor) -> Tensor:
-    """[...] of this process to [processes, ...] of all, in their order. Every process calls it."""
+    """Gather a tensor [...] from all processes into [processes, ...], by rank. Every process must call this."""
     count, _ = _group()
     if count == 1:
         return value[None]
@@ -127,7 +128,10 @@ def of_all_processes(value: Tensor) -> Tensor:
 
 
 def of_this_process(values: Tensor) -> Tensor:
-    """What `of_all_processes` made, back; with another number of processes the first takes the sum, the others 0."""
+    """Return this process's part of what `of_all_processes` gathered.
+
+    If the number of processes has changed since, rank 0 gets the sum and the others 0.
+    """
     count, own = _group()
     if len(values) == count:
         return values[own]
@@ -135,7 +139,7 @@ def of_this_process(values: Tensor) -> Tensor:
 
 
 def _group() -> tuple[int, int]:
-    """How many processes there are, and which this is."""
+    """Return the number of processes and the rank of this one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size(), torch.distributed.get_rank()
     return 1, 0

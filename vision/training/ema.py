@@ -1,16 +1,16 @@
-"""The moving average of the weights: what is validated, tested and exported, while training goes on with its own.
+"""An exponential moving average of the weights, which is validated, tested and exported.
 
 B. Polyak, A. Juditsky: Acceleration of Stochastic Approximation by Averaging, SIAM J. Control Optim. 1992; the average
 itself is timm's ModelEmaV3. Its warm-up is K. Crowson's: 1 - (1 + updates) ** (-2 / 3), at most `decay`.
 
 Unusual:
 
-* Weights are never exchanged. Validation asks the averaged copy (`Task.judge`), so that no error or signal can
-  leave the one in the place of the other; Lightning's own callback, which swaps, then saves them in each other's slots.
-* In a checkpoint `state_dict` holds the average, which is what was validated and what every tool reads. The weights
-  that training goes on with are beside it, under `raw_weights`.
-* Before averaging begins, and with the first update, the average is a copy of the weights: they begin at random, which
-  would otherwise be felt for 1 / (1 - decay) updates.
+* The two sets of weights are never swapped: validation calls the averaged copy (`Task.judge`). Lightning's own
+  callback swaps them, and an error or a signal in between makes it save each in the slot of the other.
+* In a checkpoint, `state_dict` holds the average, which was validated and which every tool reads. The weights that
+  training continues with are stored under `raw_weights`.
+* Until averaging begins, the average is a copy of the weights. Otherwise the random initialisation would influence it
+  for about 1 / (1 - decay) updates.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .finite import StepGuard
 from .plan import Plan
 from .settings import ConfigError
 
-_OWN = "model."  # of a task's state dict, the part that is the network
+_PREFIX = "model."  # of the network's tensors in the state dict of a task
 
 
 class AveragedWeights(pl.Callback):
-    """Averages `model` after every `every`th step but for those that `guard` skipped. State in the checkpoint."""
+    """Averages the weights of `model` after every `every`th optimizer step, except those that `guard` skipped."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class AveragedWeights(pl.Callback):
 
     @property
     def module(self) -> nn.Module:
-        """The averaged network, in evaluation mode."""
+        """The network with averaged weights, in evaluation mode."""
         return self.average.module
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,12 +64,12 @@ class AveragedWeights(pl.Callback):
     ) -> None:
         step, before = trainer.global_step, self._seen
         self._seen = step
-        if step == before or self.guard.skipped:  # gradients are still being accumulated, or were not used
+        if step == before or self.guard.skipped:  # gradients are still accumulating, or the step was skipped
             return
         self.update(pl_module.model, step)
 
     def update(self, model: Any, step: int) -> None:
-        """After the optimiser's step number `step`, counted from 1."""
+        """Update the average after optimizer step number `step`, counted from 1."""
         passed = step - self.start_step
         if passed <= 0:
             self.average.set(model)
@@ -77,7 +77,7 @@ class AveragedWeights(pl.Callback):
             self.average.update(model, step=passed // self.every)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Each process has seen other pictures, and has other statistics of them; the first one's are saved."""
+        """Copy the buffers of rank 0 to all ranks: batch statistics differ between them, and rank 0 saves its own."""
         if trainer.world_size > 1:
             for buffer in self.module.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -86,22 +86,22 @@ class AveragedWeights(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         state = checkpoint["state_dict"]
-        average = {f"{_OWN}{name}": value for name, value in self.module.state_dict().items()}
-        checkpoint["raw_weights"] = {name.removeprefix(_OWN): state[name] for name in average}
+        average = {f"{_PREFIX}{name}": value for name, value in self.module.state_dict().items()}
+        checkpoint["raw_weights"] = {name.removeprefix(_PREFIX): state[name] for name in average}
         state.update(average)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Lightning has given `state_dict` to the network already."""
+        """Split what Lightning has loaded into the network from `state_dict`: that is the average."""
         network: Any = pl_module.model
         self.average.set(network)
-        if "raw_weights" in checkpoint:  # else the checkpoint is of a run without an average, and it begins now
+        if "raw_weights" in checkpoint:  # otherwise the checkpoint is of a run without averaging, which begins now
             network.load_state_dict(checkpoint["raw_weights"])
 
 
 def make_average(model: nn.Module, config: Config, plan: Plan, guard: StepGuard) -> AveragedWeights | None:
-    """What `ema.decay` asks for."""
+    """Return the callback that `ema.decay` asks for, or None."""
     ema = config.ema
     if ema.decay is None:
         if ema.warmup or ema.every != 1 or ema.start_epoch:

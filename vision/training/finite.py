@@ -1,12 +1,12 @@
-"""Losses and gradients that are NaN or infinite: found before the optimiser sees them, written down, skipped or fatal.
+"""Detect NaN or infinite losses and gradients before the optimizer step, record them, and skip the step or stop.
 
 Unusual:
 
-* Nothing is raised while a batch is computed. The verdict falls once a step, before the weights change, and all
-  processes share it: if one stopped alone the others would wait for it.
-* A skipped step leaves the network as it was, with the statistics of its normalisation, which the forward pass had
-  changed already. It counts as a step of the schedule.
-* Under float16 gradients overflow as a matter of course and the scaler deals with them, so only the loss is judged.
+* The check runs once per optimizer step, and all processes share its result: if one stopped alone, the others would
+  wait for it in a collective.
+* A skipped step also restores the running statistics of batch norm, which the forward pass has changed already. It
+  still counts as a step of the learning rate schedule.
+* Under float16, gradients overflow regularly and the gradient scaler handles that, so only the loss is checked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoints import write_text
-from .distributed import own_part
+from .distributed import local_shard
 from .failures import TrainingError
+from .resume import has_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -34,14 +35,16 @@ class NonFiniteLossError(TrainingError):
 
 
 class StepGuard(pl.Callback):
-    """Judges every step; at most `skip` in a row are skipped. What went wrong is in nonfinite.json of the run folder,
-    which is the trainer's `default_root_dir`."""
+    """Checks every optimizer step and skips those that are not finite, at most `skip` in a row; one more raises.
+
+    Details are appended to nonfinite.json in the run folder, which is the trainer's `default_root_dir`.
+    """
 
     def __init__(self, *, skip: int = 0) -> None:
         super().__init__()
         self.skip = skip
         self.skipped = False
-        """Whether the latest step was."""
+        """Whether the latest step was skipped."""
         self.in_row = self.in_epoch = 0
         self._losses: list[tuple[int, Tensor]] = []
         self._buffers: list[Tensor] = []
@@ -67,10 +70,10 @@ class StepGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         losses, self._losses = self._losses, []
-        fine = torch.stack([loss.isfinite() for _, loss in losses]).all()
+        finite = torch.stack([loss.isfinite() for _, loss in losses]).all()
         if getattr(trainer.precision_plugin, "scaler", None) is None:
-            fine = fine & _largest_gradient(_network(pl_module), fine.device).isfinite()
-        good = bool(fine)
+            finite = finite & _largest_gradient(_network(pl_module), finite.device).isfinite()
+        good = bool(finite)
         if trainer.world_size > 1:
             good = trainer.strategy.reduce_boolean_decision(good, all=True)
         self.skipped = not good
@@ -79,15 +82,20 @@ class StepGuard(pl.Callback):
             return
         self.in_row += 1
         self.in_epoch += 1
-        what = _describe(trainer, losses)
-        path = _write_down(trainer, losses)
+        problem = _describe(trainer, losses)
+        path, named = _write_down(trainer, losses)
         if self.in_row > self.skip:
+            listed = "pictures" if named else "batches"
+            saved = has_checkpoint(Path(trainer.default_root_dir))
+            saved = "last.ckpt is from before that" if saved else "no checkpoint was saved before that"
             raise NonFiniteLossError(
-                f"{what}; {path} lists the pictures, last.ckpt is from before that. Try a lower optim.lr, "
+                f"{problem}; {path} lists the {listed}, {saved}. Try a lower optim.lr, "
                 f"optim.clip_grad=1 or train.skip_nonfinite={max(2 * self.skip, 5)}"
             )
-        _log.warning("warning: %s: the step is skipped (%d of %d in a row); see %s", what, self.in_row, self.skip, path)
-        optimizer.zero_grad(set_to_none=True)  # optimisers pass over what has no gradient
+        _log.warning(
+            "warning: %s: the step is skipped (%d of %d in a row); see %s", problem, self.in_row, self.skip, path
+        )
+        optimizer.zero_grad(set_to_none=True)  # optimizers ignore parameters without a gradient
         with torch.no_grad():
             for buffer, before in zip(_network(pl_module).buffers(), self._buffers, strict=True):
                 buffer.copy_(before)
@@ -105,12 +113,12 @@ def _network(task: Any) -> nn.Module:
 
 
 def _largest_gradient(network: nn.Module, device: torch.device) -> Tensor:
-    """The largest magnitude of a gradient; of a network in parts, of the parts that are here, which may be empty."""
+    """Return the largest absolute value in all gradients; of a sharded network, in the local shards."""
     gradients: list[Any] = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    here = [part for part in (own_part(gradient) for gradient in gradients) if part.numel()]
-    if not here:
+    shards = [shard for shard in (local_shard(gradient) for gradient in gradients) if shard.numel()]
+    if not shards:
         return torch.zeros((), device=device)
-    return torch.nn.utils.get_total_norm(here, norm_type=float("inf"))
+    return torch.nn.utils.get_total_norm(shards, norm_type=float("inf"))
 
 
 def _describe(trainer: pl.Trainer, losses: list[tuple[int, Tensor]]) -> str:
@@ -122,23 +130,31 @@ def _describe(trainer: pl.Trainer, losses: list[tuple[int, Tensor]]) -> str:
     return f"a gradient is not finite {where}{others}"
 
 
-def _write_down(trainer: pl.Trainer, losses: list[tuple[int, Tensor]]) -> Path:
-    """Adds the batches of the step, with the numbers of their training pictures, to a file of this process."""
+def _write_down(trainer: pl.Trainer, losses: list[tuple[int, Tensor]]) -> tuple[Path, bool]:
+    """Append the batches of the step to the JSON file of this process.
+
+    Returns the path of the file and whether it names the pictures: those of a stream have no names.
+    """
     rank = trainer.global_rank
     path = Path(trainer.default_root_dir) / (f"nonfinite-{rank}.json" if rank else "nonfinite.json")
     events = json.loads(path.read_text()) if path.exists() else []
-    batches = [
-        {"batch": index, "loss": str(loss.item() * len(losses)), "pictures": _pictures(trainer, index)}
-        for index, loss in losses
-    ]
+    batches = []
+    for index, loss in losses:
+        batch: dict[str, Any] = {"batch": index, "loss": str(loss.item() * len(losses))}
+        if (names := _pictures(trainer, index)) is not None:
+            batch["pictures"] = names
+        batches.append(batch)
     events.append({"epoch": trainer.current_epoch, "step": trainer.global_step, "batches": batches})
-    write_text(path, json.dumps(events, indent=1) + "\n")
-    return path
+    write_text(path, json.dumps(events, indent=1, ensure_ascii=False) + "\n")
+    return path, "pictures" in batches[-1]
 
 
-def _pictures(trainer: pl.Trainer, index: int) -> list[int]:
-    """The positions in the training set of what batch `index` of this epoch is made of."""
+def _pictures(trainer: pl.Trainer, index: int) -> list[str | int] | None:
+    """Name the pictures of batch `index` of this epoch by file or by row of the data set; None for a stream."""
     loader: Any = trainer.train_dataloader
+    name_of = getattr(loader.source, "name_of", None)
+    if name_of is None:
+        return None
     batches = copy.copy(loader.batches)
     batches.epoch, batches.start = trainer.current_epoch, index
-    return list(next(iter(batches)).indices)
+    return [name_of(number) for number in next(iter(batches)).indices]

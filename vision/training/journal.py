@@ -1,7 +1,7 @@
-"""env.json: on what machine and with what versions a run was started, each time; what it warned of; how it ended.
+"""Write env.json: for each start of a run its machine, versions and command, its warnings, and how it ended.
 
-Unusual: a run that is killed cannot say so. Its state stays "running", which whoever reads it has to take for "running,
-or killed". Of the process' environment only the variables named below are written: others may hold passwords.
+Unusual: a killed run cannot record that, so that the state "running" means "running or killed". Only the environment
+variables named below are written, since others may hold passwords.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .._machine import cpu_name
 from .checkpoints import write_text
 from .signals import Interrupted
 
@@ -44,10 +45,10 @@ MOST_WARNINGS = 100
 
 
 class Journal(logging.Handler):
-    """Around a run: `with Journal() as journal:`, and `journal.begin(folder)` as soon as it has a folder.
+    """A context manager around a run that records it: call `begin(folder)` as soon as the run has a folder.
 
-    However the block ends, env.json says so afterwards, and the report is written; where that fails too (a full disk),
-    the run's own error is the one that is raised.
+    At the end of the block it records in env.json how the run ended and writes the report. If that fails too (a full
+    disk), the error of the run itself is raised.
     """
 
     def __init__(self) -> None:
@@ -61,14 +62,14 @@ class Journal(logging.Handler):
         logging.getLogger("mixerzoo").addHandler(self)
         return self
 
-    def begin(self, folder: Path, *, resumed: bool = False) -> None:
-        """Writes that the run has started. Only one process of a run may say so."""
+    def begin(self, folder: Path, *, resumed: bool = False, metric: str = "accuracy") -> None:
+        """Record the start of the run and the `metric` that selects its best checkpoint. Only rank 0 calls this."""
         self.folder = folder
-        self.starts = [*(read_journal(folder) if resumed else []), describe_environment()]
+        self.starts = [*(read_journal(folder) if resumed else []), describe_environment() | {"metric": metric}]
         self._write()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps what our own loggers warn of, each message once."""
+        """Record a warning of this library's loggers; repeated messages are counted."""
         message = record.getMessage()
         if message in self._warnings or len(self._warnings) < MOST_WARNINGS:
             self._warnings[message] = self._warnings.get(message, 0) + 1
@@ -103,7 +104,7 @@ class Journal(logging.Handler):
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where the file is missing or no whole JSON."""
+    """Return the starts of a run, oldest first; [] if env.json is missing or damaged."""
     try:
         return list(json.loads((folder / "env.json").read_text())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -121,7 +122,7 @@ def describe_environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": platform.node(),
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -141,7 +142,7 @@ def _state(error: BaseException | None) -> str:
 
 
 def _at_once(error: BaseException | None) -> bool:
-    """Whether someone has said twice that the process must end: a report would keep them waiting."""
+    """Return whether a second signal demanded an immediate end, which leaves no time for a report."""
     return isinstance(error, KeyboardInterrupt) or (isinstance(error, Interrupted) and error.checkpoint is None)
 
 
@@ -156,16 +157,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _commit(folder: Path) -> str | None:
-    """The commit that is checked out and whether files differ from it; None without git or a repository."""
+    """Return the commit that is checked out, and whether files differ from it; None outside of a git repository."""
     try:
         commit = _git(folder, "rev-parse", "--short=12", "HEAD")
         return commit + (" with changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

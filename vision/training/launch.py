@@ -1,17 +1,17 @@
-"""The processes of a run: which one this is, and on one machine how they are started, watched and ended together.
+"""Start and supervise the processes of a run on one machine, and find the rank of this process.
 
-Unusual: Lightning can start its processes itself, but then the first of them is the parent. It is killed with SIGKILL
-soon after another one ends in whatever way, so that the exit code of an orderly stop is a matter of luck, and a
-scheduler's signal reaches one process of many. Here the parent does nothing but look after the others:
+Unusual: Lightning can start the processes itself, but then rank 0 is their parent. It is killed with SIGKILL soon after
+another process exits for any reason, so that the exit code of an orderly stop is random, and a signal from a scheduler
+reaches only one process. Here the parent only supervises the others:
 
-* A process that dies ends the run within seconds, with its last words, also where the others would wait for it in a
-  collective for half an hour (NCCL).
-* SIGINT, SIGTERM and SIGUSR1 are passed on. The processes have a session of their own, so that Ctrl-C in a terminal
+* A process that dies ends the run within seconds and its last lines of output are shown, also where the others would
+  wait for it in a collective for half an hour (NCCL).
+* SIGINT, SIGTERM and SIGUSR1 are forwarded. The processes run in sessions of their own, so that Ctrl-C in a terminal
   reaches each of them once.
-* If the parent itself is killed, the others notice (`end_with_parent`).
+* If the parent itself is killed, the others notice and exit (`end_with_parent`).
 
-On several machines torchrun or Slurm start the processes, and are asked here. Nothing in this file needs Lightning: the
-parent should be there at once.
+On several machines torchrun or Slurm start the processes. This file does not import Lightning, so that the parent
+starts fast.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from .config import TrainConfig
 from .settings import ConfigError
 
 PARENT_VARIABLE = "MIXERZOO_LAUNCHED_BY"
-"""In the environment of a process that was started here: the process id of its parent."""
+"""Environment variable with the parent's process id, in processes that `launch` or a sweep has started."""
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_GRACE = 5.0  # seconds for the others to end by themselves after one has failed
-_ORDERLY_GRACE = 120.0  # the same after one has stopped as it was told: another may still write the checkpoint
-_LAST_WORDS = 20  # lines
+_GRACE = 5.0  # seconds that the other processes have to exit after one has failed
+_ORDERLY_GRACE = 120.0  # seconds after one has stopped on a signal: another may still write the checkpoint
+_LAST_LINES = 20  # of the output of a failed process, which are shown
 
 
 def started_by() -> str | None:
-    """Who started this process as one of several: "launch" (ours), "torchrun" or "slurm"; None: it stands alone."""
+    """Return who started this process as one of several, "launch" (ours), "torchrun" or "slurm", or None."""
     if PARENT_VARIABLE in os.environ and "RANK" in os.environ:
         return "launch"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
-    # Set by srun alone: a batch script sees most of the other variables too, but is one process.
+    # Only srun sets this one. A batch script also sees most of Slurm's other variables, but is a single process.
     return "slurm" if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else None
 
 
 def rank() -> int:
-    """The number of this process among all of the run; 0 has the say."""
+    """Return the global rank of this process. Rank 0 writes the files and the messages."""
     if started_by() == "slurm":
         return int(os.environ["SLURM_PROCID"])
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
@@ -64,7 +64,7 @@ def is_first() -> bool:
 
 
 def check_processes(train: TrainConfig, out: str | None) -> None:
-    """Refuses settings that do not fit the processes that were started, or the machine."""
+    """Raise a `ConfigError` if the settings do not match the processes that were started, or the machine."""
     starter, count = started_by(), train.processes
     asked = f"train.devices={train.devices} on train.nodes={train.nodes}"
     if starter is None:
@@ -89,14 +89,14 @@ def check_processes(train: TrainConfig, out: str | None) -> None:
 
 
 def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> int:
-    """Runs `command` in `count` processes until all have ended; returns the exit code of the whole."""
+    """Run `command` in `count` processes until all have exited; return the exit code of the run."""
     with tempfile.TemporaryDirectory(prefix="mixerzoo-") as folder:
         processes: list[subprocess.Popen[Any]] = []
         logs: list[IO[bytes]] = []
         with Forwarding(processes):
             try:
                 for rank, environment in enumerate(_environments(count)):
-                    # What the first says is shown; what the others say would be the same, unless they fail.
+                    # Only rank 0 writes to the terminal; the output of the others is shown if they fail.
                     log = open(os.path.join(folder, str(rank)), "w+b")  # noqa: SIM115
                     logs.append(log)
                     own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
@@ -116,7 +116,7 @@ def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> in
 
 
 class Forwarding:
-    """While it is entered, signals to this process go to `processes` instead, and the first is remembered."""
+    """A context manager that forwards signals to `processes` and remembers the first signal in `received`."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[Any]]) -> None:
         self.processes = processes
@@ -124,7 +124,7 @@ class Forwarding:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Forwarding:
-        if threading.current_thread() is threading.main_thread():  # signals can be caught nowhere else
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set signal handlers
             self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
         return self
 
@@ -140,7 +140,7 @@ class Forwarding:
 
 
 def end_with_parent() -> None:
-    """In a process of `launch`: ends it soon after its parent has gone, which nothing else would tell it."""
+    """Watch the parent in a background thread and exit soon after it is gone; do nothing without `PARENT_VARIABLE`."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or os.getppid() != int(parent):
         return
@@ -148,13 +148,13 @@ def end_with_parent() -> None:
     def watch() -> None:
         while os.getppid() == int(parent):
             time.sleep(0.5)
-        os._exit(1)  # another thread may be inside a collective, where an exception would not reach it
+        os._exit(1)  # the main thread may be inside a collective, where no exception can interrupt it
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _environments(count: int) -> list[dict[str, str]]:
-    """The variables by which torch.distributed and Lightning know a process, for each of them."""
+    """Return the environment of each process, with the variables that torch.distributed and Lightning read."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -172,7 +172,7 @@ def _environments(count: int) -> list[dict[str, str]]:
 
 
 def _wait(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
-    """Until all have ended: the first that did so with anything but 0, if any. The others are not waited for long."""
+    """Wait until all processes exit, or for a grace period after a failure; return the rank that failed first."""
     failed: int | None = None
     deadline = float("inf")
     while True:
@@ -187,20 +187,20 @@ def _wait(processes: Sequence[subprocess.Popen[Any]]) -> int | None:
 
 
 def _verdict(failed: int, codes: Sequence[int | None], logs: Sequence[IO[bytes]], say: Callable[[str], None]) -> int:
-    """The exit code of a run in which process `failed` was the first to end with something else than 0.
+    """Show why rank `failed`, the first with an exit code other than 0, has failed; return the run's exit code.
 
-    `codes`: those of the processes that ended by themselves.
+    `codes` holds the exit codes of the processes that exited by themselves, and None for the others.
     """
     code = codes[failed] or 1
     if code > 1 and codes[0] == code:
-        return code  # all of them stopped for the same reason, and the first has said which
-    words: dict[str, list[int]] = {}
+        return code  # rank 0 has stopped for the same reason and has reported it
+    outputs: dict[str, list[int]] = {}
     for number, log in enumerate(logs):
         if number > 0 and codes[number]:
             log.seek(0)
-            text = "\n".join(log.read().decode(errors="replace").rstrip().splitlines()[-_LAST_WORDS:])
-            words.setdefault(text, []).append(number)
-    for text, numbers in words.items():
+            text = "\n".join(log.read().decode(errors="replace").rstrip().splitlines()[-_LAST_LINES:])
+            outputs.setdefault(text, []).append(number)
+    for text, numbers in outputs.items():
         for line in text.splitlines():
             say(f"  process {', '.join(map(str, numbers))}: {line}")
     how = f"ended with code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
@@ -210,5 +210,5 @@ def _verdict(failed: int, codes: Sequence[int | None], logs: Sequence[IO[bytes]]
 
 
 def python() -> list[str]:
-    """The start of a command line that runs this program again, with the folder of configs and arguments to follow."""
+    """Return the start of a command that runs cli.py; the folder of configs and the arguments must be appended."""
     return [sys.executable, "-m", f"{__package__}.cli"]

@@ -1,8 +1,8 @@
-"""What a model got wrong and was most sure of: of all pictures of a test those that say most about data and model.
+"""Collect the wrong predictions with the highest confidence during the test.
 
-Unusual: they are collected while the test runs, a handful at a time, so that no second pass is needed and a test of any
-length takes no more memory; of pictures with masks no more is kept than will be drawn. Of several processes each sees
-its own share, and the first one shows what it saw.
+Unusual: they are collected batch by batch, so that no second pass is needed and memory does not grow with the test set;
+pictures with masks are stored at the size at which they are drawn. Of several processes each sees its own shard, and
+rank 0 shows the mistakes in its own.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from torch import Tensor
 from ..data.splits import IGNORE_INDEX
 
 SHOWN_SIDE = 640
-"""The longer side, in pixels, of a picture with a mask in the run folder."""
+"""The longer side, in pixels, of pictures with masks as they are drawn in the run folder."""
 
 
 class Mistake(NamedTuple):
-    """`score` is the certainty of the wrong answer; of pixels the share that is wrong, weighed with the certainty."""
+    """A wrong prediction.
+
+    `score` is the confidence of a wrong class; for masks it is the mean over labelled pixels, with 0 for right ones.
+    """
 
     score: float
     image: Tensor  # [C, H, W], as the data set gave it
     truth: Tensor  # a label, or labels [H, W]
-    prediction: Tensor  # the same
+    prediction: Tensor  # as truth
     confidence: Tensor  # of the prediction, the same shape
 
 
 class Mistakes(pl.Callback):
-    """Keeps the `most` mistakes with the highest score of a test. `task.test_step` must return logits."""
+    """Keeps the `most` mistakes of a test with the highest scores. `task.test_step` must return logits."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -53,10 +56,10 @@ class Mistakes(pl.Callback):
 
     @torch.no_grad()
     def add(self, images: Tensor, truth: Tensor, logits: Tensor) -> None:
-        """Pictures [B, C, H, W], labels [B] or [B, H, W], and logits with the classes in axis 1."""
-        if not len(images):  # of a process without pictures
+        """Add the mistakes of a batch: pictures [B, C, H, W], labels [B] or [B, H, W], logits with classes second."""
+        if not len(images):  # this process has no pictures left
             return
-        # One by one: the probabilities of a batch of scenes would take as much memory as the test itself.
+        # One picture at a time: the probabilities of a batch of masks would double the memory of the test.
         likeliest = [answer.float().softmax(0).max(0) for answer in logits]
         confidence, prediction = (torch.stack(parts) for parts in zip(*likeliest, strict=True))
         certainty = torch.where(prediction != truth, confidence, 0.0)
@@ -75,8 +78,10 @@ class Mistakes(pl.Callback):
 
 
 def shrink(values: Tensor, longest: int = SHOWN_SIDE) -> Tensor:
-    """[..., H, W] with neither side above `longest`, by leaving out pixels: labels stay what they are, and a picture
-    and its masks stay on top of each other. A lone label stays too."""
+    """Subsample [..., H, W] so that no side exceeds `longest`; a tensor without axes is returned unchanged.
+
+    Pixels are skipped, not interpolated: labels stay valid, and a picture stays aligned with its masks.
+    """
     height, width = values.shape[-2:] if values.ndim > 1 else (1, 1)
     if max(height, width) <= longest:
         return values

@@ -1,11 +1,12 @@
-"""Optimiser and learning-rate schedule from the settings, both made by timm.
+"""Build timm's optimizer and learning rate schedule from the settings.
 
-Unusual: rates can differ by parameter name (`optim.lr_scale`), and so can the epoch in which learning begins
-(`optim.freeze_epochs`). LITv2's offset convolutions learn a hundred times slower than the rest; DynamicViT's backbone
-too, and only once its predictors have had five epochs. timm's groups for layer decay and weight decay are made first
-and then split, so that all of it works together: a group carries its factor as `lr_scale`, which timm's schedulers
-multiply into every rate they set, and its delay as `freeze_epochs`. A layer of layer decay may be several blocks
-(`optim.layer_blocks`): ConvNeXt's recipe, and UniRepLKNet's after it, counts three blocks of a stage as one.
+Unusual: the learning rate (`optim.lr_scale`) and the epoch in which training begins (`optim.freeze_epochs`) can depend
+on parameter names. LITv2 trains its offset convolutions at a hundredth of the learning rate; DynamicViT does the same
+for its backbone, and only after five epochs of training the predictors. timm's parameter groups for layer decay and
+weight decay are made first and then split, so that all settings combine: a group stores its factor as `lr_scale`, by
+which timm's schedulers multiply every learning rate, and its delay as `freeze_epochs`. Layer decay may count several
+blocks as one layer (`optim.layer_blocks`): the recipes of ConvNeXt and UniRepLKNet count three blocks of a stage as
+one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim import (
     create_optimizer_v2,
+    list_optimizers,
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
@@ -27,9 +29,26 @@ from timm.scheduler.scheduler_factory import create_scheduler_v2
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 
-from .config import OptimConfig, ScheduleConfig
+from .._messages import did_you_mean
+from .config import Config, OptimConfig, ScheduleConfig
 from .plan import Plan
-from .settings import ConfigError, nearest
+from .settings import ConfigError
+
+SCHEDULES = ("constant", "cosine", "poly", "step", "tanh", "wsd")
+"""timm's schedules that work here. Of the others, plateau is updated only once per epoch, multistep needs milestones
+and rsqrt a time scale, for which there are no settings, and none would ignore the warm-up."""
+
+
+def check_names(config: Config) -> None:
+    """Raise a `ConfigError` for an unknown `optim.name` or `schedule.name`, before data and model are built."""
+    name, schedule = config.optim.name, config.schedule.name
+    prefix = "lookahead_" if name.lower().startswith("lookahead_") else ""  # timm accepts it before any optimizer
+    known = [f"{prefix}{known}" for known in list_optimizers()]
+    if name.lower() not in known:
+        raise ConfigError(f"optim.name={name}: timm has no such optimizer{did_you_mean(name, known)}")
+    if schedule not in SCHEDULES:
+        hint = did_you_mean(schedule, SCHEDULES)
+        raise ConfigError(f"schedule.name={schedule}: choose one of {', '.join(SCHEDULES)}{hint}")
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, plan: Plan) -> torch.optim.Optimizer:
@@ -46,7 +65,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, plan: Plan) -> torch.op
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, plan: Plan) -> Scheduler:
-    """A schedule over all steps of the plan: cool-down and warm-up are parts of it, not additions."""
+    """Return a schedule over all steps of the plan, including the warm-up and the cool-down."""
     extra: dict[str, Any] = {
         "decay_epochs": schedule.decay_epochs,
         "decay_rate": schedule.decay_rate if schedule.power is None else schedule.power,  # timm's name for both
@@ -66,15 +85,27 @@ def make_scheduler(optimizer: torch.optim.Optimizer, schedule: ScheduleConfig, p
         updates_per_epoch=plan.steps_per_epoch,
         **extra,
     )
-    if scheduler is None:
-        raise ConfigError(
-            f"schedule.name={schedule.name} is no schedule; schedule.name=constant keeps the rate as it is"
-        )
+    assert scheduler is not None  # as for "none", which check_names refuses
     return scheduler
 
 
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the entries of each parameter group that come from the settings; optimizers keep counters in others."""
+    names = ("lr", "initial_lr", "weight_decay", "lr_scale", "freeze_epochs")
+    return [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Write what `group_settings` returned for a new optimizer into one whose state was loaded from a checkpoint.
+
+    A loaded state contains the settings of the run that saved it, which would win over those that the run has now.
+    """
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+
+
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Takes the parameters of these names (shell patterns) out of training: without gradient, in no group."""
+    """Turn off the gradients of the parameters whose names match these shell patterns; no group will contain them."""
     parameters = dict(model.named_parameters())
     for pattern in patterns:
         for name in _match("optim.freeze", pattern, parameters):
@@ -84,9 +115,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def hold_back(optimizer: torch.optim.Optimizer, step: int, steps_per_epoch: int) -> None:
-    """Sets the rate of the groups to 0 whose `freeze_epochs` have not passed before this step; the others keep theirs.
+    """Set the learning rate of the groups whose `freeze_epochs` have not passed yet to 0 for this step.
 
-    Gradients are still computed and an optimiser gathers their moments, so that learning begins without a jump.
+    Their gradients are still computed and the optimizer updates its moments, so that training begins without a jump.
     """
     for group in optimizer.param_groups:
         if step < group.get("freeze_epochs", 0.0) * steps_per_epoch:
@@ -103,10 +134,11 @@ def parameter_groups(
     no_decay: Sequence[str] = (),
     layer_blocks: int = 1,
 ) -> list[dict[str, Any]]:
-    """timm's groups, split by what `lr_scale` and `freeze_epochs` say: shell patterns of names, as `*.conv_offset.*`.
+    """Return timm's parameter groups, split by `lr_scale` and `freeze_epochs`.
 
-    `no_decay` adds to what the model itself spares from weight decay. The factors of all patterns that match a name
-    are multiplied; of `freeze_epochs` the last pattern that matches counts. A pattern that matches none is an error.
+    The keys of both, and `no_decay`, are shell patterns of parameter names, such as `*.conv_offset.*`; a pattern that
+    matches no name is an error. The factors of all patterns that match a name are multiplied; for `freeze_epochs` the
+    last matching pattern takes precedence. `no_decay` adds to the parameters that the model excludes from weight decay.
     """
     parameters = dict(model.named_parameters())
     spared = set(getattr(model, "no_weight_decay", set)())
@@ -129,10 +161,10 @@ def parameter_groups(
 
 
 class _Layers:
-    """A model as timm's layer decay sees it: its parameters, and the layer that each belongs to, from the input on.
+    """An adapter for timm's layer decay in which `blocks` consecutive blocks of a stage count as one layer.
 
-    timm counts a block as a layer. Here `blocks` consecutive ones of a stage are one; stem, head and, in a
-    `Segmenter`, everything that is not backbone are as with timm.
+    It has the two methods of a model that timm calls. Stem, head and, in a `Segmenter`, everything outside the backbone
+    are grouped as timm does it.
     """
 
     def __init__(self, model: nn.Module, blocks: int) -> None:
@@ -158,22 +190,22 @@ class _Layers:
 
 
 def clip_gradients(model: nn.Module, value: float, mode: str) -> None:
-    """timm's clipping, in place. Adaptive clipping leaves the classifier alone, as its authors do."""
+    """Clip gradients in place with timm. Adaptive clipping skips the classifier, as in its paper."""
     heads = classifiers(model) if mode == "agc" else []
-    left_alone = {parameter for head in heads for parameter in head.parameters()}
-    dispatch_clip_grad([p for p in model.parameters() if p not in left_alone], value, mode=mode)
+    skipped = {parameter for head in heads for parameter in head.parameters()}
+    dispatch_clip_grad([p for p in model.parameters() if p not in skipped], value, mode=mode)
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """The last layers of a timm classifier: distilled ones have two. None of a model that is no classifier."""
-    found: Any = getattr(model, "get_classifier", lambda: ())()
-    return list(found) if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
+    """Return the final layers of a timm classifier (two in a distilled one), or [] for other models."""
+    layers: Any = getattr(model, "get_classifier", lambda: ())()
+    return list(layers) if isinstance(layers, (tuple, list, nn.ModuleList)) else [layers]
 
 
 def _by_name(
     key: str, values: Mapping[str, float], parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, float]]:
-    """Each name that a pattern of `values` matches, and the pattern's value, in the order of the patterns."""
+    """Yield each parameter name that a pattern in `values` matches, with the value of the pattern, in their order."""
     for pattern, value in values.items():
         if not math.isfinite(value) or value < 0:
             raise ConfigError(f"{key}: {pattern}: {value:g}; needs a finite number, at least 0")
@@ -185,7 +217,7 @@ def _match(key: str, pattern: str, parameters: Mapping[str, nn.Parameter]) -> li
     matched = fnmatch.filter(parameters, pattern)
     if not matched:
         raise ConfigError(
-            f"{key}: no parameter is called {pattern}{nearest(pattern, set(parameters))}; "
+            f"{key}: no parameter is called {pattern}{did_you_mean(pattern, parameters)}; "
             "shell patterns match the whole name, as *.bias does"
         )
     return matched
@@ -194,7 +226,7 @@ def _match(key: str, pattern: str, parameters: Mapping[str, nn.Parameter]) -> li
 def _split(
     group: dict[str, Any], factors: Mapping[nn.Parameter, float], delays: Mapping[nn.Parameter, float]
 ) -> list[dict[str, Any]]:
-    """One group for each factor and delay that its parameters have; where these change nothing the group stays."""
+    """Split a group into one group per distinct (factor, delay) of its parameters."""
     members: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in group["params"]:
         members.setdefault((factors[parameter], delays[parameter]), []).append(parameter)

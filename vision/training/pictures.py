@@ -1,29 +1,25 @@
-"""The pictures of a run folder: learning curves, the confusion matrix, a training batch, predictions beside the truth.
+"""Draw the pictures of a run folder: learning curves, confusion matrix, training batch, and predictions.
 
-Drawn on `Figure` objects, without pyplot: no global state, no window system.
+They are drawn on `Figure` objects without pyplot, which would have global state and need a window system.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..data.splits import IGNORE_INDEX
-from ..label_sets import published_colours
+from ..drawing import MOST_COLOURS, large_regions, overlay, palette_of, picture_grid, plain_text, short_name
 
 _INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
 _COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
@@ -32,19 +28,19 @@ _STAGES = {"train": "training", "val": "validation"}
 _MOST_NUMBERED_CLASSES = 20
 _MOST_NAMED_CLASSES = 150
 _CELLS = {_MOST_NUMBERED_CLASSES: 0.46, 30: 0.3, 100: 0.11, math.inf: 0.08}  # inches a class, by how many there are
-MOST_COLOURS = 20  # of more classes the names stand in the pictures too
-_NAMED_SHARE = 0.03  # of a picture's pixels, for a class to be named in it
 _LONGEST_LEGEND = 40
 _MOST_LISTED = 30
 _MOST_CELLS = 250
-_LONGEST_NAME = 24
 _TALLEST, _FLATTEST = 1.3, 0.45  # height of a row of pictures as a part of its width; others leave room at their sides
 
 
 def draw_curves(
     path: Path, rows: Sequence[dict[str, float]], metric: str, title: str, *, averaged: bool = False
 ) -> None:
-    """Loss, metric and learning rate by epoch; the best epoch is marked. `averaged`: such weights are validated."""
+    """Draw loss, validation metric and learning rate by epoch, and mark the best epoch.
+
+    `averaged` says that the validated weights are moving averages, which the title mentions.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, rates = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     of_parts = itertools.cycle(_PART_COLOURS)
@@ -52,16 +48,16 @@ def draw_curves(
         stage, _, word = name.partition("/")
         if word.startswith("loss"):
             part = word.removeprefix("loss").strip("_")
-            label = f"{_STAGES.get(stage, stage)}{f', {_words(part)}' if part else ''}"
+            label = f"{_STAGES.get(stage, stage)}{f', {in_words(part)}' if part else ''}"
             _line(losses, rows, name, label, next(of_parts) if part else _COLOURS.get(name), faint=bool(part))
         elif stage == "val" and word.endswith(metric) and word != "mean_accuracy":
-            label = _words(word.removesuffix(metric).strip("_/")) or "the model"
+            label = in_words(word.removesuffix(metric).strip("_/")) or "the model"
             _line(scores, rows, name, label, _COLOURS["val/loss"] if word == metric else None, factor=100)
     _line(rates, rows, "train/lr", "learning rate", _COLOURS["train/lr"])
     _mark_best(scores, rows, f"val/{metric}")
     losses.set(title="loss")
     losses.legend(frameon=False, fontsize=9)
-    scores.set(title=f"validation {_words(metric)} (%){', averaged weights' if averaged else ''}")
+    scores.set(title=f"validation {in_words(metric)} (%){', averaged weights' if averaged else ''}")
     if len(scores.get_lines()) > 2:  # more than the one curve and its ring
         scores.legend(frameon=False, fontsize=9)
     rates.set(title="learning rate")
@@ -72,7 +68,7 @@ def draw_curves(
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.margins(x=0.04, y=0.12)
-    figure.suptitle(_plain(title), fontsize=11)
+    figure.suptitle(plain_text(title), fontsize=11)
     figure.savefig(path, dpi=130)
 
 
@@ -104,9 +100,9 @@ def _mark_best(axes: Axes, rows: Sequence[dict[str, float]], name: str) -> None:
 
 
 def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title: str) -> None:
-    """Rows are the truth, in percent of each row; cells are numbered while they can be read.
+    """Draw a confusion matrix with the true classes as rows, in percent of each row.
 
-    Of more classes than can be named the matrix shows where the mistakes are, and a list beside it the most frequent.
+    Cells have numbers while these are legible. With many classes a list beside it names the most frequent confusions.
     """
     counts = confusion.double().cpu().numpy()
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -123,7 +119,7 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
     image = axes.imshow(np.sqrt(shown / 100), cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
     axes.set(xlabel="prediction", ylabel="truth")
     note = f"\na cell is the largest of {step} x {step} classes" if step > 1 else ""
-    axes.set_title(_plain(title) + note, fontsize=11)
+    axes.set_title(plain_text(title) + note, fontsize=11)
     if count <= _MOST_NAMED_CLASSES:
         names = [short_name(name) for name in classes]
         size = min(10.0, 0.8 * 72 * cell)
@@ -142,14 +138,17 @@ def draw_confusion(path: Path, confusion: Tensor, classes: Sequence[str], title:
 
 
 def _pooled(values: np.ndarray, most: int) -> tuple[np.ndarray, int]:
-    """At most `most` cells a side, each the largest of step x step values, and the step. A lone value stays visible."""
+    """Max-pool a square matrix to at most `most` cells per side, so that single values stay visible.
+
+    Returns the pooled matrix and the number of rows in a cell.
+    """
     step = -(-len(values) // most)
     padded = np.pad(values, (0, -len(values) % step))
     return padded.reshape(len(padded) // step, step, len(padded) // step, step).max((1, 3)), step
 
 
 def _list_confusions(axes: Axes, counts: np.ndarray, classes: Sequence[str], most: int) -> None:
-    """Bars for the pairs of classes that are confused most often, by the share of the true class."""
+    """Draw bars for the pairs of classes that are confused most often, in percent of the true class."""
     others = counts - np.diag(np.diag(counts))
     order = np.argsort(others, axis=None)[::-1][:most]
     pairs = [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, counts.shape), strict=True)]
@@ -165,14 +164,14 @@ def _list_confusions(axes: Axes, counts: np.ndarray, classes: Sequence[str], mos
 
 
 def _turned(names: Sequence[str], *, upright: bool) -> dict[str, Any]:
-    """Tick labels are turned where they would overlap: by half, or upright where there are many."""
+    """Return the rotation of tick labels that would overlap: 45 degrees, or 90 where there are many."""
     if upright:
         return {"rotation": 90}
     return {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
 
 
 def draw_batch(path: Path, images: Tensor, labels: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
-    """The pictures of a training batch after augmentation, with their labels."""
+    """Draw the pictures of a training batch after augmentation, with their labels."""
     figure, grid = picture_grid(len(images), title="a training batch as the model sees it")
     for axes, image, label in zip(grid, images, labels, strict=False):
         _show(axes, image, mean, std)
@@ -192,7 +191,7 @@ def draw_predictions(
     *,
     title: str,
 ) -> None:
-    """Pictures with prediction and confidence; a wrong one in red, with the truth below."""
+    """Draw pictures with prediction and confidence; wrong ones in red, with the true class below."""
     figure, grid = picture_grid(len(images), title=title, row_height=1.5)
     for index, axes in enumerate(grid[: len(images)]):
         _show(axes, images[index], mean, std)
@@ -242,7 +241,7 @@ def draw_masks(
 
 
 def _name_regions(axes: Axes, mask: np.ndarray, classes: Sequence[str]) -> None:
-    """Writes the names of the larger classes where they are: of many colours some look alike."""
+    """Write the names of the larger classes into a mask: with many classes, some colours look alike."""
     for label, row, column in large_regions(mask):
         text = axes.text(
             column, row, short_name(classes[label], 14), ha="center", va="center", fontsize=6, color="white"
@@ -250,26 +249,10 @@ def _name_regions(axes: Axes, mask: np.ndarray, classes: Sequence[str]) -> None:
         text.set(path_effects=[withStroke(linewidth=1.5, foreground="black")], clip_on=True)
 
 
-def large_regions(mask: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """The classes that are worth a name in a picture, and (row, column) where most of their pixels lie together."""
-    step = max(1, max(mask.shape) // 200)  # of a photograph every few pixels tell enough
-    seen = torch.from_numpy(np.ascontiguousarray(mask[::step, ::step]))
-    labels, counts = seen[seen != IGNORE_INDEX].unique(return_counts=True)
-    reach = max(seen.shape) // 8
-    for label in labels[counts >= _NAMED_SHARE * seen.numel()].tolist():
-        own = (seen == label).float()[None]
-        around = F.avg_pool2d(own, (2 * reach + 1, 1), 1, (reach, 0))
-        around = F.avg_pool2d(around, (1, 2 * reach + 1), 1, (0, reach))
-        densest = (own * around)[0]
-        places = (densest >= 0.9 * densest.max()).nonzero()
-        row, column = places[(places - places.float().mean(0)).square().sum(1).argmin()].tolist()
-        yield label, step * row, step * column
-
-
 def _legend(
     columns: Mapping[str, Sequence[Tensor]], classes: Sequence[str], palette: np.ndarray, *, most: int
 ) -> list[Patch]:
-    """All classes, or where there are more than `most`, those that fill most of these masks."""
+    """Return all classes, or if there are more than `most`, those with the most pixels in these masks."""
     fitting = max(most - 1, 4)  # the last place is for what is ignored
     shown = list(range(len(classes)))
     if len(classes) > fitting:
@@ -280,64 +263,10 @@ def _legend(
     return [*handles, Patch(facecolor="white", edgecolor="black", linewidth=0.5, hatch="///", label="ignored")]
 
 
-def palette_of(classes: Sequence[str]) -> np.ndarray:
-    """[classes, 3] in 0..1: a well-known data set's own colours, or else `class_colours`."""
-    known = published_colours(classes)
-    if known is not None:
-        return np.array(known) / 255
-    return class_colours(len(classes), ground=classes[0].lower() in ("ground", "background"))
-
-
-def class_colours(count: int, *, ground: bool = True) -> np.ndarray:
-    """[count, 3] in 0..1, as different as so many can be. `ground`: class 0 lies behind all others and is black."""
-    # The strong colours of tab20 first, then their pale ones. Further ones walk around the circle of hues by the golden
-    # section, so that neighbours in number are no neighbours in colour.
-    colours = [colormaps["tab20"](index)[:3] for index in (*range(0, 20, 2), *range(1, 20, 2))]
-    for index in range(count - 20):
-        hue, colour, light = index * 0.381966 % 1, 0.55 + 0.15 * (index % 4), 0.95 - 0.13 * (index % 5)
-        colours.append(tuple(hsv_to_rgb((hue, colour, light)).tolist()))
-    black = [(0.0, 0.0, 0.0)] if ground else []
-    return np.array([*black, *colours][:count], dtype=float).reshape(-1, 3)
-
-
-def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """`picture` [H, W, 3] under the colours of `mask` [H, W]: the ground dimmed, ignored pixels white with stripes."""
-    ignored = mask == IGNORE_INDEX
-    colours = palette[np.where(ignored, 0, mask)]
-    grey = picture.mean(-1, keepdims=True).repeat(3, -1)
-    rows, columns = np.indices(mask.shape)
-    width = max(min(mask.shape) // 48, 1)
-    stripes = np.where((rows + columns) // width % 4 == 0, 0.8, 1.0)[..., None]
-    return np.where(ignored[..., None], stripes, (1 - strength) * grey + strength * colours)
-
-
 def _redden(picture: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """The picture [H, W, 3] pale and grey, and red where `amount` [H, W] is one."""
+    """Return the picture [H, W, 3] in pale grey, with red where `amount` [H, W] is 1."""
     grey = 0.6 + 0.4 * picture.mean(-1, keepdims=True).repeat(3, -1)
     return grey + amount[..., None] * (np.array([0.8, 0.05, 0.05]) - grey)
-
-
-def short_name(name: str, longest: int = _LONGEST_NAME) -> str:
-    """A class name that fits under a picture."""
-    return _plain(name if len(name) <= longest else f"{name[: longest - 1]}…")
-
-
-def _plain(text: str) -> str:
-    """For matplotlib, which takes text between dollars for a formula and fails if it is none."""
-    return text.replace("$", r"\$")
-
-
-def picture_grid(
-    count: int, *, title: str, row_height: float = 1.3, column_width: float = 1.15, columns: int = 8
-) -> tuple[Figure, list[Axes]]:
-    """A figure with so many empty places, row by row."""
-    rows, columns = -(-count // columns), min(count, columns)
-    figure = Figure(figsize=(max(column_width * columns, 3.0), row_height * rows + 0.4), layout="constrained")
-    figure.suptitle(_plain(title), fontsize=10)
-    grid: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid:
-        axes.axis("off")
-    return figure, grid
 
 
 def _show(axes: Axes, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -346,10 +275,11 @@ def _show(axes: Axes, image: Tensor, mean: Sequence[float], std: Sequence[float]
 
 
 def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """A normalised [C, H, W] as [H, W, 3] in 0..1."""
+    """Convert a normalised picture [C, H, W] to [H, W, 3] with values in 0..1."""
     values = image.detach().float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     return values.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def _words(metric: str) -> str:
-    return {"mean_iou": "mean IoU"}.get(metric, metric.replace("_", " "))
+def in_words(metric: str) -> str:
+    """Return the name of a metric as it is shown: "mean_iou" becomes "mean IoU"."""
+    return metric.replace("_", " ").replace("iou", "IoU")

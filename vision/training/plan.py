@@ -1,8 +1,7 @@
-"""The numbers of a run that follow from its settings and from how many pictures there are, and whether they can be met.
+"""Derive epochs, steps, accumulation and learning rate from the settings and the size of the training set.
 
-Published recipes state a total batch, and segmentation recipes optimiser steps. How many batches are accumulated, how
-many epochs are run, and what the learning rate is, depends on the machine and the data set: it is worked out here,
-once.
+Published recipes state a total batch size, and segmentation recipes a number of optimizer steps. The number of
+accumulated batches, of epochs, and the scaled learning rate then depend on the machine and the data set.
 """
 
 from __future__ import annotations
@@ -17,7 +16,10 @@ from .settings import ConfigError
 
 @dataclass(frozen=True)
 class Plan:
-    """`batch`: pictures to an optimiser step, over all devices. `lr_factor`: by what every rate is multiplied."""
+    """The derived numbers of a run.
+
+    `batch` is the number of pictures in an optimizer step on all devices, `lr_factor` the factor of all learning rates.
+    """
 
     epochs: int
     steps_per_epoch: int
@@ -27,7 +29,7 @@ class Plan:
 
 
 def make_plan(config: Config, pictures: int) -> Plan:
-    """The plan for a training set of so many pictures, or a `ConfigError` that says which settings contradict."""
+    """Return the plan for a training set of this size; raise a `ConfigError` if settings contradict each other."""
     accumulate = _accumulate(config)
     steps = _steps_per_epoch(config, pictures, accumulate)
     epochs = _epochs(config, steps)

@@ -1,12 +1,12 @@
-"""report.html: a run folder on one page that needs nothing beside it, neither files nor a network.
+"""Write report.html, which shows a run folder on one self-contained page without further files or a network.
 
     python -m mixerzoo.vision.training.report runs/first
 
-A run writes it when it ends, however it ends; what is not there yet is left out. The page is made from the files of the
-folder alone, so that it can be made again: after a killed run, or with a newer version of this library.
+A run writes it whenever it ends, also after an error; missing parts are left out. The page is made only from the files
+in the folder, so that it can be written again after a killed run or with a newer version of this library.
 
-Unusual: no template language. A page of this size is a few functions that return text, and all text that is not ours
-(names of classes, settings, messages) goes through `html.escape` in the two helpers that write cells and paragraphs.
+Unusual: there is no template language. The page is built by a few functions that return text, and all foreign text
+(class names, settings, messages) is escaped by `html.escape` in the helpers that write cells and paragraphs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class _Run:
-    """What the files of a folder say; empty where they are not there yet."""
+    """The contents of the files in a run folder; empty for files that do not exist yet."""
 
     folder: Path
     settings: dict[str, Any]
@@ -63,7 +63,18 @@ class _Run:
 
     @property
     def metric(self) -> str:
-        return "mean_iou" if any("val/mean_iou" in row for row in self.rows) else "accuracy"
+        """The name of the validation metric that selects the best epoch."""
+        return self.results.get("metric") or (self.starts[-1].get("metric") if self.starts else None) or "accuracy"
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """The highest validation metric and its epoch, counted from 1; None before the first validation."""
+        if "validation" in self.results:
+            return self.results["validation"], self.results["best_epoch"]
+        values = [
+            (row[f"val/{self.metric}"], int(row["epoch"]) + 1) for row in self.rows if f"val/{self.metric}" in row
+        ]
+        return max(values, key=lambda pair: pair[0], default=None)
 
     @property
     def state(self) -> str:
@@ -71,7 +82,7 @@ class _Run:
 
 
 def write_report(folder: Path) -> Path:
-    """Draws the learning curves and writes report.html from what is in a run folder. Returns its path."""
+    """Draw the learning curves of a run folder, write its report.html, and return the path of that."""
     run = _read(folder)
     if run.rows:
         averaged = run.settings["ema.decay"] is not None
@@ -145,14 +156,13 @@ def _resume(run: _Run) -> str:
 
 
 def _numbers(run: _Run) -> Iterable[tuple[str, str]]:
-    """The few numbers for the top of the page."""
+    """Yield the numbers at the top of the page as (name, value)."""
     for name, value in sorted(run.results.get("test", {}).items(), key=lambda item: item[0] == "loss"):
-        yield f"test {_words(name)}", _number(name, value)
-    measured = [row for row in run.rows if f"val/{run.metric}" in row]
-    if measured:
-        best = max(measured, key=lambda row: row[f"val/{run.metric}"])
-        yield f"best validation {_words(run.metric)}", _number(run.metric, best[f"val/{run.metric}"])
-        yield "best epoch", f"{int(best['epoch']) + 1}{_of_all(run)}"
+        yield f"test {pictures.in_words(name)}", _number(name, value)
+    if run.best is not None:
+        value, epoch = run.best
+        yield f"best validation {pictures.in_words(run.metric)}", _number(run.metric, value)
+        yield "best epoch", f"{epoch}{_of_all(run)}"
     if "parameters" in run.results:
         yield "parameters", f"{run.results['parameters'] / 1e6:,.2f} M"
         gmacs = run.results["gmacs"]
@@ -181,14 +191,14 @@ def _picture(path: Path, caption: str) -> str:
 
 
 def _classes(run: _Run) -> str:
-    found = run.results.get("test_by_class")
-    if not found:
+    by_class = run.results.get("test_by_class")
+    if not by_class:
         return ""
-    dense = run.metric == "mean_iou" or "mean_iou" in run.results["test"]
+    dense = run.metric == "mean_iou"
     main, count = ("iou", "pixels") if dense else ("recall", "pictures")
-    order = sorted(found, key=lambda row: 2.0 if row[main] is None else row[main])
+    order = sorted(by_class, key=lambda row: 2.0 if row[main] is None else row[main])
     shares = ["iou", "recall", "precision"] if dense else ["recall", "precision"]
-    head = ["class", count, *(_words(name) for name in shares), "most often taken for"]
+    head = ["class", count, *(pictures.in_words(name) for name in shares), "most often taken for"]
     rows = []
     for row in order:
         other = f"{row['taken_for']} ({row['taken_for_count']:,})" if row["taken_for"] is not None else ""
@@ -257,11 +267,10 @@ def _environment(run: _Run) -> str:
 
 def _usage(run: _Run) -> str:
     folder = shlex.quote(str(run.folder))
-    model, best = shlex.quote(run.settings["model.name"]), shlex.quote(str(run.folder / "checkpoints" / "best.ckpt"))
     commands = {
         "Go on after an interruption, or train longer (train.epochs=…)": _resume(run),
         "Predict pictures of your own": f"python -m mixerzoo.vision.predict {folder} path/to/pictures",
-        "Export, here as ONNX": f"python -m mixerzoo.vision.export {model} --format onnx --checkpoint {best}",
+        "Export, here as ONNX": f"python -m mixerzoo.vision.export {folder} --format onnx",
         "Write this page again": f"python -m mixerzoo.vision.training.report {folder}",
     }
     return "".join(f"{_p(name)}<pre>{escape(command)}</pre>" for name, command in commands.items())
@@ -269,7 +278,7 @@ def _usage(run: _Run) -> str:
 
 @dataclass(frozen=True)
 class _Share:
-    """A cell that shows a share of one as a number over a bar."""
+    """A table cell that shows a fraction as a percentage over a bar."""
 
     value: float | None
 
@@ -301,7 +310,7 @@ def _folded(title: str, content: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """As it would stand in YAML or on the command line."""
+    """Format a value as in YAML or on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -316,10 +325,6 @@ def _short(value: float | None) -> str:
 
 def _number(name: str, value: float) -> str:
     return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").replace("iou", "IoU")
 
 
 def _when(stamp: str) -> str:

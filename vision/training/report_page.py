@@ -1,6 +1,6 @@
-"""The frame of report.html: its style, for screens light and dark and for paper, and a script that sorts tables.
+"""The frame of report.html: styles for light and dark screens and for print, and a script that sorts tables.
 
-Everything stands in the page: no file, font or address besides. Without scripts it is the same page, unsorted.
+The page refers to no other file, font or address. Without JavaScript only the sorting is missing.
 """
 
 from __future__ import annotations

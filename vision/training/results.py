@@ -1,4 +1,4 @@
-"""What a run folder shows: the settings and a batch before training; numbers and pictures after it."""
+"""Write the files of a run folder: settings and a batch before training, results and pictures after the test."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from typing import Any
 import timm
 import torch
 
-from ..data.loading import EpochBatches, Request, seed_everything
+from ..data.loading import Request
+from ..data.module import ZooData
 from ..data.splits import IGNORE_INDEX, Splits
 from ..segmentation import scores
+from ..summary import Summary
 from . import pictures
 from .checkpoints import write_text
 from .config import Config
 from .mistakes import Mistake, shrink
 from .settings import to_yaml
-from .summary import Summary
 from .tasks import Task
 
 
-def describe_run(folder: Path, config: Config, task: Task, splits: Splits, summary: Summary) -> None:
-    """Writes what is known before the first step: config.yaml, summary.txt and a batch as the model sees it."""
+def describe_run(folder: Path, config: Config, task: Task, data: ZooData, summary: Summary) -> None:
+    """Write config.yaml, summary.txt and batch.png, the first batch of the first process, before training."""
     write_text(folder / "config.yaml", to_yaml(config))
     write_text(folder / "summary.txt", f"{summary}\n")
-    _draw_batch(folder / "batch.png", task, splits, config)
+    _draw_batch(folder / "batch.png", task, data, config.train.processes)
 
 
 def collect_results(
     config: Config, splits: Splits, summary: Summary, task: Task, test: Any, best: dict[str, Any]
 ) -> dict[str, Any]:
     return {
+        "metric": task.metric,
+        "validation": _validated(best),
         "model": config.model.name,
         "model_kwargs": config.model.kwargs,
         "data": splits.origin,
@@ -50,8 +53,14 @@ def collect_results(
     }
 
 
+def _validated(best: dict[str, Any]) -> float:
+    """Return the validation metric that selected best.ckpt, from the saved state of the `BestCheckpoint` callback."""
+    [state] = [state for name, state in best["callbacks"].items() if name.startswith("BestCheckpoint")]
+    return float(state["current_score"])
+
+
 def _by_class(confusion: torch.Tensor, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Of each class how many pictures or pixels there were, its numbers, and for what other class it was taken most."""
+    """Return for each class its count, recall, precision and IoU, and the class it was most often confused with."""
     result = scores(confusion)
     others = confusion.clone().fill_diagonal_(0)
     most, taken_for = others.max(1)
@@ -71,20 +80,19 @@ def _number(value: torch.Tensor) -> float | None:
     return None if value.isnan() else round(float(value), 6)
 
 
-def _draw_batch(path: Path, task: Task, splits: Splits, config: Config) -> None:
-    count = 6 if splits.dense else 32
-    batches = EpochBatches(len(splits.train), config.train.batch_size, seed=config.seed, training=True)
-    request = next(iter(batches))
-    images, targets = splits.train.__getitems__(request._replace(indices=request.indices[: count - count % 2]))
+def _draw_batch(path: Path, task: Task, data: ZooData, processes: int) -> None:
+    """Draw a part of the first batch. All of it is computed, since augmentation depends on the size of the batch."""
+    splits = data.splits
+    images, targets = splits.train.__getitems__(data.first_request(processes))
     if splits.dense:
-        images, targets = (tensor.unbind() for tensor in (images, targets))
+        images, targets = (tensor[:6].unbind() for tensor in (images, targets))
         return pictures.draw_masks(path, images, {"truth": targets}, splits.classes, splits.mean, splits.std)
     names = [splits.classes[int(target)] for target in targets]
-    if task.mix is not None and len(images) % 2 == 0:
-        seed_everything(request.seed)
-        images, soft = task.mix(images, targets)
+    if task.mix is not None:
+        task.seed_step(0, 0, rank=0)
+        images, soft = task.blend(images, targets, epoch=0)
         names = [_blend_name(weights, splits.classes) for weights in soft]
-    pictures.draw_batch(path, images, names, splits.mean, splits.std)
+    pictures.draw_batch(path, images[:32], names[:32], splits.mean, splits.std)
 
 
 def _blend_name(weights: torch.Tensor, classes: tuple[str, ...]) -> str:
@@ -96,7 +104,7 @@ def _blend_name(weights: torch.Tensor, classes: tuple[str, ...]) -> str:
 def show_results(
     folder: Path, task: Task, splits: Splits, results: dict[str, Any], mistakes: Sequence[Mistake]
 ) -> None:
-    """Writes results.json and the pictures that need a trained model; the numbers first, since drawing may fail."""
+    """Write results.json and then the pictures of the test; the numbers come first because drawing may fail."""
     write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     _draw_results(folder, task, splits, results, mistakes)
 
@@ -106,8 +114,8 @@ def _draw_results(
 ) -> None:
     _draw_predictions(folder / "predictions.png", task, splits)
     _draw_mistakes(folder / "mistakes.png", mistakes, splits)
-    name, value = ("mean IoU", "mean_iou") if splits.dense else ("accuracy", "accuracy")
-    title = f"{results['model']} on {results['data']}\ntest {name} {100 * results['test'][value]:.1f} %"
+    name, value = pictures.in_words(results["metric"]), results["test"][results["metric"]]
+    title = f"{results['model']} on {results['data']}\ntest {name} {100 * value:.1f} %"
     pictures.draw_confusion(folder / "confusion.png", task.result, splits.classes, title)
 
 
@@ -122,16 +130,17 @@ def _draw_predictions(path: Path, task: Task, splits: Splits) -> None:
         images, truth, predicted = (list(parts) for parts in zip(*answered, strict=True))
         return pictures.draw_masks(path, images, {"truth": truth, "prediction": predicted}, *shown)
     images, truth = splits.test.__getitems__(Request(spread, 0))
-    confidence, predicted = task.judge(images, final=True).softmax(1).max(1)
+    answer = task.judge(images, final=True)
+    confidence = answer.logits.softmax(1).amax(1)
     title = "test pictures: predicted class and confidence"
-    pictures.draw_predictions(path, images, truth, predicted, confidence, *shown, title=title)
+    pictures.draw_predictions(path, images, truth, answer.labels, confidence, *shown, title=title)
 
 
 def _predict_mask(task: Task, splits: Splits, index: int) -> tuple[torch.Tensor, ...]:
-    """A test picture, its mask and the model's, no larger than they are drawn."""
+    """Return a test picture, its mask and the predicted mask, reduced to the size at which they are drawn."""
     images, truth = splits.test.__getitems__(Request([index], 0))
-    found = (images, truth, task.judge(images, final=True).argmax(1))
-    return tuple(shrink(tensor[0]) for tensor in found)
+    predicted = task.judge(images, final=True).labels
+    return tuple(shrink(tensor[0]) for tensor in (images, truth, predicted))
 
 
 def _draw_mistakes(path: Path, mistakes: Sequence[Mistake], splits: Splits) -> None:

@@ -1,7 +1,8 @@
-"""Where an interrupted run goes on from, and what must not have changed since. Needs no torch: settings are read early.
+"""Which checkpoint an interrupted run resumes from, and which settings must not have changed since.
 
-A run folder keeps two checkpoints, last.ckpt and previous.ckpt, the one before it. A damaged last.ckpt costs the steps
-between the two; what a run computes stays the same, because every step depends on the state before it alone.
+A run folder keeps two checkpoints: last.ckpt and previous.ckpt, the one before it. If last.ckpt is damaged, the steps
+between the two are computed again. The result stays the same, because every step depends only on the state before it.
+This module does not import torch, because settings are read before it is loaded.
 """
 
 from __future__ import annotations
@@ -24,16 +25,33 @@ FREE = frozenset(
         *("evaluate.scales", "evaluate.flip"),
     }
 )
-"""Settings that a resumed run may change: they choose how long and on what it runs, not what a step computes."""
+"""Settings that may differ in a resumed run: how long and on what hardware it runs, not what a step computes."""
+
+BOUND = frozenset(
+    {
+        *("optim.name", "optim.no_decay", "optim.layer_decay", "optim.layer_blocks", "optim.lr_scale"),
+        *("optim.freeze", "optim.freeze_epochs"),
+    }
+)
+"""Settings that may not differ even if forced: they determine the parameter groups of the saved optimizer state."""
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run folder holds something to go on from, whole or not."""
-    return any((folder / "checkpoints" / name).exists() for name in (LAST, PREVIOUS))
+    """Return whether a run folder holds a checkpoint to resume from, even a damaged one."""
+    return bool(_resumable(folder))
+
+
+def saved_at(folder: Path) -> float:
+    """Return the modification time of the newest checkpoint to resume from; the folder must have one."""
+    return max(path.stat().st_mtime for path in _resumable(folder))
+
+
+def _resumable(folder: Path) -> list[Path]:
+    return [path for name in (LAST, PREVIOUS) if (path := folder / "checkpoints" / name).exists()]
 
 
 def first_whole(path: Path) -> Path:
-    """`path`, or where it is damaged, with a warning, the checkpoint before it; a `ValueError` if none is whole."""
+    """Return the first undamaged checkpoint: `path`, or, with a warning, the one before it. Raise if there is none."""
     wrong = []
     for candidate in (path, path.with_name(PREVIOUS)) if path.name == LAST else (path,):
         damage = find_damage(candidate)
@@ -46,7 +64,7 @@ def first_whole(path: Path) -> Path:
 
 
 def changes(saved: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """In words, the settings that differ from those of the saved run although they must not."""
+    """Describe the settings that differ from the saved run's and are not in `FREE`, one string each."""
     return [
         f"{name} was {saved.get(name)} and is now {value}"
         for name, value in now.items()

@@ -1,4 +1,4 @@
-"""A run from settings to results: data, model, training, test, and a folder that shows all of it."""
+"""Run training and test from the settings: build data and model, train, test, and write the run folder."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
+from .._messages import did_you_mean
 from ..data.loading import mix_seed, seed_everything
 from ..data.module import SOURCES, ZooData
 from ..data.splits import Splits
-from .build import build_model
-from .callbacks import Curves, EpochTable, LastCheckpoint, Progress
+from ..summary import summarize
+from .build import build_model, check_name, checkpoint_gradients
+from .callbacks import BestCheckpoint, Curves, EpochTable, LastCheckpoint, Progress
 from .checkpoints import AtomicCheckpointIO, load_best
 from .config import Config
 from .distillation import make_teacher
 from .distributed import load_weights, make_environment, make_strategy, on_gpu, whole
-from .failures import memory_advice
+from .failures import disk_advice, memory_advice
 from .folder import make_folder
 from .journal import Journal
 from .launch import check_processes, is_first
 from .mistakes import Mistakes
-from .optimization import freeze
+from .optimization import check_names, freeze
 from .plan import make_plan
 from .results import collect_results, describe_run, show_results
 from .resume import BEST, LAST, first_whole
-from .settings import ConfigError, nearest
+from .settings import ConfigError
 from .signals import SignalWatch
-from .summary import summarize
 from .tasks import Task
 
 _log = logging.getLogger(__name__)
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains and tests as `config` says; returns what results.json holds. Raises `Interrupted` on SIGINT or SIGTERM."""
-    with Journal() as journal, memory_advice(config):
+    """Train and test; return the content of results.json. Raises `Interrupted` on SIGINT, SIGTERM or SIGUSR1."""
+    with Journal() as journal, memory_advice(config), disk_advice(config):
         return _run(config, journal)
 
 
 def _run(config: Config, journal: Journal) -> dict[str, Any]:
     started = time.monotonic()
     check_processes(config.train, config.out)
+    check_name(config.model.name)
+    check_names(config)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     splits = load_data(config)
@@ -55,6 +57,8 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
     seed_everything(mix_seed(config.seed))
     model = build_model(config, splits)
     freeze(model, config.optim.freeze)
+    if config.train.grad_checkpointing:
+        checkpoint_gradients(model, config.model.name)
     summary = summarize(model, (splits.channels, splits.size, splits.size))
     _log.info(
         "model: %s, %.2f M parameters, %.3f GMACs", config.model.name, summary.parameters / 1e6, summary.macs / 1e9
@@ -66,13 +70,13 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
     task = Task(
         model, config, splits, plan=plan, teacher=make_teacher(config.distill, splits, config.augment.sizes.values())
     )
+    data = _make_data(config, splits)
     folder = make_folder(config)
     checkpoint = None if config.resume in (None, "auto") else first_whole(Path(config.resume))
     if is_first():
-        journal.begin(folder, resumed=checkpoint is not None)
-        describe_run(folder, config, task, splits, summary)
+        journal.begin(folder, resumed=checkpoint is not None, metric=task.metric)
+        describe_run(folder, config, task, data, summary)
 
-    data = _make_data(config, splits)
     with SignalWatch() as watch:
         trainer = _make_trainer(config, folder, watch, task, resumed=checkpoint is not None)
         if config.train.compile:
@@ -94,7 +98,7 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
 
 
 def _build_empty(config: Config, splits: Splits) -> torch.nn.Module:
-    """The model of a run without the weights that it began with."""
+    """Build the model of a run without loading the initial weights."""
     fresh = dataclasses.replace(config.model, pretrained=False, checkpoint=None, start_from=None)
     return build_model(dataclasses.replace(config, model=fresh), splits)
 
@@ -103,7 +107,7 @@ def load_data(config: Config) -> Splits:
     if config.data.source not in SOURCES:
         known = ", ".join(SOURCES)
         raise ConfigError(
-            f"data.source={config.data.source}: choose one of {known}{nearest(config.data.source, list(SOURCES))}"
+            f"data.source={config.data.source}: choose one of {known}{did_you_mean(config.data.source, SOURCES)}"
         )
     return SOURCES[config.data.source](config.data, config.augment, config.seed)
 
@@ -127,14 +131,7 @@ def _parts(splits: Splits) -> tuple[Any, Any, Any]:
 
 def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task, *, resumed: bool) -> pl.Trainer:
     train = config.train
-    best = ModelCheckpoint(
-        folder / "checkpoints",
-        filename=Path(BEST).stem,
-        monitor=f"val/{task.metric}",
-        mode="max",
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
+    best = BestCheckpoint(folder / "checkpoints", task.metric)
     last = LastCheckpoint(folder / "checkpoints" / LAST, watch, every=train.save_every)
     return pl.Trainer(
         accelerator=train.accelerator,
@@ -158,7 +155,7 @@ def _make_trainer(config: Config, folder: Path, watch: SignalWatch, task: Task, 
         ],
         callbacks=[best, last, *([Progress(refresh_rate=10)] if train.progress else [])],
         plugins=[AtomicCheckpointIO(on_error=train.save_errors), make_environment()],
-        use_distributed_sampler=False,  # ours shards by itself, without repeating pictures
+        use_distributed_sampler=False,  # our batch sampler shards without repeating pictures
         enable_model_summary=False,
         enable_progress_bar=train.progress,
     )

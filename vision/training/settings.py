@@ -1,21 +1,20 @@
-"""From files and arguments to a checked `Config`: recipe and data set from `configs/`, then `key=value`, in this order.
+"""Build a checked `Config` from the data file and the recipe in `configs/` and then the `key=value` arguments.
 
-OmegaConf merges and checks types. It is asked key by key, so that an error names the argument or file it came from.
-Unusual:
+OmegaConf merges the settings and checks their types. Keys are merged one at a time, so that an error can name the
+argument or file it came from. Unusual:
 
-* A name given for a model starts from that model's own defaults: arguments that a recipe passes to its own model
-  (`stem_stride`, `dims`) mean nothing to another, so they are dropped with the recipe's name. So are a recipe's picture
-  size and augmentation where another data set is named, and the weights of its classes.
-* A recipe may hold `variants`, shell patterns of model names with settings for these: what authors change from one
-  size of a model to the next. It stands beside the recipe's own model and applies to whichever model is chosen.
-* A value for a key of type str is taken as it stands. YAML would turn a model called `1e5` into 100000.0.
-* Lists are given whole. OmegaConf reads `betas.0=…` as a mapping and fails with a message about containers.
-* A resumed run is described by the config.yaml of its folder; recipe and data file are not read again.
+* If `model=` names another model than the recipe's, the recipe's model arguments (`stem_stride`, `dims`) are dropped,
+  because they are meaningless for it. Likewise, if `data=` names another data set, the recipe's image size,
+  augmentation and class weights are dropped.
+* A recipe may have a section `variants`: shell patterns of model names, each with settings for the models it matches.
+  Authors often change a few settings from one model size to the next.
+* The value of a key of type str is used as typed. YAML would turn a model called `1e5` into 100000.0.
+* Lists must be given whole. OmegaConf reads `betas.0=…` as a mapping and fails with a message about containers.
+* A resumed run takes its settings from the config.yaml in its folder; the recipe and data files are not read again.
 """
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,23 +25,24 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .._messages import closest, did_you_mean
+from ..data.sources import recognize
 from .config import SHORTHANDS, Config, Key, keys
-from .resume import LAST, changes, has_checkpoint
+from .resume import BEST, BOUND, LAST, changes, has_checkpoint, saved_at
 
 _KEYS = {key.name: key for key in keys()}
 _SECTIONS = {name.split(".")[0] for name in _KEYS if "." in name}
 _OPEN = tuple(name for name, key in _KEYS.items() if key.describe_type().startswith("dict"))  # any key may stand below
 
 _PHOTOS = ("image_folder", "timm")  # read in different ways, but a recipe's size and augmentation are meant for both
-_TIMM_PREFIXES = ("hfds", "hfids", "wds", "tfds", "torch")
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used. The message says which, why, and what to write."""
+    """A setting cannot be used. The message says which one, why, and what to write instead."""
 
 
 def load(arguments: Sequence[str], folder: Path) -> Config:
-    """The checked settings of a run, from its command-line arguments and the files in `folder`."""
+    """Return the checked settings of a run from its command-line arguments and the files in `folder`."""
     given = dict(_parse(argument) for argument in arguments)
     texts = {argument.partition("=")[0].strip(): argument for argument in arguments}
     if given.get("resume") == "auto":
@@ -52,27 +52,28 @@ def load(arguments: Sequence[str], folder: Path) -> Config:
         saved = None
     else:
         checkpoint = find_checkpoint(given["resume"], given.get("out"))
-        trees = _read(_saved_config(checkpoint))
-        _same_experiment(given, trees[0][1])
-        saved = _merge(trees, Config())
+        _same_folder(given, checkpoint.parent.parent)
+        saved = _saved_settings(checkpoint)
+        _same_experiment(given, saved)
         given |= {"resume": str(checkpoint), "out": str(checkpoint.parent.parent)}
+        given.setdefault("resume_force", False)  # config.yaml of a run that was once resumed by force holds true
         trees = []
     trees += [(texts.get(name, name), {name: value}) for name, value in given.items()]
     config = _merge(trees, saved or Config())
-    if saved is not None and not given.get("resume_force"):
+    if saved is not None:
         _refuse_changes(saved, config)
     return config
 
 
 def _out_with_checkpoint(out: str | None) -> str:
-    """What `resume=auto` means: the run folder, or itself where there is nothing yet to go on from."""
+    """Resolve `resume=auto`: return the run folder if it has a checkpoint, otherwise "auto"."""
     if out is None:
         raise ConfigError("resume=auto goes on in the folder out=, or begins there; give out=FOLDER")
     return out if has_checkpoint(Path(out)) else "auto"
 
 
 def _merge(trees: Sequence[tuple[str, Mapping[str, Any]]], base: Config) -> Config:
-    """`base` with the settings of all trees, checked; later ones win."""
+    """Return `base` updated with the settings of all trees, checked; later trees take precedence."""
     config = OmegaConf.structured(base)
     unset: set[str] = set()  # merging ignores `???`, so that it would leave the default in place
     for origin, tree in trees:
@@ -85,18 +86,22 @@ def _merge(trees: Sequence[tuple[str, Mapping[str, Any]]], base: Config) -> Conf
 
 
 def find_checkpoint(resume: str, out: str | None = None) -> Path:
-    """The checkpoint that `resume=` means: of the run folder `out`, of the newest one in runs/, or at a path."""
+    """Return the checkpoint that `resume=` refers to: at a path, or for "last" in `out` or the newest run in runs/.
+
+    For a run folder this is always the path of last.ckpt, even if a kill between two renames has left only
+    previous.ckpt: `resume.first_whole` then falls back to that one.
+    """
     if resume != "last":
         path = Path(resume)
         path = path / "checkpoints" / LAST if path.is_dir() else path
         if not path.is_file() and not (path.name == LAST and has_checkpoint(path.parent.parent)):
             raise ConfigError(f"resume={resume}: there is no checkpoint at {path}; give a run folder or a .ckpt file")
         return path
-    found = list((Path(out) if out else Path("runs")).glob(f"{'' if out else '*/'}checkpoints/{LAST}"))
-    if not found:
+    folders = [folder for folder in ([Path(out)] if out else Path("runs").glob("*")) if has_checkpoint(folder)]
+    if not folders:
         place = f"{out}/checkpoints" if out else "any folder of runs/"
         raise ConfigError(f"resume=last: no {LAST} in {place}; start without resume=, or name the run folder")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return max(folders, key=saved_at) / "checkpoints" / LAST
 
 
 def to_yaml(config: Config) -> str:
@@ -104,14 +109,8 @@ def to_yaml(config: Config) -> str:
 
 
 def choices(folder: Path, kind: str) -> list[str]:
-    """The names that `recipe=` or `data=` can take."""
+    """Return the names that `recipe=` or `data=` accepts."""
     return sorted(path.stem for path in (folder / kind).glob("*.yaml"))
-
-
-def nearest(word: str, words: Sequence[str] | set[str]) -> str:
-    """A sentence with what may have been meant, or nothing."""
-    found = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _parse(argument: str) -> tuple[str, Any]:
@@ -132,12 +131,12 @@ def _parse(argument: str) -> tuple[str, Any]:
 
 
 def _unquoted(text: str) -> str:
-    """Quotes around the whole of a value keep it together (sweep.py); they are not part of it."""
+    """Remove quotes around a whole value. They protect its commas from being read as a sweep (sweep.py)."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _known(name: str, origin: str) -> None:
-    """Refuses a key that the schema does not have, with the nearest one that it has."""
+    """Raise a `ConfigError` for a key that is not in the schema, suggesting the closest one that is."""
     if name in _KEYS or name in SHORTHANDS or name.startswith(tuple(f"{key}." for key in _OPEN)):
         if any(part.isdigit() for part in name.split(".")):
             raise ConfigError(f"{origin}: one entry of a list cannot be set; give the list whole, as in key=[1,2]")
@@ -151,15 +150,14 @@ def _known(name: str, origin: str) -> None:
             f"{origin}: {parent} is one value of type {_KEYS[parent].describe_type()}, with nothing below"
         )
     leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(_KEYS)}
-    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
-    close = difflib.get_close_matches(name, list(_KEYS), n=1, cutoff=0.75)
-    guess = close[0] if close else leaves[leaf[0]] if leaf else None
-    hint = f"; did you mean {guess}?" if guess else "; `python train.py --help` lists the keys"
+    leaf = closest(name.rsplit(".", 1)[-1], leaves, cutoff=0.6)
+    guesses = closest(name, _KEYS, cutoff=0.75) or [leaves[part] for part in leaf]
+    hint = f"; did you mean {guesses[0]}?" if guesses else "; `python train.py --help` lists the keys"
     raise ConfigError(f"{origin}: there is no key {name}{hint}")
 
 
 def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """The trees of the data file and of the recipe, data first: a recipe may refine its data set."""
+    """Return the settings of the data file and of the recipe, in this order: a recipe may override its data file."""
     recipe = given.get("recipe") or _KEYS["recipe"].default
     _check_choice("recipe", recipe, choices(folder, "recipes"))
     [(origin, tree)] = _read(folder / "recipes" / f"{recipe}.yaml")
@@ -192,7 +190,7 @@ def _from_files(given: dict[str, Any], folder: Path) -> list[tuple[str, Mapping[
 
 
 def _for_other_data(part: Mapping[str, Any], *, alike: bool) -> dict[str, Any]:
-    """A recipe's settings without those of its own data set; where both are `alike`, only the weights of classes."""
+    """Remove from a recipe the settings of its own data set; if both data sets are `alike`, only the class weights."""
     rest = {name: value for name, value in part.items() if alike or name not in ("data", "augment")}
     if isinstance(loss := rest.get("loss"), dict):
         rest["loss"] = {name: value for name, value in loss.items() if name != "class_weights"}
@@ -200,28 +198,28 @@ def _for_other_data(part: Mapping[str, Any], *, alike: bool) -> dict[str, Any]:
 
 
 def _place(data: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The file in configs/data for what `data=` names, and what a path or one of timm's names stands for besides."""
-    if data not in names:
-        if (folder := Path(data)).is_dir():
-            masks = (folder / "images").is_dir() and any((folder / name).is_dir() for name in ("annotations", "masks"))
-            return "mask_folder" if masks else "image_folder", {"data.root": data}
-        if data.endswith(".tar"):
-            return "timm", {"data.root": data}
-        if data.partition("/")[0].lower() in _TIMM_PREFIXES and "/" in data:
-            return "timm", {"data.dataset": data}
+    """Resolve `data=`: return the name of a file in configs/data and the settings that a path or timm name implies."""
+    if data not in names and (recognized := recognize(data)) is not None:
+        source, location = recognized
+        return source, {f"data.{name}": value for name, value in location.items()}
     return data, {}
 
 
 def _of_variant(variants: Any, model: str, origin: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The settings that a recipe has for this model, in the order of the file."""
+    """Return the settings of all `variants` of a recipe that match this model, in the order of the file."""
     if not isinstance(variants, dict) or not all(isinstance(part, dict) for part in variants.values()):
         raise ConfigError(f"{origin}: below variants stand names of models, and settings below each of them")
     return [(f"{origin}, {name}", part) for name, part in variants.items() if fnmatch.fnmatch(model, str(name))]
 
 
 def _check_choice(key: str, value: str, names: list[str]) -> None:
-    if value not in names:
-        raise ConfigError(f"{key}={value}: choose one of {', '.join(names)}{nearest(value, names)}")
+    if value in names:
+        return
+    if key == "data" and Path(value).is_file():
+        raise ConfigError(f"data={value} is a file; give a folder, a .tar or one of {', '.join(names)}")
+    if key == "data" and "/" in value:
+        raise ConfigError(f"data={value}: there is no such folder; give one that exists, or one of {', '.join(names)}")
+    raise ConfigError(f"{key}={value}: choose one of {', '.join(names)}{did_you_mean(value, names)}")
 
 
 def _read(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -235,18 +233,40 @@ def _read(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     return [(str(path), {str(name): value for name, value in tree.items()})]
 
 
-def _saved_config(checkpoint: Path) -> Path:
+def _saved_settings(checkpoint: Path) -> Config:
+    """Return the settings in the config.yaml of a run folder, which must have all keys: defaults may not be the run's.
+
+    Raises a `ConfigError` if it is missing, damaged or incomplete.
+    """
     path = checkpoint.parent.parent / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume: {checkpoint} has no {path} beside it, so its settings are unknown")
-    return path
+    [(origin, tree)] = _read(path)
+    found = {name for name, _ in _flatten(tree, origin)}
+    if missing := [name for name in _KEYS if name not in found]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"{path} is not whole: it lacks {', '.join(missing[:3])}{more}; write what the run had into it (`python "
+            "train.py --cfg` with the arguments of the run prints all of it), or start a new run"
+        )
+    return _merge([(origin, tree)], Config())
 
 
-def _same_experiment(given: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Drops from the arguments what names the resumed experiment, and refuses to resume as another one."""
+def _same_folder(given: Mapping[str, Any], folder: Path) -> None:
+    """Raise if `out=` names another folder than that of the run to resume."""
+    out = given.get("out")
+    if out is not None and Path(out).resolve() != folder.resolve():
+        raise ConfigError(
+            f"out={out}: resume={given['resume']} goes on in {folder}; leave out= away, or copy the run first, as with "
+            f"cp -r {folder} {out}, and give resume={out}"
+        )
+
+
+def _same_experiment(given: dict[str, Any], saved: Config) -> None:
+    """Remove recipe, model and data from the arguments; raise if they name another experiment than the saved one."""
     for name in ("recipe", *SHORTHANDS):
         wanted = given.pop(name, None) or given.pop(f"{name}.name", None)
-        was = saved[name] if name == "recipe" else saved[name]["name"]
+        was = saved.recipe if name == "recipe" else getattr(saved, name).name
         if name == "data" and wanted is not None:
             wanted, meant = _place(wanted, [was])
             given.update({key: value for key, value in meant.items() if key not in given})
@@ -257,18 +277,28 @@ def _same_experiment(given: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def _refuse_changes(saved: Config, config: Config) -> None:
-    """A resumed run ends like an uninterrupted one only if its steps are computed in the same way."""
+    """Raise if settings differ that change what a step computes: the result would not be that of one whole run.
+
+    With `resume_force` only those in `BOUND` are refused.
+    """
     before, now = (
         {name: OmegaConf.select(tree, name) for name in _KEYS} for tree in map(OmegaConf.structured, (saved, config))
     )
-    if found := changes(before, now):
+    if config.resume_force:
+        if found := changes(before, {name: now[name] for name in now if name in BOUND}):
+            best = Path(str(config.resume)).with_name(BEST)
+            raise ConfigError(
+                f"resume={config.resume}: {', '.join(found)}; the saved state of the optimizer does not fit that, even "
+                f"with resume_force=true: leave it out, or start a new run with model.start_from={best}"
+            )
+    elif found := changes(before, now):
         raise ConfigError(
             f"resume={config.resume}: {', '.join(found)}; leave out what differs, or go on with it by resume_force=true"
         )
 
 
 def _flatten(tree: Mapping[str, Any], origin: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of a tree; the values of open mappings (model.kwargs) stay whole."""
+    """Yield dotted names and values of a tree. Mappings with arbitrary keys (model.kwargs) are yielded whole."""
     for part, value in tree.items():
         name = f"{prefix}{part}"
         if isinstance(value, dict) and (name in _SECTIONS or (name not in _KEYS and not prefix)):
@@ -279,7 +309,7 @@ def _flatten(tree: Mapping[str, Any], origin: str, prefix: str = "") -> Iterator
 
 
 def _set(config: DictConfig, name: str, value: Any, origin: str) -> DictConfig:
-    """The settings with one key changed, its type checked. Mappings are merged, everything else is replaced."""
+    """Return the settings with one key changed and its type checked. Mappings are merged, other values replaced."""
     key = _KEYS.get(name)
     tree: Any = value
     for part in reversed(name.split(".")):
@@ -301,7 +331,7 @@ def _set(config: DictConfig, name: str, value: Any, origin: str) -> DictConfig:
 
 
 def _finish(config: DictConfig) -> Config:
-    """References resolved, every number inside its range."""
+    """Resolve references, check the range of every number, and convert to dataclasses."""
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:

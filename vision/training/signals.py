@@ -1,11 +1,11 @@
-"""How a run is stopped from outside: by Ctrl-C, by a scheduler, or by Slurm shortly before the time is up.
+"""Stop a run on SIGINT, SIGTERM or SIGUSR1 (Ctrl-C, a scheduler, Slurm before the time limit) with a checkpoint.
 
-The first signal is remembered; after the step, or after the evaluation, that is being computed the run is saved and
-ends. SIGINT ends with 130 and SIGTERM with 143, as a shell counts them. SIGUSR1 (`#SBATCH --signal=USR1@120`) puts the
-job back into Slurm's queue and ends with 0; outside of Slurm nothing would start the run again, and the code is 138.
+The first signal is remembered, and the run saves and stops after the current step or evaluation. The exit code is 130
+for SIGINT and 143 for SIGTERM, as in a shell. SIGUSR1 (`#SBATCH --signal=USR1@120`) requeues the Slurm job, with exit
+code 0; outside of Slurm nothing would restart the run, and the exit code is 138.
 
-Unusual: Lightning's own handling ends the process with nothing saved, and for SIGTERM with the exit code of a success;
-and it is put in place after `fit` has begun, over whatever was there. So ours is put in place again after that.
+Unusual: Lightning's own handlers exit without saving, for SIGTERM with exit code 0, and are installed after `fit` has
+begun, over existing ones. The handlers of this module are therefore installed a second time after that.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
-    """Training stopped because of a signal. No `Exception`: whoever catches all errors must not go on after this."""
+    """Training was stopped by a signal. Not an `Exception`, so that code that catches all errors does not continue."""
 
     def __init__(self, number: int, checkpoint: Path | None) -> None:
-        """`checkpoint` holds everything; None: it was not waited for."""
+        """`checkpoint` is the file that was saved, or None if a second signal stopped the run at once."""
         name = signal.Signals(number).name
         super().__init__(
             f"stopped by {name}; go on with resume={checkpoint.parent.parent}"
@@ -39,20 +39,20 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """Remembers the first signal instead of acting on it; a second SIGINT stops at once."""
+    """A context manager whose handlers remember the first signal; a second SIGINT stops the run at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> SignalWatch:
-        if threading.current_thread() is threading.main_thread():  # signals can be caught nowhere else
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set signal handlers
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             self.watch()
         return self
 
     def watch(self) -> None:
-        """Puts the handlers in place, over those of others."""
+        """Install the handlers, replacing those of others."""
         for number in self._before:
             signal.signal(number, self._remember)
 
@@ -67,7 +67,7 @@ class SignalWatch:
 
 
 def exit_code(stop: Interrupted, *, first: bool) -> int:
-    """What the process ends with. `first`: it is the one of the run's processes that may ask Slurm for a restart."""
+    """Return the exit code of a stopped process; after SIGUSR1 the `first` process of a run requeues the Slurm job."""
     if stop.number != signal.SIGUSR1:
         return 128 + stop.number
     job = slurm_job()
@@ -78,13 +78,13 @@ def exit_code(stop: Interrupted, *, first: bool) -> int:
 
 
 def slurm_job() -> str | None:
-    """The name by which Slurm knows this job, if it is one."""
+    """Return the id of the Slurm job that this process belongs to, or None."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def requeue(job: str) -> bool:
-    """Asks Slurm to start the job again, whose command goes on by `resume=auto`; whether it will."""
+    """Ask Slurm to requeue the job, whose command continues by `resume=auto`; return whether it accepted."""
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

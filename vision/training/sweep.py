@@ -1,15 +1,16 @@
-"""Sweeps: `optim.lr=1e-3,2e-3 model=nat_mini,van_b0` is four runs, one after the other, each in a process of its own.
+"""Sweeps: `optim.lr=1e-3,2e-3 model=nat_mini,van_b0` trains four runs one after the other, each in its own process.
 
-    DIR/sweep.json                    what was asked for, so that it can go on
-    DIR/lr=1e-3_model=nat_mini/       a run folder like any other
-    DIR/sweep.csv, DIR/sweep.md       a row for each run, best first
+    DIR/sweep.json                    the arguments, so that the sweep can be resumed
+    DIR/lr=1e-3_model=nat_mini/       a normal run folder
+    DIR/sweep.csv, DIR/sweep.md       a table with one row per run, best first
 
 Unusual:
 
-* Runs are ordered by their validation, not by the test shown beside it: who chooses settings by the test reports a
-  number that the next pictures will not give.
-* A run that fails does not stop the others. A sweep that was stopped goes on where it was when it is started again, or
-  with `resume=DIR`: what is finished is skipped, what was interrupted is resumed, what failed is tried again.
+* Runs are ordered by their validation metric, not by the test metric beside it: settings that are chosen by the test
+  make its numbers too optimistic.
+* A comma separates values, except in the path of an existing file or folder and inside brackets or quotes.
+* A run that fails does not stop the others. A stopped sweep continues when the same command is started again, or with
+  `resume=DIR`: finished runs are skipped, interrupted ones resumed, and failed ones started again.
 """
 
 from __future__ import annotations
@@ -31,17 +32,21 @@ from typing import Any
 from .launch import FORWARDED, PARENT_VARIABLE, Forwarding, started_by
 from .resume import LAST, PREVIOUS, has_checkpoint
 from .settings import ConfigError
+from .signals import Interrupted, exit_code
 
 _FILE = "sweep.json"
 _ONE_ONLY = ("out", "resume", "overwrite", "resume_force")
-"""Keys that say how a command is meant, not what is trained. A comma in them is a comma."""
+"""Keys that cannot be swept: a comma in their value does not separate values."""
+
+_OPEN_CODES = (None, 0, *(128 + number for number in FORWARDED), *(-number for number in FORWARDED))
+"""Exit codes of a run without results that has not failed: it was not started, was requeued, or was stopped."""
 
 _PAIRS = {"[": "]", "{": "}", "(": ")"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One combination. `choices`: the values of the swept keys, as they were written."""
+    """One combination of swept values; `choices` maps the swept keys to their values as they were typed."""
 
     name: str
     choices: dict[str, str]
@@ -50,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """`overwrite`: begin anew where the folder holds a sweep."""
+    """The runs of a sweep. With `overwrite` it starts from the beginning even if the folder holds a sweep."""
 
     folder: Path
     given: tuple[str, ...]
@@ -59,13 +64,13 @@ class Plan:
 
 
 def plan(given: Sequence[str]) -> Plan | None:
-    """The runs that these arguments mean, or None where they mean one, without a folder of runs."""
+    """Return the sweep that the arguments describe, or None if they describe a single run."""
     pairs = {name.strip(): text for name, _, text in (argument.partition("=") for argument in given)}
     resumed = Path(pairs.get("resume", "")) / _FILE
     if "resume" in pairs and resumed.is_file():
         more = [argument for argument in given if not argument.startswith("resume=")]
         return _resumed(resumed.parent, more)
-    axes = {name: parts for name, text in pairs.items() if name not in _ONE_ONLY and len(parts := _split(text)) > 1}
+    axes = {name: parts for name, text in pairs.items() if name not in _ONE_ONLY and len(parts := _values(text)) > 1}
     if not axes:
         return None
     for name, parts in axes.items():
@@ -83,7 +88,7 @@ def plan(given: Sequence[str]) -> Plan | None:
 
 
 def run(plan: Plan, command: Sequence[str], say: Callable[[str], None], complain: Callable[[str], None]) -> int:
-    """Trains what is not finished, tells how all of it went, and returns the exit code of the whole."""
+    """Train the runs that are not finished, print the table of results, and return the exit code of the sweep."""
     _begin(plan)
     codes: dict[str, int] = {}
     stopped: int | None = None
@@ -98,15 +103,30 @@ def run(plan: Plan, command: Sequence[str], say: Callable[[str], None], complain
     rows = _rows(plan, codes)
     if any(row["state"] != "open" for row in rows):
         say("\n" + _show(plan, rows))
-    if stopped is not None:
+    if stopped is not None and any(row["state"] != "done" for row in rows):
         complain(f"stopped by {signal.Signals(stopped).name}; go on with resume={plan.folder}")
-        return 0 if stopped == signal.SIGUSR1 else 128 + stopped
+        last, code = list(codes.items())[-1]
+        return _code_of_stop(stopped, code, finished=_is_finished(plan.folder / last))
     say(f"everything is in {plan.folder}")
     return 1 if any(row["state"] != "done" for row in rows) else 0
 
 
+def _code_of_stop(stopped: int, code: int, *, finished: bool) -> int:
+    """Return the exit code of a sweep after a signal: that of the stopped run, which knows whether Slurm requeued it.
+
+    A run that ended before it took notice of SIGUSR1 has requeued nothing, so the sweep does.
+    """
+    requeued = stopped == signal.SIGUSR1 and code == 0 and not finished
+    return code if requeued or code == 128 + stopped else exit_code(Interrupted(stopped, None), first=True)
+
+
+def _values(text: str) -> list[str]:
+    """Return the swept values of an argument; the path of an existing file or folder is one, whatever its commas."""
+    return [text] if os.path.exists(text) else _split(text)
+
+
 def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets and no quotes."""
+    """Split at the commas outside of brackets and quotes."""
     parts, open_, quote = [""], [], ""
     for letter in text:
         if quote:
@@ -137,7 +157,7 @@ def _runs(given: Sequence[str], axes: dict[str, list[str]]) -> tuple[Run, ...]:
 
 
 def _name(choices: dict[str, str]) -> str:
-    """A folder's name that can stand in an argument: no commas, no spaces, no slashes."""
+    """Return the folder name of a run, without characters that have a meaning in arguments or paths."""
     leaves = [name.rsplit(".", 1)[-1] for name in choices]
     short = leaves if len(set(leaves)) == len(leaves) else list(choices)
     words = (re.sub(r"[^\w.+-]+", "-", value).strip("-") or "empty" for value in choices.values())
@@ -159,7 +179,7 @@ def _resumed(folder: Path, more: Sequence[str]) -> Plan:
 
 
 def _begin(plan: Plan) -> None:
-    """Makes the folder, or finds this very sweep in it."""
+    """Create the folder of the sweep, or check that it already holds this sweep."""
     path = plan.folder / _FILE
     if path.is_file() and not plan.overwrite:
         if json.loads(path.read_text())["arguments"] != list(plan.given):
@@ -182,14 +202,14 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _place(folder: Path) -> list[str]:
-    """Where the run goes on, or begins. What a run left before its first checkpoint is nothing to keep."""
+    """Return the arguments that resume the run, or start it, overwriting a folder without a checkpoint."""
     if has_checkpoint(folder):
         return [f"resume={folder}"]
     return [f"out={folder}", *(["overwrite=true"] if folder.exists() else [])]
 
 
 def _train(command: Sequence[str]) -> tuple[int, int | None]:
-    """The exit code of one run, and the signal that stopped it on the way."""
+    """Run the command; return its exit code and the signal that stopped it, if any."""
     processes: list[subprocess.Popen[Any]] = []
     with Forwarding(processes) as signals:
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
@@ -200,12 +220,12 @@ def _train(command: Sequence[str]) -> tuple[int, int | None]:
             if processes[0].poll() is None:
                 processes[0].kill()
                 processes[0].wait()
-    ended_by = {128 + number: number for number in FORWARDED}.get(code)  # it got the signal without us
+    ended_by = next((number for number in FORWARDED if code in (128 + number, -number)), None)  # sent to it alone
     return code, signals.received or ended_by
 
 
 def _rows(plan: Plan, codes: dict[str, int]) -> list[dict[str, Any]]:
-    """What is known of each run, best validation first, those without one last."""
+    """Return a row for each run, best validation metric first and runs without one last."""
     rows = [
         {"run": one.name, **one.choices, **_result(plan.folder / one.name, codes.get(one.name))} for one in plan.runs
     ]
@@ -215,24 +235,21 @@ def _rows(plan: Plan, codes: dict[str, int]) -> list[dict[str, Any]]:
 def _result(folder: Path, code: int | None) -> dict[str, Any]:
     unknown = {"validation": None, "test": None, "metric": None, "epoch": None, "seconds": None}
     if not _is_finished(folder):
-        return unknown | {"state": "open" if code in (None, 0, 130, 143) else f"failed ({code})"}
+        return unknown | {"state": "open" if code in _OPEN_CODES else f"failed ({code})"}
     results = json.loads((folder / "results.json").read_text())
-    metric = "mean_iou" if "mean_iou" in results["test"] else "accuracy"
-    epoch = results["best_epoch"]
-    with open(folder / "metrics.csv", newline="") as file:
-        by_epoch = {int(row["epoch"]) + 1: row for row in csv.DictReader(file)}
+    metric = results["metric"]
     return {
-        "validation": float(by_epoch[epoch][f"val/{metric}"]),
+        "validation": results["validation"],
         "test": results["test"][metric],
         "metric": metric,
-        "epoch": epoch,
+        "epoch": results["best_epoch"],
         "seconds": round(results["seconds"]),
         "state": "done",
     }
 
 
 def _show(plan: Plan, rows: Sequence[dict[str, Any]]) -> str:
-    """Writes sweep.csv and sweep.md; returns the table for a terminal."""
+    """Write sweep.csv and sweep.md; return the table as text for a terminal."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a model, by its parts. Custom operators are counted by formulas given here."""
+"""Counts the parameters and multiply-adds of a model and of its parts, custom operators included."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 
 @dataclass(frozen=True)
 class Summary:
-    """`rows` are (part, class, parameters, multiply-adds); the multiply-adds are those of one picture."""
+    """Counts of a model. `rows` are (part, class, parameters, multiply-adds), the latter for one picture."""
 
     rows: tuple[tuple[str, str, int, int], ...]
     parameters: int
@@ -37,7 +37,7 @@ class Summary:
 
 @torch.no_grad()
 def summarize(model: nn.Module, size: tuple[int, int, int]) -> Summary:
-    """Counts for a picture of [channels, height, width]. Elementwise operations are not counted, as everywhere."""
+    """Count for an input [channels, height, width]. As usual, elementwise operations are not counted."""
     register_formulas()
     was_training = model.training
     model.eval()
@@ -60,7 +60,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The children, and the grandchildren where a child is a mere list of stages."""
+    """Return the child modules; a container of two to eight parts is replaced by its parts."""
     parts: list[tuple[str, nn.Module]] = []
     for name, child in model.named_children():
         inner = list(child.named_children())
@@ -72,7 +72,7 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def register_formulas() -> None:
-    """Tells torch's counter what our operators cost. Lazily: the counter is no part of `import mixerzoo.vision`."""
+    """Register the formulas of our operators with torch's counter, which `import mixerzoo.vision` does not load."""
     for name, formula in _FORMULAS.items():
         operator = getattr(torch.ops.mixerzoo, name, None)
         if operator is not None and operator not in flop_registry:
@@ -82,7 +82,7 @@ def register_formulas() -> None:
 def _neighborhood_attention_flops(
     query: Any, key: Any, value: Any, rpb: Any, kernel_size: list[int], *_: Any, **__: Any
 ) -> int:
-    """Every query meets a window of keys and of values: two multiply-adds' worth of flops a channel of each."""
+    """Each query costs a multiply-add per channel for every key and for every value of its window."""
     *batch_and_map, heads, head_dim = query
     return 2 * math.prod(batch_and_map) * heads * math.prod(kernel_size) * (head_dim + value[-1])
 
@@ -92,7 +92,7 @@ def _depthwise_conv2d_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
 
 
 def _large_kernel_attention_flops(x: Any, w5: Any, w7d3: Any, w1: Any, *_: Any, **__: Any) -> int:
-    """Two depth-wise convolutions and a pointwise one; the gate's product is elementwise."""
+    """Two depth-wise convolutions and a pointwise one are counted; the gate is elementwise."""
     return 2 * math.prod(x) * (math.prod(w5[2:]) + math.prod(w7d3[2:]) + w1[1])
 
 
@@ -100,7 +100,7 @@ def _selective_scan_flops(
     x: Any, delta: Any, projected: Any, dt_weight: Any, dt_bias: Any, A: Any, D: Any, size: Any, paths: Any, *_: Any,
     **__: Any,
 ) -> int:  # fmt: skip
-    """Of each scan, step and channel: a multiply-add for each factor of delta and four for each state."""
+    """Each scan, step and channel costs a multiply-add per factor of delta and four per state."""
     scans, dim, state = A
     rank = 0 if dt_weight is None else dt_weight[2]
     step = paths[-1]
@@ -111,8 +111,8 @@ def _selective_scan_flops(
 def _gated_linear_attention_flops(
     query: Any, key: Any, value: Any, log_gate: Any, log_gate_backward: Any, *_: Any, **__: Any
 ) -> int:
-    """Of the recurrence, for each token, direction and number of the state: three multiply-adds, to weaken it, to add
-    to it and to read it. How chunks are computed is not the model's."""
+    """The recurrence costs three multiply-adds per token, direction and element of the state: decay, update, readout.
+    The extra work of computing in chunks is not counted."""
     directions = 1 if log_gate_backward is None else 2
     return 2 * 3 * directions * math.prod(query) * value[-1]
 
