@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,15 +70,37 @@ def test_the_first_process_may_take_its_time_after_the_others() -> None:
     assert (code, said) == (0, []) and seconds >= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signals_reach_every_process_once(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    program = (
+def _note_a_signal(number: int) -> str:
+    """A program that writes an x into the file RANK-NUMBER for each signal, and readyRANK once it can."""
+    return (
         "note = lambda number, _: open(f'{rank}-{number}', 'a').write('x'); "
         f"signal.signal({number}, note); open(f'ready{{rank}}', 'w'); "
         f"[time.sleep(0.01) for _ in range(3000) if not os.path.exists(f'{{rank}}-{number}')]; "
         f"time.sleep(0.3); sys.exit(128 + {number})"
     )
+
+
+def test_signals_reach_processes_that_are_being_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = subprocess.Popen
+
+    def interrupt_in_between(*arguments: Any, **options: Any) -> subprocess.Popen[Any]:
+        process = start(*arguments, **options)
+        while not (tmp_path / f"ready{options['env']['RANK']}").exists():
+            time.sleep(0.01)
+        if options["env"]["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(launching.subprocess, "Popen", interrupt_in_between)
+    code, said, seconds = _launch(_note_a_signal(signal.SIGTERM))
+    assert (code, said) == (143, []) and seconds < 20
+    assert [(tmp_path / f"{rank}-15").read_text() for rank in range(2)] == ["x", "x"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_every_process_once(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
     def interrupt() -> None:
         while not all((tmp_path / f"ready{rank}").exists() for rank in range(2)):
@@ -85,7 +109,7 @@ def test_signals_reach_every_process_once(number: int, tmp_path: Path, monkeypat
 
     before = signal.getsignal(number)
     threading.Thread(target=interrupt).start()
-    code, said, _ = _launch(program)
+    code, said, _ = _launch(_note_a_signal(number))
     assert (code, said) == (128 + number, [])
     assert [(tmp_path / f"{rank}-{number}").read_text() for rank in range(2)] == ["x", "x"]
     assert signal.getsignal(number) is before
@@ -112,7 +136,7 @@ def test_signals_outside_the_main_thread_are_left_alone() -> None:
     found = []
 
     def enter() -> None:
-        with Forwarding([]):
+        with Forwarding():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)

@@ -24,7 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import IO, Any
 
@@ -91,16 +92,17 @@ def check_processes(train: TrainConfig, out: str | None) -> None:
 def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> int:
     """Run `command` in `count` processes until all have exited; return the exit code of the run."""
     with tempfile.TemporaryDirectory(prefix="mixerzoo-") as folder:
-        processes: list[subprocess.Popen[Any]] = []
         logs: list[IO[bytes]] = []
-        with Forwarding(processes):
+        with Forwarding() as signals:
+            processes = signals.processes
             try:
-                for rank, environment in enumerate(_environments(count)):
-                    # Only rank 0 writes to the terminal; the output of the others is shown if they fail.
-                    log = open(os.path.join(folder, str(rank)), "w+b")  # noqa: SIM115
-                    logs.append(log)
-                    own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
-                    processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **own))
+                with signals.held():
+                    for rank, environment in enumerate(_environments(count)):
+                        # Only rank 0 writes to the terminal; the output of the others is shown if they fail.
+                        log = open(os.path.join(folder, str(rank)), "w+b")  # noqa: SIM115
+                        logs.append(log)
+                        own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
+                        processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **own))
                 failed = _wait(processes)
                 codes = [process.poll() for process in processes]
             finally:
@@ -118,9 +120,10 @@ def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> in
 class Forwarding:
     """A context manager that forwards signals to `processes` and remembers the first signal in `received`."""
 
-    def __init__(self, processes: Sequence[subprocess.Popen[Any]]) -> None:
-        self.processes = processes
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[Any]] = []
         self.received: int | None = None
+        self._held: list[int] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Forwarding:
@@ -132,8 +135,25 @@ class Forwarding:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold signals back until the processes that are started meanwhile can receive them, too."""
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            for number in held:
+                self._send(number)
+
     def _forward(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number
+        if self._held is None:
+            self._send(number)
+        else:
+            self._held.append(number)
+
+    def _send(self, number: int) -> None:
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)

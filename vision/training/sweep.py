@@ -210,16 +210,17 @@ def _place(folder: Path) -> list[str]:
 
 def _train(command: Sequence[str]) -> tuple[int, int | None]:
     """Run the command; return its exit code and the signal that stopped it, if any."""
-    processes: list[subprocess.Popen[Any]] = []
-    with Forwarding(processes) as signals:
+    with Forwarding() as signals:
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-        processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        with signals.held():
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            signals.processes.append(process)
         try:
-            code = processes[0].wait()
+            code = process.wait()
         finally:
-            if processes[0].poll() is None:
-                processes[0].kill()
-                processes[0].wait()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
     ended_by = next((number for number in FORWARDED if code in (128 + number, -number)), None)  # sent to it alone
     return code, signals.received or ended_by
 
