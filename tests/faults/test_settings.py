@@ -60,6 +60,11 @@ def test_settings_that_cannot_be_used_are_one_line_and_code_2(
     ("argument", "message"),
     [
         ("model=nat_minni", "timm and mixerzoo have no such model; did you mean nat_mini"),
+        (
+            "distill.teacher=vit_tinny_patch16_224",
+            "timm and mixerzoo have no such model; did you mean vit_tiny_patch16",
+        ),
+        ("model.checkpoint=nowhere.pth", "there is no such file"),
         ("optim.name=adamww", "timm has no such optimizer; did you mean adamw?"),
         ("optim.name=lookahead_sdg", "timm has no such optimizer; did you mean lookahead_sgd?"),
         ("schedule.name=cosin", "choose one of constant, cosine, poly, step, tanh, wsd; did you mean cosine?"),

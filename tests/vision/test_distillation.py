@@ -204,7 +204,7 @@ TEACHER = "distill.teacher=test_vit"
         (["distill.checkpoint=x.pth"], "belong to a teacher; give distill.teacher=MODEL"),
         (["distill.labels_weight=0"], "there is nothing to learn"),
         (["distill.teacher=test_vitt"], "did you mean test_vit"),
-        ([TEACHER, "distill.checkpoint=nowhere.pth"], "there is no checkpoint nowhere.pth"),
+        ([TEACHER, "distill.checkpoint=nowhere.pth"], "distill.checkpoint=nowhere.pth: there is no such file"),
         ([TEACHER, "distill.kwargs={colour: 3}"], "the published weights of test_vit are not on this machine"),
         (["reduction.shrink_epochs=2"], "test_vit has no keep rate that can fall while it trains (EViT and EET have)"),
         (["reduction.shrink_start_epoch=2"], "give shrink_epochs"),

@@ -21,7 +21,7 @@ from .._reading import read_checkpoint
 from ..data.splits import Splits
 from ..segmentation import build_segmenter
 from .config import Config
-from .optimization import classifiers
+from .optimization import check_names, classifiers
 from .settings import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ _log = logging.getLogger(__name__)
 
 def build_model(config: Config, splits: Splits) -> nn.Module:
     """Return the classifier or segmenter of the settings, checked with a forward pass at every size of training."""
-    check_name(config.model.name)
     arguments = _model_arguments(config, splits)
     try:
         if config.model.pretrained:
@@ -135,17 +134,29 @@ def _some(names: list[str]) -> str:
     return f"; new or renamed: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else ""
 
 
-def check_name(name: str) -> None:
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models(), most=3, cutoff=0.6)
-        raise ConfigError(f"model.name={name}: timm and mixerzoo have no such model{hint}")
+def check_before_data(config: Config) -> None:
+    """Raise a `ConfigError` for models, optimizers and schedules that do not exist, and for missing files of weights.
+
+    All of this can be known before data is read, which may take minutes.
+    """
+    model, distill = config.model, config.distill
+    for key, name in (("model.name", model.name), ("distill.teacher", distill.teacher)):
+        if name is not None and not timm.is_model(name):
+            hint = did_you_mean(name, timm.list_models(), most=3, cutoff=0.6)
+            raise ConfigError(f"{key}={name}: timm and mixerzoo have no such model{hint}")
+    teaches = distill.teacher is not None
+    for key, file in (
+        ("model.checkpoint", model.checkpoint),
+        ("distill.checkpoint", distill.checkpoint if teaches else None),
+    ):
+        if file is not None and not Path(file).is_file():
+            raise ConfigError(f"{key}={file}: there is no such file")
+    check_names(config)
 
 
 def _model_arguments(config: Config, splits: Splits) -> dict[str, Any]:
     arguments: dict[str, Any] = {"in_chans": splits.channels, "pretrained": config.model.pretrained}
     if config.model.checkpoint is not None:
-        if not Path(config.model.checkpoint).is_file():
-            raise ConfigError(f"model.checkpoint={config.model.checkpoint}: there is no such file")
         refuse_damage(Path(config.model.checkpoint))
         # timm's loader for published weights converts their names and skips a head with other classes.
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": config.model.checkpoint}}

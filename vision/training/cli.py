@@ -81,12 +81,10 @@ def main(arguments: Sequence[str], *, configs: Path) -> int:
 
 def _checked(arguments: Sequence[str], configs: Path) -> Config:
     """Return the settings of a run of a sweep after all checks that need no data."""
-    from .build import check_name
-    from .optimization import check_names
+    from .build import check_before_data
 
     config = load(arguments, configs)
-    check_name(config.model.name)
-    check_names(config)
+    check_before_data(config)
     check_processes(config.train, "named by the sweep")
     return config
 

@@ -16,7 +16,7 @@ from ..data.loading import mix_seed, seed_everything
 from ..data.module import SOURCES, ZooData
 from ..data.splits import Splits
 from ..summary import summarize
-from .build import build_model, check_name, checkpoint_gradients
+from .build import build_model, check_before_data, checkpoint_gradients
 from .callbacks import BestCheckpoint, Curves, EpochTable, LastCheckpoint, Progress
 from .checkpoints import AtomicCheckpointIO, load_best
 from .config import Config
@@ -27,7 +27,7 @@ from .folder import make_folder
 from .journal import Journal
 from .launch import check_processes, is_first
 from .mistakes import Mistakes
-from .optimization import check_names, freeze
+from .optimization import freeze
 from .plan import make_plan
 from .results import collect_results, describe_run, show_results
 from .resume import BEST, LAST, first_whole
@@ -47,8 +47,7 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config, journal: Journal) -> dict[str, Any]:
     started = time.monotonic()
     check_processes(config.train, config.out)
-    check_name(config.model.name)
-    check_names(config)
+    check_before_data(config)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     splits = load_data(config)
