@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 _T = TypeVar("_T")
@@ -69,3 +70,12 @@ def once_a_trace(key: Hashable, make: Callable[[], _T]) -> _T:
 def size_key(size: int | torch.SymInt) -> Any:
     """Return a hashable value that is equal for equal sizes, including symbolic ones."""
     return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def divide(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Return quotient and remainder of whole numbers, at least 0, by a size that may be free in an export.
+
+    The remainder is a difference, because torch.onnx cannot translate the remainder by a free size.
+    """
+    quotient = value // divisor
+    return quotient, value - quotient * divisor

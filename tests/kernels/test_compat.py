@@ -1,5 +1,8 @@
 """The private names of torch still mean what `kernels/_compat.py` takes them to mean."""
 
+from pathlib import Path
+
+import pytest
 import torch
 import torch.utils.flop_counter
 from mixerzoo.kernels import _compat
@@ -53,3 +56,38 @@ def test_watchers_of_operators_are_seen() -> None:
     torch.export.export(Watched(), (x,), strict=False)
     Watched()(x)
     assert seen[0] is False and seen[-1] is False and len(seen) >= 5 and all(seen[1:-1])
+
+
+class Turn(torch.nn.Module):
+    """Turns x by five places, with the remainder of `divide` or with that of torch."""
+
+    def __init__(self, *, divides: bool) -> None:
+        super().__init__()
+        self.divides = divides
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        number, length = torch.arange(x.shape[0]) + 5, x.shape[0]
+        return x[_compat.divide(number, length)[1] if self.divides else number % length]
+
+
+def _as_onnx(model: torch.nn.Module) -> torch.onnx.ONNXProgram:
+    free = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.onnx.export(torch.export.export(model, (torch.randn(7),), dynamic_shapes=free), verbose=False)
+    assert exported is not None
+    return exported
+
+
+def test_division_by_a_free_size_is_exported(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = Turn(divides=True), torch.randn(9)
+    _as_onnx(model).save(tmp_path / "turn.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "turn.onnx")
+    (turned,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.as_tensor(turned), model(x))
+    torch.testing.assert_close(model(x), x.roll(-5))
+
+
+def test_the_remainder_by_a_free_size_still_needs_the_difference() -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"aten\.remainder"):
+        _as_onnx(Turn(divides=False))

@@ -43,7 +43,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels._runtime import is_exporting
+from ...kernels._compat import divide, is_exporting
 from ...mixers.semantic_tokens import (
     CrossAttention,
     WindowCrossAttention,
@@ -85,10 +85,10 @@ class Stem(nn.Module):
 def _part_of(x: Tensor, down: int, across: int, height: int, width: int) -> Tensor:
     """Return `height` x `width` positions of a map from (down, across) on, with circular indexing.
 
-    Unlike rolling and slicing, this gives the exporter a known output size.
+    Unlike rolling and slicing, this gives the exporter a known output size. Offsets are less than a side of the map.
     """
-    rows = (torch.arange(height, device=x.device) + down) % x.shape[1]
-    columns = (torch.arange(width, device=x.device) + across) % x.shape[2]
+    _, rows = divide(torch.arange(height, device=x.device) + (down + x.shape[1]), x.shape[1])
+    _, columns = divide(torch.arange(width, device=x.device) + (across + x.shape[2]), x.shape[2])
     return x.index_select(1, rows).index_select(2, columns)
 
 
