@@ -188,7 +188,8 @@ def test_commands_run_as_one_session(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if made_small:
             _run(made_small)
     assert (tmp_path / "runs/first/results.json").exists()
-    assert (tmp_path / "nat_mini.onnx").exists() and (tmp_path / "nat_mini_folder/model.safetensors").exists()
+    assert all((tmp_path / f"nat_mini.{ending}").exists() for ending in ("onnx", "xml", "bin"))
+    assert (tmp_path / "nat_mini_folder/model.safetensors").exists()
 
 
 def _small(words: list[str], folder: Path) -> list[str]:

@@ -1,8 +1,10 @@
 """Exported files that are published only if they do what the model does.
 
 A draft is written beside the destination, loaded back and compared with the model, also at shapes that were not traced.
-Then it takes the place of an earlier export as a whole: a file in one rename, a folder in two, the first of which moves
-the earlier folder aside. A process that is killed between the two leaves both in `.export-…` beside the destination.
+Then it takes the place of an earlier export as a whole. A file takes it in one rename. A folder, and the two files of
+an OpenVINO model, take it in several, the first of which move the earlier export aside: weights never lie beside the
+graph of another export. A process that is killed between them leaves the earlier export in `.export-…` beside the
+destination.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 
 from ._messages import one_line
 from ._programs import AXES, ExportError, Shape
+
+WEIGHTS = ".bin"
+"""The ending of the file that holds the weights of the `.xml` file of the same name."""
 
 
 @dataclass(frozen=True)
@@ -149,16 +154,27 @@ def outputs_of(module: nn.Module, image: Tensor) -> list[Tensor]:
 
 
 def _publish(draft: Path, path: Path) -> None:
-    """Move the draft to `path`. An earlier folder there is deleted; the caller has checked what it holds."""
-    if not (draft.is_dir() and path.is_dir()):
+    """Move the draft to `path`, with its weights if they are a file of their own.
+
+    An earlier folder there is deleted; the caller has checked what it holds.
+    """
+    pairs = [(draft, path)]
+    if path.suffix == ".xml" and draft.is_file():
+        pairs.insert(0, (draft.with_suffix(WEIGHTS), path.with_suffix(WEIGHTS)))  # the graph is never there alone
+    elif not (draft.is_dir() and path.is_dir()):
         os.replace(draft, path)
         return
-    earlier = draft.with_name("earlier")
-    os.rename(path, earlier)
+    earlier = Path(tempfile.mkdtemp(dir=draft.parent, prefix="earlier-"))
+    aside = [(target, earlier / target.name) for _, target in reversed(pairs) if target.exists()]
+    moved: list[tuple[Path, Path]] = []
     try:
-        os.rename(draft, path)
-    except OSError:
-        os.rename(earlier, path)
+        for source, target in [*aside, *pairs]:
+            moved.append((source, target))
+            os.rename(source, target)
+    except BaseException:  # SystemExit of SIGTERM, too
+        for source, target in reversed(moved):
+            if not source.exists():  # it was moved
+                os.rename(target, source)
         raise
 
 

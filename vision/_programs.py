@@ -11,7 +11,6 @@ import math
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +97,8 @@ def write_onnx(
     names: list[str],
     axes: dict[str, tuple[int, int | None]],
     metadata: dict[str, Any],
-) -> Callable[[list[Tensor]], list[list[Tensor]]]:
-    """Write the program as ONNX and return a function that runs the file by onnxruntime."""
-    import onnxruntime
+) -> None:
+    """Write the program as ONNX. Each value of `metadata` becomes JSON in the file's metadata."""
     from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
     with warnings.catch_warnings():
@@ -124,14 +122,16 @@ def write_onnx(
             raise ExportError(f"torch.onnx cannot translate this model: {one_line(error)}") from error
     onnx_program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     onnx_program.save(draft, external_data=False)
+
+
+def run_onnx(draft: Path, images: list[Tensor]) -> list[list[Tensor]]:
+    """Run an ONNX file by onnxruntime on the CPU."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(draft), options, providers=["CPUExecutionProvider"])
-
-    def run(images: list[Tensor]) -> list[list[Tensor]]:
-        return [[torch.from_numpy(out) for out in session.run(names, {"image": image.numpy()})] for image in images]
-
-    return run
+    return [[torch.from_numpy(out) for out in session.run(None, {"image": image.numpy()})] for image in images]
 
 
 _RUN_PT2 = """

@@ -1,5 +1,5 @@
-"""Drawing primitives that the pictures of training and of `predict` share: colours of classes, masks laid over
-pictures, labels inside regions, and grids of pictures.
+"""Drawing primitives that the pictures of training and of `predict` share: colours of classes, masks and evidence laid
+over pictures, labels inside regions, and grids of pictures.
 
 Figures are matplotlib `Figure` objects, made without pyplot: no global state and no window system. matplotlib is an
 optional dependency and is imported when the first colour or figure is needed.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .data.splits import IGNORE_INDEX
@@ -54,6 +55,12 @@ def class_colours(count: int, *, ground: bool = True) -> np.ndarray:
     return np.array([*black, *colours][:count], dtype=float).reshape(-1, 3)
 
 
+def denormalised(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Convert a normalised picture [C, H, W] to [H, W, 3] with values in 0..1."""
+    values = image.detach().float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    return values.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
 def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength: float = 0.65) -> np.ndarray:
     """Blend the class colours of `mask` [H, W] over a grey version of `picture` [H, W, 3], both in 0..1.
 
@@ -69,6 +76,20 @@ def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength
     width = max(min(mask.shape) // 48, 1)
     stripes = np.where((rows + columns) // width % 4 == 0, 0.8, 1.0)[..., None]
     return np.where(ignored[..., None], stripes, (1 - strength) * grey + strength * colours)
+
+
+def heat(picture: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+    """Lay the positive part of `evidence` [H, W] over a grey version of `picture` [H, W, 3] in 0..1.
+
+    The strongest place is yellow; places without evidence for the class are grey.
+    """
+    from matplotlib import colormaps
+
+    positive = evidence.clip(min=0)
+    share = positive / max(float(positive.max()), 1e-12)
+    grey = picture.mean(-1, keepdims=True).repeat(3, -1)
+    weight = 0.8 * np.sqrt(share)[..., None]
+    return (1 - weight) * grey + weight * colormaps["plasma"](share)[..., :3]
 
 
 def large_regions(mask: np.ndarray) -> Iterator[tuple[int, int, int]]:

@@ -6,15 +6,16 @@
 
 An exported graph can silently be wrong at other shapes than the traced one, because a size computed in Python becomes a
 constant. Each file is therefore loaded back and compared with the model at the traced shape and at three others: ONNX
-by onnxruntime, `.pt2` by `torch.export.load` in a process with neither this library nor timm, a safetensors folder by
-timm's `local-dir:`. A file with other outputs is not published, and an earlier export stays in place.
+by onnxruntime, OpenVINO's `.xml` and `.bin` by its CPU plugin in float32, `.pt2` by `torch.export.load` in a process
+with neither this library nor timm, a safetensors folder by timm's `local-dir:`. A file with other outputs is not
+published, and an earlier export stays in place.
 
 Each file states how pictures are prepared (mean, standard deviation, size, interpolation, crop), what the classes are
-called, and which sizes it takes: in the metadata of an ONNX file, in `mixerzoo.json` inside a `.pt2` file, in the
-config.json of a folder. A run with averaged weights is exported with those. Any timm model can be exported. The file of
-a segmenter returns logits, or labels, at the size of its input.
+called, and which sizes it takes: in the metadata of an ONNX file, in the rt_info of an OpenVINO model, in
+`mixerzoo.json` inside a `.pt2` file, in the config.json of a folder. A run with averaged weights is exported with
+those. Any timm model can be exported. The file of a segmenter returns logits, or labels, at the size of its input.
 
-Unusual: the program is traced once, for both ONNX and `.pt2`, see _programs.py.
+Unusual: the program is traced once, for all formats that hold a program, see _programs.py.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
-from ._checked_files import Check, Report, Written, outputs_of, publish_if_right
+from ._checked_files import WEIGHTS, Check, Report, Written, outputs_of, publish_if_right
 from ._loading import (
     FRAME,
     KeyValue,
@@ -53,11 +54,19 @@ from ._loading import (
     path_of,
 )
 from ._messages import one_line
-from ._programs import AXES, ExportError, Shape, free_axes, raise_bounds, run_pt2, trace, write_onnx
+from ._openvino import run_openvino, write_openvino
+from ._programs import AXES, ExportError, Shape, free_axes, raise_bounds, run_onnx, run_pt2, trace, write_onnx
 
-Format = Literal["onnx", "pt2", "safetensors"]
+Format = Literal["onnx", "openvino", "pt2", "safetensors"]
 
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+"""Of the files that hold a program. The weights of an OpenVINO model lie beside it, see _checked_files.py."""
+NEEDS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "pt2": (),
+    "safetensors": ("safetensors",),
+}
 FOLDER_FILES = {"config.json", "model.safetensors"}
 """What an export to safetensors writes."""
 TOLERANCE = 1e-4
@@ -93,8 +102,10 @@ def export_model(
 ) -> Report:
     """Write a timm model to `path`: a file, or for safetensors a folder that `timm.create_model("local-dir:…")` opens.
 
-    With `features` an ONNX or `.pt2` file holds the feature maps in place of the classifier; a folder holds the whole
-    model, and its maps are compared too. `image_size` is (height, width) while tracing, the model's own by default.
+    An OpenVINO model is two files: `path` ends in .xml, and the weights are in the .bin file beside it.
+
+    With `features` a program holds the feature maps in place of the classifier; a folder holds the whole model, and its
+    maps are compared too. `image_size` is (height, width) while tracing, the model's own by default.
     `dynamic` keeps the batch free and, where the model allows it, height and width. Raises ExportError, and writes
     nothing, where file and model differ by more than `tolerance` of the largest output.
     """
@@ -136,7 +147,9 @@ def export_segmenter(
     """
     path = Path(path)
     if format == "safetensors":
-        raise ValueError("folders of safetensors are timm's, for classifiers; a segmenter goes to onnx or pt2")
+        raise ValueError(
+            "folders of safetensors are timm's, for classifiers; a segmenter goes to onnx, openvino or pt2"
+        )
     _check_destination(path, format)
     model = copy.deepcopy(model).cpu().float().eval()
     traced: Shape = (2 if dynamic else 1, channels, *image_size)
@@ -199,9 +212,15 @@ def _write_graph(
     axes = raise_bounds(program, traced, free_axes(program))
     metadata = {**metadata, "axes": axes}
     if format == "onnx":
-        return axes, [Check(module, write_onnx(program, draft, names, axes, metadata), names)]
-    torch.export.save(program, draft, extra_files={"mixerzoo.json": json.dumps(metadata)})
-    return axes, [Check(module, lambda images: run_pt2(draft, images), names)]
+        write_onnx(program, draft, names, axes, metadata)
+    elif format == "openvino":
+        onnx = draft.with_suffix(".onnx")
+        write_onnx(program, onnx, names, axes, {})
+        write_openvino(onnx, draft, metadata)
+    else:
+        torch.export.save(program, draft, extra_files={"mixerzoo.json": json.dumps(metadata)})
+    run = {"onnx": run_onnx, "openvino": run_openvino, "pt2": run_pt2}[format]
+    return axes, [Check(module, lambda images: run(draft, images), names)]
 
 
 def _takes_any_size(model: nn.Module | Trained) -> bool:
@@ -248,7 +267,8 @@ def _metadata(model: nn.Module, features: Sequence[int] | None, names: list[str]
 def _check_destination(path: Path, format: Format) -> None:
     missing = [package for package in NEEDS[format] if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(f"{format} needs {', '.join(missing)}; run: pip install 'mixerzoo[export]'")
+        extra = "openvino" if format == "openvino" else "export"
+        raise ValueError(f"{format} needs {', '.join(missing)}; run: pip install 'mixerzoo[{extra}]'")
     if format == "safetensors" and path.is_file():
         raise ValueError(f"safetensors writes a folder, and {path} is a file; name another output")
     if format == "safetensors" and path.is_dir():
@@ -258,8 +278,11 @@ def _check_destination(path: Path, format: Format) -> None:
                 f"safetensors replaces the whole folder {path}, which holds {', '.join(others[:3])}"
                 f"{', …' if len(others) > 3 else ''}; name another output"
             )
-    if format != "safetensors" and (path.suffix != f".{format}" or path.is_dir()):
-        raise ValueError(f"{format} writes one file whose name ends in .{format}, got {path}")
+    if format in SUFFIXES and (path.suffix != SUFFIXES[format] or path.is_dir()):
+        raise ValueError(f"{format} writes a file whose name ends in {SUFFIXES[format]}, got {path}")
+    weights = path.with_suffix(WEIGHTS)
+    if format == "openvino" and (weights.is_dir() or (weights.exists() and not path.exists())):
+        raise ValueError(f"openvino also writes {weights}, and what is there is no earlier export; name another output")
 
 
 def parser() -> OneLineParser:
@@ -278,7 +301,7 @@ def parser() -> OneLineParser:
     weights.add_argument("--pretrained", action="store_true", help="the published weights, downloaded by timm")
     add_head_options(parser)
     parser.add_argument("--labels", action="store_true", help="of a segmenter: the most likely class, not the logits")
-    parser.add_argument("--output", type=Path, help="default: MODEL.onnx, MODEL.pt2, or the folder MODEL")
+    parser.add_argument("--output", type=Path, help="default: MODEL.onnx, MODEL.xml, MODEL.pt2, or the folder MODEL")
     parser.add_argument("--input-size", type=numbers, metavar="H,W", help="while tracing; one number is a square")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--dynamic", action="store_true", default=True, help="free batch, height and width (default)")
@@ -313,8 +336,7 @@ def _load(arguments: argparse.Namespace, image_size: tuple[int, int] | None) -> 
 def _write(
     arguments: argparse.Namespace, name: str, model: nn.Module | Trained, image_size: tuple[int, int] | None
 ) -> Report:
-    suffix = "" if arguments.format == "safetensors" else f".{arguments.format}"
-    path = arguments.output or Path(f"{name}{suffix}")
+    path = arguments.output or Path(f"{name}{SUFFIXES.get(arguments.format, '')}")
     if isinstance(model, nn.Module):
         if arguments.labels:
             raise ValueError("--labels is for segmenters; a classifier's file holds logits")

@@ -2,13 +2,15 @@
 
     python -m mixerzoo.vision.predict runs/first path/to/pictures
     python -m mixerzoo.vision.predict nat_tiny --pretrained 'photos/**/*.jpg' --format csv --output classes.csv
+    python -m mixerzoo.vision.predict runs/first path/to/pictures --cam evidence.png
     python -m mixerzoo.vision.predict van_b0 --head upernet --checkpoint FILE --classes ade20k path/to/pictures
 
 The model is a run folder or checkpoint of `train.py`, a timm name with `--pretrained` or `--checkpoint`, under a
 segmentation head with `--head`, or a folder that `… export --format safetensors` wrote. Pictures may have any size,
 shape and colour mode; each is prepared as in the model's evaluation. A segmenter predicts at the picture's own size,
 with the settings by which its run was tested (`evaluate.…`), or those published for a timm name. `--mode`, `--window`,
-`--stride`, `--scales` and `--flip` override them.
+`--stride`, `--scales` and `--flip` override them. `--cam` draws where a classifier finds its evidence for the predicted
+class, or for `--cam-class`; see class_activation.py.
 
 Unusual:
 
@@ -47,10 +49,18 @@ from ._loading import (
     numbers,
     path_of,
 )
-from ._messages import one_line
+from ._messages import did_you_mean, one_line
 from .data.pictures import UnreadableError, read_picture
-from .prediction_pictures import MOST_ON_SHEET, Prediction, draw_overlay, draw_sheet, write_mask
-from .predictors import Predictor, of_run, of_timm
+from .prediction_pictures import (
+    MOST_EXPLAINED,
+    MOST_ON_SHEET,
+    Prediction,
+    draw_evidence,
+    draw_overlay,
+    draw_sheet,
+    write_mask,
+)
+from .predictors import Explanation, Predictor, of_run, of_timm
 
 Format = Literal["table", "csv", "json"]
 
@@ -206,6 +216,11 @@ def parser() -> OneLineParser:
     add(
         "--sheet", type=Path, metavar="FILE.png", help="classifiers: all pictures on one, with what they were taken for"
     )
+    add("--cam", type=Path, metavar="FILE.png", help="classifiers: where the evidence for the class is (HiResCAM)")
+    add("--cam-class", metavar="CLASS", help="of --cam: a class by name or number, in place of the predicted one")
+    add(
+        "--cam-stage", type=int, metavar="N", help="of --cam: an index into the model's feature_info; default: the last"
+    )
     add("--folder", type=Path, help="segmenters: where overlays go; without it they lie beside the pictures")
     add("--masks", type=Path, metavar="FOLDER", help="segmenters: where masks go, PNG files of class numbers")
     add("--batch-size", type=int, default=16, metavar="N", help="pictures at a time, default %(default)s")
@@ -281,15 +296,30 @@ def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} {value}: at least 1 is needed")
-    if predictor.dense and arguments.sheet is not None:
-        raise ValueError("--sheet is for classifiers; a segmenter writes an overlay for each picture (--folder)")
+    for option in ("sheet", "cam"):
+        if predictor.dense and getattr(arguments, option) is not None:
+            raise ValueError(
+                f"--{option} is for classifiers; a segmenter writes an overlay for each picture (--folder)"
+            )
+    if arguments.cam is None and (arguments.cam_class is not None or arguments.cam_stage is not None):
+        raise ValueError("--cam-class and --cam-stage belong to --cam FILE.png")
     if not predictor.dense and (arguments.folder is not None or arguments.masks is not None):
         raise ValueError("--folder and --masks are for segmenters; a classifier writes a table, and --sheet")
 
 
+def find_class(word: str, classes: Sequence[str]) -> int:
+    """Return the number of the class that is named or numbered `word`."""
+    if word in classes:
+        return classes.index(word)
+    if word.isdecimal() and int(word) < len(classes):
+        return int(word)
+    hint = did_you_mean(word, classes)
+    raise ValueError(f"--cam-class {word}: no class has this name, nor this number of 0 to {len(classes) - 1}{hint}")
+
+
 def _refuse_overwriting(arguments: argparse.Namespace, files: Sequence[tuple[Path, Path]], *, dense: bool) -> None:
     pictures = {file.resolve() for file, _ in files}
-    written = [("--output", arguments.output), ("--sheet", arguments.sheet)]
+    written = [("--output", arguments.output), ("--sheet", arguments.sheet), ("--cam", arguments.cam)]
     for file, name in files if dense else ():
         overlay, mask = _places(arguments, file, name)
         written += [("--folder", overlay), ("--masks", mask)]
@@ -313,12 +343,17 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     files = find_pictures(arguments.images, masks=arguments.masks)
     _refuse_overwriting(arguments, files, dense=predictor.dense)
     sheet: Path | None = arguments.sheet
+    cam: Path | None = arguments.cam
     failures: list[str] = []
     predictions: list[Prediction] = []
     thumbnails: list[Image.Image] = []
+    explained: list[tuple[Path, Explanation]] = []
+    chosen = None if arguments.cam_class is None else find_class(arguments.cam_class, predictor.classes)
     answers = predict(predictor, files, batch=arguments.batch_size, on_error=failures.append)
     for file, name, picture, answer in answers:
         overlay = None
+        if cam is not None and len(explained) < MOST_EXPLAINED:
+            explained.append((file, predictor.explain(picture, chosen, stage=arguments.cam_stage)))
         if predictor.dense:
             overlay = _write_pictures(arguments, predictor, file, name, picture, answer)
         elif sheet is not None and len(thumbnails) < MOST_ON_SHEET:
@@ -335,6 +370,9 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     if sheet is not None and thumbnails:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(sheet, thumbnails, predictions, predictor.classes)
+    if cam is not None and explained:
+        cam.parent.mkdir(parents=True, exist_ok=True)
+        draw_evidence(arguments.cam, explained, predictor.classes, total=len(predictions), predicted=chosen is None)
     for failure in failures:
         print(f"predict: skipped {failure}", file=sys.stderr)
     if not predictor.trained:

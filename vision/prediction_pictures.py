@@ -1,4 +1,5 @@
-"""Image files that `… predict` writes: overlays of masks with a legend, masks, and contact sheets."""
+"""Image files that `… predict` writes: overlays of masks with a legend, masks, and contact sheets,
+and the evidence for classes."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .drawing import MOST_COLOURS, large_regions, overlay, palette_of, picture_grid, short_name
+from .drawing import MOST_COLOURS, heat, large_regions, overlay, palette_of, picture_grid, short_name
+from .predictors import Explanation
 
 SMALL, LARGE = 240, 1200  # pictures are enlarged until a side has about this length, to match the legend's text
 MOST_IN_LEGEND = 30
 MOST_ON_SHEET = 200
+MOST_EXPLAINED = 48
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 
 
@@ -126,4 +129,30 @@ def draw_sheet(
             fontsize=7,
             pad=3,
         )
+    figure.savefig(path, dpi=130)
+
+
+def draw_evidence(
+    path: Path, explained: Sequence[tuple[Path, Explanation]], classes: Sequence[str], *, total: int, predicted: bool
+) -> None:
+    """Draw each picture as the model sees it, beside the places that speak for a class.
+
+    Args:
+        total: how many pictures there were, of which `explained` are the first.
+        predicted: whether the classes are those that the model predicts.
+    """
+    (_, first), shown = explained[0], len(explained)
+    height, width = first.map_size
+    which = "the predicted class" if predicted else f"“{short_name(classes[first.index])}”"
+    title = f"evidence for {which} on the {height} x {width} map of stage {first.stage}"
+    title += "" if shown == total else f"; the first {shown} of {total} pictures"
+    figure, grid = picture_grid(2 * shown, title=title, row_height=1.75, column_width=1.45, columns=min(8, 2 * shown))
+    for place, (file, one) in enumerate(explained):
+        seen, explanation = grid[2 * place], grid[2 * place + 1]
+        seen.imshow(one.image)
+        seen.set_title(f"{short_name(file.name, 22)}\n", fontsize=7, pad=3)
+        explanation.imshow(heat(one.image, one.evidence))
+        name = f"{short_name(classes[one.index], 18)} ({100 * one.probability:.0f} %)"
+        # Weights that find only evidence against a class leave the picture grey.
+        explanation.set_title(f"{name}\n{'' if one.evidence.max() > 0 else 'nothing for it'}", fontsize=7, pad=3)
     figure.savefig(path, dpi=130)

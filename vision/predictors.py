@@ -8,19 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ._loading import FRAME, Trained, takes_one_size
 from ._messages import one_line
+from .class_activation import class_activation_maps
 from .data.classification import PicturesInMemory
 from .data.loading import Request
+from .drawing import denormalised
 from .segmentation.inference import Inference, label_map, of_settings
+
+
+class Explanation(NamedTuple):
+    """The evidence of a classifier for one class in one picture.
+
+    Attributes:
+        image: the picture as the model sees it, [H, W, 3] in 0..1.
+        evidence: [H, W], enlarged from the map of the stage; positive for the class, negative against it.
+        index: the class.
+        probability: of the class.
+        stage: the stage of the model that the map belongs to, an index into `feature_info`.
+        map_size: height and width of the map before it was enlarged.
+    """
+
+    image: np.ndarray
+    evidence: np.ndarray
+    index: int
+    probability: float
+    stage: int
+    map_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -28,7 +51,7 @@ class Predictor:
     """A model in eval mode, with its class names and preprocessing.
 
     Attributes:
-        prepare: turns an RGB picture into the input of the model [C, H, W].
+        prepare: turns an RGB picture into the input of the model [C, H, W], normalised with `mean` and `std`.
         inference: scales and windows of a segmenter; None for a classifier.
         side: side in pixels of a segmenter's training crops, and of its windows by default.
         trained: whether the weights are other than random.
@@ -37,6 +60,8 @@ class Predictor:
     model: nn.Module
     classes: Sequence[str]
     prepare: Callable[[Image.Image], Tensor]
+    mean: Sequence[float]
+    std: Sequence[float]
     inference: Inference | None = None
     side: int = 0
     trained: bool = True
@@ -59,6 +84,25 @@ class Predictor:
             raise ValueError(f"{type(self.model).__name__} is a classifier; it answers for whole pictures (classify)")
         answer = self._try(self.prepare(picture)[None], lambda images: label_map(self.model, images, inference))
         return answer[0].cpu()
+
+    def explain(self, picture: Image.Image, chosen: int | None = None, *, stage: int | None = None) -> Explanation:
+        """Return where a classifier finds its evidence for a class, by default the one that it predicts.
+
+        Args:
+            stage: see `class_activation_maps`.
+        """
+        image = self.prepare(picture)[None].to(next(self.model.parameters()).device)
+        found = class_activation_maps(self.model, image, None if chosen is None else [chosen], stage=stage)
+        evidence = F.interpolate(found.maps[None].float(), image.shape[-2:], mode="bilinear")[0, 0]
+        index = int(found.classes[0])
+        return Explanation(
+            denormalised(image[0], self.mean, self.std),
+            evidence.cpu().numpy(),
+            index,
+            float(found.scores[0].softmax(0)[index]),
+            found.stage,
+            (found.maps.shape[1], found.maps.shape[2]),
+        )
 
     def _try(self, images: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
         device = next(self.model.parameters()).device
@@ -92,7 +136,7 @@ def of_run(trained: Trained, size: int | None = None) -> Predictor:
             evaluate |= {"window": None, "stride": None}
         inference = of_settings(evaluate, size=side, short_side=short_side, fixed=fixed)
         prepare, weights = _Whole(tuple(mean), tuple(std)), trained.checkpoint is not None
-        return Predictor(trained.model, facts["classes"], prepare, inference, side, trained=weights)
+        return Predictor(trained.model, facts["classes"], prepare, mean, std, inference, side, trained=weights)
     return of_timm(trained.model, size=size)
 
 
@@ -105,12 +149,14 @@ def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) 
     config = resolve_data_config({}, model=model)
     if size is not None:
         config["input_size"] = (config["input_size"][0], size, size)
+    mean, std = config["mean"], config["std"]
     if config["crop_mode"] == FRAME:
-        prepare = _Framed(config["input_size"][-1], config["mean"][0], config["std"][0])
-        return Predictor(model, class_names(model), prepare, trained=trained)
+        prepare = _Framed(config["input_size"][-1], mean[0], std[0])
+        return Predictor(model, class_names(model), prepare, mean, std, trained=trained)
     transform: Any = create_transform(**config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    return Predictor(model, class_names(model), lambda picture: transform(picture.convert(mode)), trained=trained)
+    prepare = lambda picture: transform(picture.convert(mode))  # noqa: E731
+    return Predictor(model, class_names(model), prepare, mean, std, trained=trained)
 
 
 def class_names(model: nn.Module) -> list[str]:

@@ -85,7 +85,8 @@ def test_resume_auto_begins_where_a_run_ended_before_its_first_checkpoint(tmp_pa
 def test_a_new_run_is_not_mixed_with_an_old_one(tmp_path: Path) -> None:
     """overwrite=true deletes every file that a run writes, of all its processes, and nothing else."""
     old = ("metrics.csv", "error.txt", "error-1.txt", "nonfinite.json", "nonfinite-12.json", "batch.png", "summary.txt")
-    old = (*old, "checkpoints/best.ckpt", "checkpoints/last.ckpt", "tensorboard/events.out.tfevents.17.host.4.0")
+    old = (*old, "curves.png", "curves.svg", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+    old = (*old, "tensorboard/events.out.tfevents.17.host.4.0")
     mine = ("notes.txt", "error-notes.txt", "tensorboard/notes.txt", "checkpoints/mine.ckpt")
     for name in (*old, *mine):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -164,7 +164,7 @@ def test_run_folders_and_parts_are_told_apart(
     assert of_run["outputs"] == [{"name": "logits"}] and of_name["outputs"] == [{"name": "labels"}]
     assert of_name["head"] == head and of_name["label_names"] == ["0", "1"]
     wrong = {
-        ("run", "--format", "safetensors"): "a segmenter goes to onnx or pt2",
+        ("run", "--format", "safetensors"): "a segmenter goes to onnx, openvino or pt2",
         ("run", "--format", "onnx", "--features", "0"): "--features are of classifiers",
         ("run", "--format", "onnx", "--head", "upernet"): "brings its model, weights and classes; leave out --head",
         ("test_convnext", "--format", "onnx", "--labels"): "--labels is for segmenters",

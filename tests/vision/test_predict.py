@@ -224,6 +224,36 @@ def test_tables_and_sheets(
     assert all(sum(map(float, row[2::2])) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
+def test_evidence_is_drawn_over_what_the_model_sees(
+    write_run: Write, tmp_path: Path, photo: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(["first", "second", "1"], size=64, crop=1.0)
+    photo.save(tmp_path / "photo.jpg")
+    predictor = of_run(load_run(run))
+    own = predictor.explain(photo)
+    probabilities = predictor.classify([photo])[0]
+    assert own.index == probabilities.argmax() and own.probability == pytest.approx(float(probabilities.max()))
+    assert own.image.shape == (64, 64, 3) and own.evidence.shape == (64, 64) and own.map_size == (2, 2)
+    seen = (predictor.prepare(photo) * 0.25 + 0.5).permute(1, 2, 0)  # the mean and deviation of the run
+    np.testing.assert_allclose(own.image, seen.clamp(0, 1), atol=1e-6)
+    other = predictor.explain(photo, 1 - own.index % 2, stage=1)
+    assert other.map_size == (8, 8) and other.index != own.index and not np.allclose(other.evidence, own.evidence)
+
+    Image.new("L", (9, 9)).save(tmp_path / "grey.png")
+    words = [
+        str(run),
+        str(tmp_path / "photo.jpg"),
+        str(tmp_path / "grey.png"),
+        "--cam",
+        str(tmp_path / "new" / "c.png"),
+    ]
+    assert main(words) == 0
+    assert main([*words[:-1], str(tmp_path / "named.png"), "--cam-class", "1", "--cam-stage", "-2"]) == 0
+    capsys.readouterr()
+    drawn = [np.asarray(Image.open(path)) for path in (tmp_path / "new" / "c.png", tmp_path / "named.png")]
+    assert drawn[0].shape == drawn[1].shape and (drawn[0] != drawn[1]).any()
+
+
 def test_timm_models_know_the_classes_of_imagenet(
     tmp_path: Path, photo: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +295,11 @@ def test_an_exported_folder_is_a_model(
         (["RUN", "EMPTY"], "there are no pictures"),
         (["RUN", "EMPTY/*.jpg"], "there are no pictures"),
         (["RUN", "x.jpg", "--folder", "out"], "--folder and --masks are for segmenters"),
+        (["RUN", "PHOTO", "--cam", "c.png", "--cam-class", "bb"], "0 to 1; did you mean b?"),
+        (["RUN", "PHOTO", "--cam", "c.png", "--cam-class", "2"], "--cam-class 2: no class has this name"),
+        (["RUN", "PHOTO", "--cam", "c.png", "--cam-stage", "4"], "there is no stage 4; the model has 4"),
+        (["RUN", "PHOTO", "--cam-stage", "1"], "--cam-class and --cam-stage belong to --cam"),
+        (["RUN", "PHOTO", "--cam", "PHOTO"], "--cam would write over"),
         (["RUN", "x.jpg", "--pretrained"], "leave out --pretrained, meant for timm names"),
         (["RUN", "PHOTO", "--input-size", "2"], "try another --input-size"),
         (["RUN", "x.jpg", "--top-k", "0"], "--top-k 0: at least 1 is needed"),

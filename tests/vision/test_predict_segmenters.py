@@ -239,6 +239,8 @@ def test_masks_among_the_pictures_are_not_predicted(
     ("options", "message"),
     [
         (["RUN", "--scales", "half"], "needs numbers separated by commas, got 'half'"),
+        (["RUN", "--sheet", "all.png"], "--sheet is for classifiers; a segmenter writes an overlay"),
+        (["RUN", "--cam", "all.png"], "--cam is for classifiers; a segmenter writes an overlay"),
         (["RUN", "--classes", "voc"], "brings its model, weights and classes"),
         (["test_convnext", "--flip"], "--flip is for segmenters"),
         (["test_convnext", "--classes", "voc"], "belong to --head"),

@@ -12,6 +12,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -354,6 +355,21 @@ def test_a_confusion_matrix_can_be_read(count: int, tmp_path: Path, monkeypatch:
     texts = [text.get_text() for axes in others for text in axes.texts]
     assert any("→" in text and text.endswith(": 1") for text in texts) == (count > 20)
     assert max(figures[0].get_size_inches()) < 22
+
+
+def test_curves_are_drawn_as_vectors_too(tmp_path: Path) -> None:
+    """The text is shapes, so that it looks the same everywhere; the same rows make the same file."""
+    rows = [{"epoch": float(epoch), "train/loss": 1.0 / (epoch + 1), "val/accuracy": 0.1 * epoch} for epoch in range(4)]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        pictures.draw_curves(tmp_path / name / "curves.png", rows, "accuracy", "a <run> & its $title$")
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"curves.png", "curves.svg"}
+    first, second = ((tmp_path / name / "curves.svg").read_bytes() for name in ("first", "second"))
+    assert first == second and b"<dc:date>" not in first
+    root = ElementTree.fromstring(first)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and {"width", "height", "viewBox"} <= set(root.attrib)
+    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert "path" in tags and not {"image", "text"} & tags, "vectors alone, and no fonts"
 
 
 def test_curves_show_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

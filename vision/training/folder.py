@@ -18,6 +18,7 @@ _RESULTS = (
     *("metrics.csv", "results.json", "env.json", "report.html", "summary.txt"),
     *("error.txt", "error-[0-9]*.txt", "nonfinite.json", "nonfinite-[0-9]*.json", "tensorboard/events.out.tfevents.*"),
     *(f"{name}.png" for name in _PICTURES),
+    "curves.svg",
     *(f"checkpoints/{name}" for name in (BEST, LAST, PREVIOUS)),
 )
 """The files of a run, as shell patterns, that must be deleted before another run starts in its folder."""

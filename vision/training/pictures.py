@@ -13,13 +13,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
-from ..drawing import MOST_COLOURS, large_regions, overlay, palette_of, picture_grid, plain_text, short_name
+from ..drawing import (
+    MOST_COLOURS,
+    denormalised,
+    large_regions,
+    overlay,
+    palette_of,
+    picture_grid,
+    plain_text,
+    short_name,
+)
 
 _INK, _RIGHT, _WRONG = "#202124", "#2e7d32", "#c62828"
 _COLOURS = {"train/loss": "#4c78a8", "val/loss": "#e45756", "train/lr": "#54a24b"}
@@ -39,6 +49,7 @@ def draw_curves(
 ) -> None:
     """Draw loss, validation metric and learning rate by epoch, and mark the best epoch.
 
+    Beside `path`, a PNG file, lies the same as vector graphics, an SVG file; the same rows make the same files.
     `averaged` says that the validated weights are moving averages, which the title mentions.
     """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -70,6 +81,8 @@ def draw_curves(
         axes.margins(x=0.04, y=0.12)
     figure.suptitle(plain_text(title), fontsize=11)
     figure.savefig(path, dpi=130)
+    with rc_context({"svg.hashsalt": path.stem}):  # else identifiers are drawn anew with each file
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _line(
@@ -224,7 +237,7 @@ def draw_masks(
     figure = Figure(figsize=(1.9 * len(names) + 1.7, height), layout="constrained")
     grid = figure.subplots(len(images), len(names), squeeze=False, height_ratios=shapes)
     for row, image in enumerate(images):
-        picture = _pixels(image, mean, std)
+        picture = denormalised(image, mean, std)
         shown = [picture, *(overlay(picture, masks[row].cpu().numpy(), palette) for masks in columns.values())]
         shown += [_redden(picture, errors[row].cpu().numpy())] if errors is not None else []
         for axes, panel in zip(grid[row], shown, strict=True):
@@ -270,14 +283,8 @@ def _redden(picture: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 def _show(axes: Axes, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
-    axes.imshow(_pixels(image, mean, std), interpolation="nearest")
+    axes.imshow(denormalised(image, mean, std), interpolation="nearest")
     axes.axis("off")
-
-
-def _pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Convert a normalised picture [C, H, W] to [H, W, 3] with values in 0..1."""
-    values = image.detach().float().cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    return values.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 def in_words(metric: str) -> str:
