@@ -18,6 +18,7 @@ What is unusual:
 * A merged token has the weight of all its parts in attention (`proportional`), through the logarithm of its size.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -36,21 +37,23 @@ from ..kernels.token_reduction import (
     unmerge_tokens,
 )
 
-_FRACTION_BITS = 40
+_MOST_TOKENS = 2**15 - 1
 
 
 def share_of(tokens: int, rate: float, up: bool = False) -> int:
     """Return the largest count with count / tokens <= rate, or with `up` the smallest with count / tokens >= rate.
 
-    While exporting, `tokens` may be a symbol. ONNX would compute in float32, so exported programs multiply integers.
+    While exporting, `tokens` may be a symbol. ONNX would compute in float32, so exported programs multiply integers;
+    they are exact for up to 32767 tokens.
     """
     if torch.jit.is_scripting():
         return _share_of(tokens, rate, up)
     else:
         if not (isinstance(tokens, torch.SymInt) and is_exporting()):
             return _share_of(tokens, rate, up)
-        offset = (1 << _FRACTION_BITS) - 1 if up else 0  # not -(-a // b): ONNX rounds that towards zero
-        return (tokens * _numerator(rate, up) + offset) // (1 << _FRACTION_BITS)
+        numerator, denominator = _fraction(rate, up)
+        offset = denominator - 1 if up else 0  # not -(-a // b): ONNX rounds that towards zero
+        return (tokens * numerator + offset) // denominator
 
 
 def _share_of(tokens: int, rate: float, up: bool) -> int:
@@ -61,18 +64,18 @@ def _share_of(tokens: int, rate: float, up: bool) -> int:
     return nearest - 1 if share > rate else nearest
 
 
-def _numerator(rate: float, up: bool) -> int:
-    """Return the numerator of the fraction over 2**40 whose multiples round to the counts of `share_of`.
+@functools.cache
+def _fraction(rate: float, up: bool) -> tuple[int, int]:
+    """Return the fraction whose multiples round to the counts of `share_of`, for up to 32767 tokens.
 
-    All these counts are those of one number within rounding error of the rate. At most one fraction with a denominator
-    up to 4096 lies between two neighbouring fractions over 2**40, so if the lower neighbour fails, the upper one works.
+    It is the count / tokens that comes closest to the rate. All products fit into 32 bits, in which OpenVINO computes.
     """
-    below = int(rate * (1 << _FRACTION_BITS))
-    for n in range(1, 4097):
-        count = -((-n * below) >> _FRACTION_BITS) if up else (n * below) >> _FRACTION_BITS
-        if count != _share_of(n, rate, up):
-            return below + 1
-    return below
+    count, tokens = _share_of(1, rate, up), 1
+    for n in range(2, _MOST_TOKENS + 1):
+        other = _share_of(n, rate, up)
+        if (other * tokens < count * n) if up else (other * tokens > count * n):
+            count, tokens = other, n
+    return count, tokens
 
 
 class TokenState(NamedTuple):

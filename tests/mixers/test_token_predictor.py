@@ -1,12 +1,14 @@
 """DynamicViT's predictor, decisions, counts and masked attention against the authors' records and by definition."""
 
+import importlib.util
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from mixerzoo.mixers.token_predictor import PredictorLG, attention_under_policy, draw_decision, kept_count
-from mixerzoo.mixers.token_reduction import share_of
+from mixerzoo.mixers.token_reduction import _fraction, share_of
+from mixerzoo.vision._openvino import run_openvino, write_openvino
 from torch import Tensor, nn
 
 
@@ -108,7 +110,20 @@ def test_counts() -> None:
         assert kept_count(196, ratio) == max(int(196 * ratio), 1), "as published"
 
 
-@pytest.mark.parametrize("rate", [0.07, 0.28, 0.55, 0.7, 0.81, 0.7 - 0.2, 0.7**2, 1 / 3, 1e-6, 1.0])
+RATES = [0.07, 0.28, 0.55, 0.7, 0.81, 0.7 - 0.2, 0.7**2, 1 / 3, 1e-6, 1.0]
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("up", [False, True])
+def test_fractions_of_exported_programs_are_exact_in_32_bits(rate: float, up: bool) -> None:
+    numerator, denominator = _fraction(rate, up)
+    most, offset = 2**15 - 1, denominator - 1 if up else 0
+    assert most * numerator + offset < 2**31
+    tokens = range(1, most + 1)
+    assert [(n * numerator + offset) // denominator for n in tokens] == [share_of(n, rate, up) for n in tokens]
+
+
+@pytest.mark.parametrize("rate", RATES)
 def test_shares_are_what_they_are_called(rate: float) -> None:
     """Also where the product in floating point lies on the other side of a whole number: 0.55 * 20, 0.7 * 90."""
     for tokens in range(1, 1000):
@@ -131,18 +146,23 @@ class Keep(nn.Module):
 @pytest.mark.parametrize("ratio", [0.7, 0.55, 0.7 - 0.2])
 def test_exported_counts_are_the_same(ratio: float, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is not installed")
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(Keep(ratio), (torch.zeros(2, 30),), dynamic_shapes=(dynamic,))
     onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
     assert onnx_program is not None
     onnx_program.save(tmp_path / "keep.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "keep.onnx", providers=["CPUExecutionProvider"])
+    write_openvino(tmp_path / "keep.onnx", tmp_path / "keep.xml", {})  # it computes integers in 32 bits
     scripted = torch.jit.script(Keep(ratio))
-    for tokens in (10, 20, 49, 90, 100, 196, 200, 300, 360, 576, 1024, 4096):
+    lengths = (10, 20, 49, 90, 100, 196, 200, 300, 360, 576, 1024, 4096, 32767)
+    of_openvino = run_openvino(tmp_path / "keep.xml", [torch.zeros(1, tokens) for tokens in lengths])
+    for tokens, by_openvino in zip(lengths, of_openvino, strict=True):
         x = torch.zeros(1, tokens)
         counts = [kept_count(tokens, ratio), share_of(tokens, ratio, up=True)]
         of_session = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        for got in (program.module()(x), scripted(x), of_session):
+        for got in (program.module()(x), scripted(x), of_session, by_openvino):
             assert [part.shape[1] for part in got] == counts
 
 
