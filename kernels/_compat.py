@@ -1,4 +1,5 @@
-"""Wrap the private names of torch that the kernels rely on, and state the behaviour assumed of each.
+"""Wrap the private names of torch that the kernels rely on, state the behaviour assumed of each, and work around gaps
+of its exporters.
 
 tests/kernels/test_compat.py holds a canary test for every function here, so that a torch release that changes one
 fails by name instead of producing a wrong gradient. Functions called inside modules are written so that TorchScript can
@@ -72,7 +73,7 @@ def size_key(size: int | torch.SymInt) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
-def divide(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+def divide_with_remainder(value: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """Return quotient and remainder of whole numbers, at least 0, by a size that may be free in an export.
 
     The remainder is a difference, because torch.onnx cannot translate the remainder by a free size.

@@ -18,7 +18,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels._compat import divide, is_exporting
+from ..kernels._compat import divide_with_remainder, is_exporting
 from ._cross_projections import CrossProjections
 
 
@@ -60,7 +60,7 @@ def cut_windows(x: Tensor, side: int) -> Tensor:
     batch, height, width, dim = x.shape
     number, columns = torch.arange(height * width, device=x.device), width // side
     window, inside = number // (side * side), number % (side * side)
-    window_row, window_column = divide(window, columns)
+    window_row, window_column = divide_with_remainder(window, columns)
     row, column = window_row * side + inside // side, window_column * side + inside % side
     x = x.flatten(1, 2).index_select(1, row * width + column).flatten(0, 1)
     return x.reshape(batch * (height // side) * columns, side * side, dim)
@@ -69,7 +69,7 @@ def cut_windows(x: Tensor, side: int) -> Tensor:
 def join_windows(windows: Tensor, batch: int, height: int, width: int, side: int) -> Tensor:
     """Reassemble the map [B, H, W, C] from the windows of `cut_windows`."""
     number = torch.arange(height * width, device=windows.device)
-    row, column = divide(number, width)
+    row, column = divide_with_remainder(number, width)
     window = row // side * (width // side) + column // side
     x = windows.flatten(0, 1).reshape(batch, height * width, windows.shape[-1])
     x = x.index_select(1, window * (side * side) + row % side * side + column % side)

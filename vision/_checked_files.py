@@ -3,13 +3,14 @@
 A draft is written beside the destination, loaded back and compared with the model, also at shapes that were not traced.
 Then it takes the place of an earlier export as a whole. A file takes it in one rename. A folder, and the two files of
 an OpenVINO model, take it in several, the first of which move the earlier export aside: weights never lie beside the
-graph of another export. A process that is killed between them leaves the earlier export in `.export-…` beside the
-destination.
+graph of another export. A process that is killed between them leaves the earlier export in a folder `.export-…` beside
+the destination.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,18 +165,27 @@ def _publish(draft: Path, path: Path) -> None:
     elif not (draft.is_dir() and path.is_dir()):
         os.replace(draft, path)
         return
-    earlier = Path(tempfile.mkdtemp(dir=draft.parent, prefix="earlier-"))
+    # Not inside the draft's folder, which is deleted on every way out.
+    earlier = Path(tempfile.mkdtemp(dir=path.parent, prefix=".export-earlier-"))
     aside = [(target, earlier / target.name) for _, target in reversed(pairs) if target.exists()]
     moved: list[tuple[Path, Path]] = []
     try:
         for source, target in [*aside, *pairs]:
             moved.append((source, target))
             os.rename(source, target)
-    except BaseException:  # SystemExit of SIGTERM, too
-        for source, target in reversed(moved):
-            if not source.exists():  # it was moved
-                os.rename(target, source)
+    except BaseException as error:  # SystemExit of SIGTERM, too
+        try:
+            for source, target in reversed(moved):
+                if not source.exists():  # it was moved
+                    os.rename(target, source)
+        except OSError as failure:
+            raise ExportError(
+                f"{path} was not written ({one_line(error)}), and what was there could not be moved back "
+                f"({one_line(failure)}); it is in {earlier}"
+            ) from error
+        earlier.rmdir()
         raise
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _advice(axes: dict[str, tuple[int, int | None]]) -> str:

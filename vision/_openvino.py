@@ -52,7 +52,7 @@ _PILLOW = {"cubic": "bicubic_pillow", "linear_onnx": "bilinear_pillow"}
 
 
 def _resize_as_pillow(model: Any) -> None:
-    """Replace interpolations with antialiasing, such as those of position embeddings, by the modes called after Pillow.
+    """Replace interpolations with antialiasing, such as those of position embeddings, by the modes named after Pillow.
 
     These are what torch computes. The CPU plugin (2026.4) gets antialiasing in the other modes wrong.
     """

@@ -73,13 +73,15 @@ def class_activation_maps(
         classes = score.argmax(1) if classes is None else _checked_classes(classes, score)
         chosen = score.gather(1, classes[:, None]).sum()
         for index in reversed(stages):
-            for output in outputs[names[index]]:
+            # Where the named module does not exist or is never called, the map of the stage may do.
+            for output in outputs.get(names[index]) or [features[index]]:
                 maps = _evidence(chosen, output, features[index])
                 if maps is not None:
                     return ClassActivation(maps, classes, score.detach(), index)
+    where = "the stages" if stage is None else f"stage {stage}"
     raise ValueError(
-        f"the class does not depend on any position of {'the stages' if stage is None else f'stage {stage}'} of "
-        f"{type(model).__name__}; " + ("its weights may be zero" if stage is None else "give an earlier stage")
+        f"no position of {where} of {type(model).__name__} was seen to influence the class; give another stage, or "
+        "other weights if these are zero"
     )
 
 
@@ -106,7 +108,8 @@ def _run(network: Any, images: Tensor, names: set[str]) -> tuple[Tensor, list[Te
     def keep(name: str) -> Any:
         return lambda module, inputs, output: outputs.__setitem__(name, list(_tensors(output)))
 
-    hooks = [network.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    modules = {name: module for name, module in network.named_modules() if name in names}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         # The gradient is needed even where all parameters are frozen.
         final, features = network.forward_intermediates(images.detach().clone().requires_grad_())
@@ -141,5 +144,8 @@ def _evidence(score: Tensor, output: Tensor, feature: Tensor) -> Tensor | None:
     if spread is None:
         return None
     product = (output * gradient).detach() / spread.detach().clamp(min=1)
-    (on_raster,) = torch.autograd.grad(spread, ones, product, retain_graph=True)
-    return on_raster.sum(1) if on_raster.any() else None
+    (reached,) = torch.autograd.grad(spread, ones, gradient, retain_graph=True)
+    if not reached.any():
+        return None
+    (on_raster,) = torch.autograd.grad(spread, ones, product)
+    return on_raster.sum(1)

@@ -81,7 +81,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray, palette: np.ndarray, strength
 def heat(picture: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     """Lay the positive part of `evidence` [H, W] over a grey version of `picture` [H, W, 3] in 0..1.
 
-    The strongest place is yellow; places without evidence for the class are grey.
+    The strongest place of the picture is yellow, however strong it is; places without evidence for the class are grey.
     """
     from matplotlib import colormaps
 

@@ -282,7 +282,9 @@ def _check_destination(path: Path, format: Format) -> None:
         raise ValueError(f"{format} writes a file whose name ends in {SUFFIXES[format]}, got {path}")
     weights = path.with_suffix(WEIGHTS)
     if format == "openvino" and (weights.is_dir() or (weights.exists() and not path.exists())):
-        raise ValueError(f"openvino also writes {weights}, and what is there is no earlier export; name another output")
+        raise ValueError(
+            f"openvino also writes {weights}, which lies there without {path.name}; delete it, or name another output"
+        )
 
 
 def parser() -> OneLineParser:

@@ -69,13 +69,16 @@ OVERLAY = ".overlay.png"
 WIDEST_NAME = 30  # characters of a class name in the table
 
 
-def find_pictures(arguments: Sequence[str], *, masks: Path | None = None) -> list[tuple[Path, Path]]:
+def find_pictures(
+    arguments: Sequence[str], *, masks: Path | None = None, written: Collection[Path] = ()
+) -> list[tuple[Path, Path]]:
     """Find the pictures that files, folders and patterns name; return each once, as (file, output name).
 
     The output name is the path below the folder or pattern that found the file. Folders are searched recursively for
-    the suffixes of torchvision's ImageFolder. The tool's own output is skipped: overlays, and PNG files in `masks` if
-    that lies in a searched folder.
+    the suffixes of torchvision's ImageFolder. The tool's own output is skipped: overlays, PNG files in `masks` if that
+    lies in a searched folder, and the files `written`, unless an argument names them.
     """
+    own = {path.resolve() for path in written}
     found: dict[Path, Path] = {}
     taken: set[Path] = set()
     for argument in arguments:
@@ -89,6 +92,8 @@ def find_pictures(arguments: Sequence[str], *, masks: Path | None = None) -> lis
             root = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
             files = [Path(file) for file in glob.glob(argument, recursive=True)]
         files = sorted(file for file in files if not file.name.endswith(OVERLAY) and not file.is_dir())
+        if files != [path]:
+            files = [file for file in files if file.resolve() not in own]
         if masks is not None and _lies_in(masks, root) and masks.resolve() != root.resolve():
             files = [file for file in files if file.suffix != ".png" or not _lies_in(file.parent, masks)]
         if not files:
@@ -308,9 +313,17 @@ def _check(arguments: argparse.Namespace, predictor: Predictor) -> None:
 
 
 def find_class(word: str, classes: Sequence[str]) -> int:
-    """Return the number of the class that is named or numbered `word`."""
-    if word in classes:
-        return classes.index(word)
+    """Return the number of the class that is named or numbered `word`; ImageNet's have several names, with commas."""
+    wanted = word.casefold()
+    named = [index for index, name in enumerate(classes) if name.casefold() == wanted]
+    named = named or [
+        index for index, name in enumerate(classes) if wanted in map(str.strip, name.casefold().split(","))
+    ]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        numbers = " or ".join(map(str, named))
+        raise ValueError(f"--cam-class {word}: several classes have this name; give the number, {numbers}")
     if word.isdecimal() and int(word) < len(classes):
         return int(word)
     hint = did_you_mean(word, classes)
@@ -320,6 +333,16 @@ def find_class(word: str, classes: Sequence[str]) -> int:
 def _refuse_overwriting(arguments: argparse.Namespace, files: Sequence[tuple[Path, Path]], *, dense: bool) -> None:
     pictures = {file.resolve() for file, _ in files}
     written = [("--output", arguments.output), ("--sheet", arguments.sheet), ("--cam", arguments.cam)]
+    named: dict[Path, str] = {}
+    for option, path in written:
+        if path is None:
+            continue
+        if option != "--output" and path.suffix.lower() != ".png":
+            raise ValueError(f"{option} {path}: the picture is a PNG file; give a name that ends in .png")
+        if (other := named.setdefault(path.resolve(), option)) != option:
+            raise ValueError(f"{other} and {option} both name {path}; give two files")
+        if path.is_dir() or any(parent.is_file() for parent in path.parents):
+            raise ValueError(f"{option} {path} cannot be written: a folder has this name, or a file that of its folder")
     for file, name in files if dense else ():
         overlay, mask = _places(arguments, file, name)
         written += [("--folder", overlay), ("--masks", mask)]
@@ -340,7 +363,8 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = _load(arguments)
     _check(arguments, predictor)
     predictor = seen_as_told(predictor, arguments)
-    files = find_pictures(arguments.images, masks=arguments.masks)
+    pictures = [path for path in (arguments.sheet, arguments.cam) if path is not None]
+    files = find_pictures(arguments.images, masks=arguments.masks, written=pictures)
     _refuse_overwriting(arguments, files, dense=predictor.dense)
     sheet: Path | None = arguments.sheet
     cam: Path | None = arguments.cam
@@ -353,7 +377,8 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     for file, name, picture, answer in answers:
         overlay = None
         if cam is not None and len(explained) < MOST_EXPLAINED:
-            explained.append((file, predictor.explain(picture, chosen, stage=arguments.cam_stage)))
+            stage = explained[0][1].stage if explained else arguments.cam_stage
+            explained.append((file, predictor.explain(picture, chosen, stage=stage)))
         if predictor.dense:
             overlay = _write_pictures(arguments, predictor, file, name, picture, answer)
         elif sheet is not None and len(thumbnails) < MOST_ON_SHEET:

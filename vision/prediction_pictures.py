@@ -153,6 +153,6 @@ def draw_evidence(
         seen.set_title(f"{short_name(file.name, 22)}\n", fontsize=7, pad=3)
         explanation.imshow(heat(one.image, one.evidence))
         name = f"{short_name(classes[one.index], 18)} ({100 * one.probability:.0f} %)"
-        # Weights that find only evidence against a class leave the picture grey.
+        # If there is only evidence against the class, the picture stays grey.
         explanation.set_title(f"{name}\n{'' if one.evidence.max() > 0 else 'nothing for it'}", fontsize=7, pad=3)
     figure.savefig(path, dpi=130)

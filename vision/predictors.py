@@ -151,11 +151,14 @@ def of_timm(model: nn.Module, *, size: int | None = None, trained: bool = True) 
         config["input_size"] = (config["input_size"][0], size, size)
     mean, std = config["mean"], config["std"]
     if config["crop_mode"] == FRAME:
-        prepare = _Framed(config["input_size"][-1], mean[0], std[0])
-        return Predictor(model, class_names(model), prepare, mean, std, trained=trained)
+        framed = _Framed(config["input_size"][-1], mean[0], std[0])
+        return Predictor(model, class_names(model), framed, mean, std, trained=trained)
     transform: Any = create_transform(**config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    prepare = lambda picture: transform(picture.convert(mode))  # noqa: E731
+
+    def prepare(picture: Image.Image) -> Tensor:
+        return transform(picture.convert(mode))
+
     return Predictor(model, class_names(model), prepare, mean, std, trained=trained)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._compat import divide
+from .._compat import divide_with_remainder
 from ._geometry import Window, Windows
 
 
@@ -47,7 +47,7 @@ class _Axis:
     def cut(cls, length: int, window: Window, queries: int, keys: int, block: Tensor) -> "_Axis":
         """Compute the indices; `block` [blocks] maps each block of the map to its block of this axis, lattice-major."""
         per_lattice = _blocks_per_lattice(length, window, queries)
-        lattice, tile = (part[:, None] for part in divide(block, per_lattice))
+        lattice, tile = (part[:, None] for part in divide_with_remainder(block, per_lattice))
         points = (length - lattice + window.dilation - 1) // window.dilation
         place = tile * queries + torch.arange(queries, device=block.device)
         query = torch.minimum(place, points - 1)
@@ -108,14 +108,14 @@ class Blocks:
         axes, query, key = [], torch.zeros_like(block)[:, None], torch.zeros_like(block)[:, None]
         token_block, token_place = torch.zeros_like(token), torch.zeros_like(token)
         for a, (length, window, (queries, keys)) in enumerate(zip(spatial, windows, lengths, strict=True)):
-            _, axis_block = divide(block // math.prod(counts[a + 1 :]), counts[a])
+            _, axis_block = divide_with_remainder(block // math.prod(counts[a + 1 :]), counts[a])
             axis = _Axis.cut(length, window, queries, keys, axis_block)
             axes.append(axis)
             query = (query[..., None] * length + axis.query[:, None]).flatten(1)
             key = (key[..., None] * length + axis.key[:, None]).flatten(1)
-            _, position = divide(token // math.prod(spatial[a + 1 :]), length)
-            point, lattice = divide(position, window.dilation)
-            tile, place = divide(point, queries)
+            _, position = divide_with_remainder(token // math.prod(spatial[a + 1 :]), length)
+            point, lattice = divide_with_remainder(position, window.dilation)
+            tile, place = divide_with_remainder(point, queries)
             token_block = token_block * counts[a] + lattice * per_lattice[a] + tile
             token_place = token_place * queries + place
         shape = (block.shape[0], query.shape[1], key.shape[1])

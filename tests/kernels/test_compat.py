@@ -67,7 +67,7 @@ class Turn(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         number, length = torch.arange(x.shape[0]) + 5, x.shape[0]
-        return x[_compat.divide(number, length)[1] if self.divides else number % length]
+        return x[_compat.divide_with_remainder(number, length)[1] if self.divides else number % length]
 
 
 def _as_onnx(model: torch.nn.Module) -> torch.onnx.ONNXProgram:
@@ -88,6 +88,7 @@ def test_division_by_a_free_size_is_exported(tmp_path: Path) -> None:
 
 
 def test_the_remainder_by_a_free_size_still_needs_the_difference() -> None:
+    """If this fails, torch.onnx has learnt it, and `divide_with_remainder` can become `divmod`."""
     pytest.importorskip("onnxscript")
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"aten\.remainder"):
         _as_onnx(Turn(divides=False))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,7 +166,7 @@ def test_two_files_are_replaced_together(
     def fail_once(source: Path, target: Path) -> None:
         mixed = {file.read_text() for file in (path, path.with_suffix(".bin")) if file.exists()}
         assert len(mixed) < 2 and (path.with_suffix(".bin").exists() or not path.exists() or len(seen) < 1)
-        aside = "aside/" if target.parent.name.startswith("earlier-") else ""
+        aside = "aside/" if target.parent.name.startswith(".export-earlier-") else ""
         seen.append(f"{aside}{target.name}")
         if seen.count(failing) == 1 and seen[-1] == failing:
             raise error
@@ -178,6 +178,29 @@ def test_two_files_are_replaced_together(
     assert {name: (tmp_path / name).read_text() for name in ("m.xml", "m.bin")} == {"m.xml": "old", "m.bin": "old"}
     _publish(draft, path)
     assert {name: (tmp_path / name).read_text() for name in ("m.xml", "m.bin")} == {"m.xml": "new", "m.bin": "new"}
+    assert not list(tmp_path.glob(".export-*"))
+
+
+def test_an_earlier_export_that_cannot_be_moved_back_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft, path = tmp_path / ".export" / "m.xml", tmp_path / "m.xml"
+    draft.parent.mkdir()
+    for file, words in ((path, "old"), (draft, "new")):
+        file.write_text(words)
+        file.with_suffix(".bin").write_text(words)
+    rename = os.rename
+
+    def only_aside(source: Path, target: Path) -> None:
+        if target.parent == tmp_path:
+            raise OSError("read-only file system")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", only_aside)
+    with pytest.raises(
+        ExportError, match=r"could not be moved back \(read-only file system\); it is in (.*)$"
+    ) as error:
+        _publish(draft, path)
+    kept = Path(str(error.value).rsplit(" in ", 1)[1])
+    assert {file.name: file.read_text() for file in kept.iterdir()} == {"m.xml": "old", "m.bin": "old"}
 
 
 @needs_openvino
@@ -185,7 +208,9 @@ def test_a_bin_file_of_something_else_is_not_replaced(tmp_path: Path, capsys: py
     (tmp_path / "m.bin").write_text("something else")
     assert main(["test_convnext2", "--format", "openvino", "--output", str(tmp_path / "m.xml")]) == 2
     error = capsys.readouterr().err
-    assert "m.bin, and what is there is no earlier export; name another output" in error and error.count("\n") == 1
+    assert (
+        "m.bin, which lies there without m.xml; delete it, or name another output" in error and error.count("\n") == 1
+    )
     assert main(["test_convnext2", "--format", "openvino", "--output", str(tmp_path / "m.onnx")]) == 2
     assert "openvino writes a file whose name ends in .xml, got" in capsys.readouterr().err
     assert _files(tmp_path) == {"m.bin": b"something else"}
@@ -201,20 +226,23 @@ def test_without_openvino_the_command_says_what_to_install(
     assert capsys.readouterr().err == said and not list(tmp_path.iterdir())
 
 
-def test_importing_it_sends_no_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importing_it_sends_no_statistics(tmp_path: Path) -> None:
     """Stand-ins for both packages: openvino sends statistics where it finds the other."""
     (tmp_path / "openvino_telemetry.py").touch()
     (tmp_path / "openvino.py").write_text(
         "try:\n    import openvino_telemetry\n    sends = True\nexcept ImportError:\n    sends = False\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "openvino", raising=False)
-    assert importlib.import_module("openvino").sends
-    for name in ("openvino", "openvino_telemetry"):
-        monkeypatch.delitem(sys.modules, name)
-    assert not import_openvino().sends
-    assert importlib.util.find_spec("openvino_telemetry") is not None, "it is hidden for this one import"
-    monkeypatch.delitem(sys.modules, "openvino")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import importlib.util\n"
+        "from mixerzoo.vision._openvino import import_openvino\n"
+        "assert not import_openvino().sends\n"
+        "assert importlib.util.find_spec('openvino_telemetry') is not None, 'it is hidden for this one import'\n"
+        "del sys.modules['openvino']\n"
+        "import openvino\n"
+        "assert openvino.sends"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from matplotlib.figure import Figure
 from mixerzoo.vision import predict as predict_module
 from mixerzoo.vision._loading import load_model, load_run
 from mixerzoo.vision.data.classification import PicturesInMemory, PictureTransforms, load_digits
 from mixerzoo.vision.data.loading import Request
 from mixerzoo.vision.data.mask_files import read_mask
 from mixerzoo.vision.data.mask_layouts import LAYOUTS, load_masks
+from mixerzoo.vision.drawing import heat
 from mixerzoo.vision.export import main as export
-from mixerzoo.vision.predict import find_pictures, main, of_run
+from mixerzoo.vision.predict import find_class, find_pictures, main, of_run
+from mixerzoo.vision.prediction_pictures import MOST_EXPLAINED
 from mixerzoo.vision.segmentation import build_segmenter
 from mixerzoo.vision.training.settings import load
 from PIL import Image
@@ -250,8 +253,50 @@ def test_evidence_is_drawn_over_what_the_model_sees(
     assert main(words) == 0
     assert main([*words[:-1], str(tmp_path / "named.png"), "--cam-class", "1", "--cam-stage", "-2"]) == 0
     capsys.readouterr()
-    drawn = [np.asarray(Image.open(path)) for path in (tmp_path / "new" / "c.png", tmp_path / "named.png")]
-    assert drawn[0].shape == drawn[1].shape and (drawn[0] != drawn[1]).any()
+    assert all(Image.open(path).size[0] > 300 for path in (tmp_path / "new" / "c.png", tmp_path / "named.png"))
+
+
+def test_heat_is_relative_to_the_strongest_evidence_for_the_class() -> None:
+    picture = np.full((1, 4, 3), (0.9, 0.6, 0.3))
+    shown = heat(picture, np.array([[4.0, 1.0, 0.0, -9.0]]))
+    grey = np.full(3, 0.6)
+    np.testing.assert_allclose(shown[0, 2:], [grey, grey])
+    yellow, weaker = shown[0, :2]
+    assert yellow[0] > 0.8 and yellow[1] > 0.8 and yellow[2] < 0.3
+    assert np.abs(weaker - grey).max() > 0.1 and not np.allclose(weaker, yellow, atol=0.1)
+    np.testing.assert_allclose(heat(picture, np.array([[8.0, 2.0, 0.0, -1.0]])), shown)
+    np.testing.assert_allclose(heat(picture, np.array([[-1.0, -2.0, 0.0, -1.0]]))[0], [grey] * 4)
+
+
+def test_the_first_pictures_are_explained_and_the_page_says_so(
+    write_run: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, drawn = tmp_path / "photos", []
+    photos.mkdir()
+    for index in range(MOST_EXPLAINED + 1):
+        Image.new("RGB", (20, 20), (5 * index, 90, 30)).save(photos / f"{index:02}.png")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    run = write_run(["a", "b", "tench, Tinca tinca"])
+    for _ in range(2):  # its own picture among the others is none to explain
+        assert main([str(run), str(photos), "--cam", str(photos / "seen.png"), "--cam-class", "tinca tinca"]) == 0
+        (photos / "seen.png").write_bytes((photos / "00.png").read_bytes())
+        assert len(capsys.readouterr().out.splitlines()) == MOST_EXPLAINED + 1
+    title = drawn[-1].get_suptitle()
+    assert f"the first {MOST_EXPLAINED} of {MOST_EXPLAINED + 1} pictures" in title and "“tench, Tinca tinca”" in title
+    assert len([axes for axes in drawn[-1].axes if axes.images]) == 2 * MOST_EXPLAINED
+
+
+def test_classes_are_found_by_any_of_their_names() -> None:
+    classes = ["tench, Tinca tinca", "crane", "Crane", "7", "bee"]
+    assert [find_class(word, classes) for word in ("tench", "TINCA TINCA", "tench, tinca tinca", "7", "4")] == [
+        0,
+        0,
+        0,
+        3,
+        4,
+    ]
+    with pytest.raises(ValueError, match="several classes have this name; give the number, 1 or 2"):
+        find_class("crane", classes)
 
 
 def test_timm_models_know_the_classes_of_imagenet(
@@ -300,6 +345,10 @@ def test_an_exported_folder_is_a_model(
         (["RUN", "PHOTO", "--cam", "c.png", "--cam-stage", "4"], "there is no stage 4; the model has 4"),
         (["RUN", "PHOTO", "--cam-stage", "1"], "--cam-class and --cam-stage belong to --cam"),
         (["RUN", "PHOTO", "--cam", "PHOTO"], "--cam would write over"),
+        (["RUN", "PHOTO", "--cam", "EMPTY/photo"], "give a name that ends in .png"),
+        (["RUN", "PHOTO", "--sheet", "EMPTY/photo.jpg"], "give a name that ends in .png"),
+        (["RUN", "PHOTO", "--cam", "EMPTY/a.png", "--sheet", "EMPTY/../empty/a.png"], "--sheet and --cam both name"),
+        (["RUN", "PHOTO", "--cam", "PHOTO/a.png"], "a folder has this name, or a file that of its folder"),
         (["RUN", "x.jpg", "--pretrained"], "leave out --pretrained, meant for timm names"),
         (["RUN", "PHOTO", "--input-size", "2"], "try another --input-size"),
         (["RUN", "x.jpg", "--top-k", "0"], "--top-k 0: at least 1 is needed"),

@@ -43,7 +43,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels._compat import divide, is_exporting
+from ...kernels._compat import divide_with_remainder, is_exporting
 from ...mixers.semantic_tokens import (
     CrossAttention,
     WindowCrossAttention,
@@ -87,8 +87,8 @@ def _part_of(x: Tensor, down: int, across: int, height: int, width: int) -> Tens
 
     Unlike rolling and slicing, this gives the exporter a known output size. Offsets are less than a side of the map.
     """
-    _, rows = divide(torch.arange(height, device=x.device) + (down + x.shape[1]), x.shape[1])
-    _, columns = divide(torch.arange(width, device=x.device) + (across + x.shape[2]), x.shape[2])
+    _, rows = divide_with_remainder(torch.arange(height, device=x.device) + (down + x.shape[1]), x.shape[1])
+    _, columns = divide_with_remainder(torch.arange(width, device=x.device) + (across + x.shape[2]), x.shape[2])
     return x.index_select(1, rows).index_select(2, columns)
 
 

@@ -144,6 +144,9 @@ def check_before_data(config: Config) -> None:
         if name is not None and not timm.is_model(name):
             hint = did_you_mean(name, timm.list_models(), most=3, cutoff=0.6)
             raise ConfigError(f"{key}={name}: timm and mixerzoo have no such model{hint}")
+    start = model.start_from
+    if start is not None and not Path(start).is_file() and not timm.is_model(start):
+        raise ConfigError(f"model.start_from={start}: no model is called {start!r}; a file, or a timm model, is needed")
     teaches = distill.teacher is not None
     for key, file in (
         ("model.checkpoint", model.checkpoint),

@@ -24,8 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import IO, Any
 
@@ -96,13 +95,13 @@ def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> in
         with Forwarding() as signals:
             processes = signals.processes
             try:
-                with signals.held():
-                    for rank, environment in enumerate(_environments(count)):
-                        # Only rank 0 writes to the terminal; the output of the others is shown if they fail.
-                        log = open(os.path.join(folder, str(rank)), "w+b")  # noqa: SIM115
-                        logs.append(log)
-                        own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
-                        processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **own))
+                for rank, environment in enumerate(_environments(count)):
+                    # Only rank 0 writes to the terminal; the output of the others is shown if they fail.
+                    log = open(os.path.join(folder, str(rank)), "w+b")  # noqa: SIM115
+                    logs.append(log)
+                    own: dict[str, Any] = {} if rank == 0 else {"stdout": log, "stderr": log}
+                    processes.append(subprocess.Popen(command, env=environment, start_new_session=True, **own))
+                signals.release()
                 failed = _wait(processes)
                 codes = [process.poll() for process in processes]
             finally:
@@ -118,12 +117,15 @@ def launch(command: Sequence[str], count: int, say: Callable[[str], None]) -> in
 
 
 class Forwarding:
-    """A context manager that forwards signals to `processes` and remembers the first signal in `received`."""
+    """A context manager that forwards signals to `processes` and remembers the first signal in `received`.
+
+    Signals are held back until `release`, so that those processes that are being started receive them, too.
+    """
 
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[Any]] = []
         self.received: int | None = None
-        self._held: list[int] | None = None
+        self._held: list[int] | None = []
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Forwarding:
@@ -135,16 +137,11 @@ class Forwarding:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold signals back until the processes that are started meanwhile can receive them, too."""
-        self._held = []
-        try:
-            yield
-        finally:
-            held, self._held = self._held, None
-            for number in held:
-                self._send(number)
+    def release(self) -> None:
+        """Forward the signals that came while processes were started, and all that follow at once."""
+        held, self._held = self._held, None
+        for number in held or ():
+            self._send(number)
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number

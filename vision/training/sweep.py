@@ -212,10 +212,10 @@ def _train(command: Sequence[str]) -> tuple[int, int | None]:
     """Run the command; return its exit code and the signal that stopped it, if any."""
     with Forwarding() as signals:
         environment = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-        with signals.held():
-            process = subprocess.Popen(command, env=environment, start_new_session=True)
-            signals.processes.append(process)
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        signals.processes.append(process)
         try:
+            signals.release()
             code = process.wait()
         finally:
             if process.poll() is None:
