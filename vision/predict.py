@@ -58,6 +58,7 @@ from .prediction_pictures import (
     draw_evidence,
     draw_overlay,
     draw_sheet,
+    is_sheet,
     write_mask,
 )
 from .predictors import Explanation, Predictor, of_run, of_timm
@@ -70,15 +71,15 @@ WIDEST_NAME = 30  # characters of a class name in the table
 
 
 def find_pictures(
-    arguments: Sequence[str], *, masks: Path | None = None, written: Collection[Path] = ()
+    arguments: Sequence[str], *, masks: Path | None = None, sheets: Collection[Path] = ()
 ) -> list[tuple[Path, Path]]:
     """Find the pictures that files, folders and patterns name; return each once, as (file, output name).
 
     The output name is the path below the folder or pattern that found the file. Folders are searched recursively for
     the suffixes of torchvision's ImageFolder. The tool's own output is skipped: overlays, PNG files in `masks` if that
-    lies in a searched folder, and the files `written`, unless an argument names them.
+    lies in a searched folder, and the `sheets` of an earlier call, unless an argument names them.
     """
-    own = {path.resolve() for path in written}
+    own = {path.resolve() for path in sheets if is_sheet(path)}
     found: dict[Path, Path] = {}
     taken: set[Path] = set()
     for argument in arguments:
@@ -363,8 +364,8 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = _load(arguments)
     _check(arguments, predictor)
     predictor = seen_as_told(predictor, arguments)
-    pictures = [path for path in (arguments.sheet, arguments.cam) if path is not None]
-    files = find_pictures(arguments.images, masks=arguments.masks, written=pictures)
+    sheets = [path for path in (arguments.sheet, arguments.cam) if path is not None]
+    files = find_pictures(arguments.images, masks=arguments.masks, sheets=sheets)
     _refuse_overwriting(arguments, files, dense=predictor.dense)
     sheet: Path | None = arguments.sheet
     cam: Path | None = arguments.cam

@@ -21,6 +21,19 @@ MOST_EXPLAINED = 48
 _INK, _PAPER = (32, 33, 36), (255, 255, 255)
 
 
+_MARK = {"Software": "mixerzoo.vision.predict"}
+"""Metadata of the sheets, by which they are told from pictures."""
+
+
+def is_sheet(path: Path) -> bool:
+    """Return whether the file is a sheet that this command has drawn, which it may draw again."""
+    try:
+        with Image.open(path) as image:
+            return _MARK.items() <= image.info.items()
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The answer for one picture. `ranked` holds (class, probability), or for segmenters (class, share of pixels)."""
@@ -129,7 +142,7 @@ def draw_sheet(
             fontsize=7,
             pad=3,
         )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata=_MARK)
 
 
 def draw_evidence(
@@ -155,4 +168,4 @@ def draw_evidence(
         name = f"{short_name(classes[one.index], 18)} ({100 * one.probability:.0f} %)"
         # If there is only evidence against the class, the picture stays grey.
         explanation.set_title(f"{name}\n{'' if one.evidence.max() > 0 else 'nothing for it'}", fontsize=7, pad=3)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, metadata=_MARK)

@@ -277,13 +277,28 @@ def test_the_first_pictures_are_explained_and_the_page_says_so(
         Image.new("RGB", (20, 20), (5 * index, 90, 30)).save(photos / f"{index:02}.png")
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     run = write_run(["a", "b", "tench, Tinca tinca"])
-    for _ in range(2):  # its own picture among the others is none to explain
-        assert main([str(run), str(photos), "--cam", str(photos / "seen.png"), "--cam-class", "tinca tinca"]) == 0
-        (photos / "seen.png").write_bytes((photos / "00.png").read_bytes())
-        assert len(capsys.readouterr().out.splitlines()) == MOST_EXPLAINED + 1
+    assert main([str(run), str(photos), "--cam", str(tmp_path / "seen.png"), "--cam-class", "tinca tinca"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == MOST_EXPLAINED + 1
     title = drawn[-1].get_suptitle()
     assert f"the first {MOST_EXPLAINED} of {MOST_EXPLAINED + 1} pictures" in title and "“tench, Tinca tinca”" in title
     assert len([axes for axes in drawn[-1].axes if axes.images]) == 2 * MOST_EXPLAINED
+
+
+@pytest.mark.parametrize("option", ["--cam", "--sheet"])
+def test_sheets_among_the_pictures_are_drawn_again_and_pictures_are_not_written_over(
+    option: str, write_run: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photos = write_run(["a", "b"]), tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20), "gold").save(photos / name)
+    before = (photos / "a.png").read_bytes()
+    for _ in range(2):
+        assert main([str(run), str(photos), option, str(photos / "sheet.png")]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main([str(run), str(photos), option, str(photos / "a.png")]) == 2
+    assert f"{option} would write over" in capsys.readouterr().err and (photos / "a.png").read_bytes() == before
+    assert main([str(run), str(photos / "sheet.png"), option, str(photos / "sheet.png")]) == 2, "named as a picture"
 
 
 def test_classes_are_found_by_any_of_their_names() -> None:
