@@ -331,7 +331,8 @@ def find_class(word: str, classes: Sequence[str]) -> int:
     raise ValueError(f"--cam-class {word}: no class has this name, nor this number of 0 to {len(classes) - 1}{hint}")
 
 
-def _refuse_overwriting(arguments: argparse.Namespace, files: Sequence[tuple[Path, Path]], *, dense: bool) -> None:
+def _check_outputs(arguments: argparse.Namespace, files: Sequence[tuple[Path, Path]], *, dense: bool) -> None:
+    """Raise a ValueError for a file that could not be written, or would take the place of a picture or of another."""
     pictures = {file.resolve() for file, _ in files}
     written = [("--output", arguments.output), ("--sheet", arguments.sheet), ("--cam", arguments.cam)]
     named: dict[Path, str] = {}
@@ -366,7 +367,7 @@ def _run_cli(arguments: argparse.Namespace) -> int:
     predictor = seen_as_told(predictor, arguments)
     sheets = [path for path in (arguments.sheet, arguments.cam) if path is not None]
     files = find_pictures(arguments.images, masks=arguments.masks, sheets=sheets)
-    _refuse_overwriting(arguments, files, dense=predictor.dense)
+    _check_outputs(arguments, files, dense=predictor.dense)
     sheet: Path | None = arguments.sheet
     cam: Path | None = arguments.cam
     failures: list[str] = []
@@ -398,7 +399,7 @@ def _run_cli(arguments: argparse.Namespace) -> int:
         draw_sheet(sheet, thumbnails, predictions, predictor.classes)
     if cam is not None and explained:
         cam.parent.mkdir(parents=True, exist_ok=True)
-        draw_evidence(arguments.cam, explained, predictor.classes, total=len(predictions), predicted=chosen is None)
+        draw_evidence(cam, explained, predictor.classes, total=len(predictions), predicted=chosen is None)
     for failure in failures:
         print(f"predict: skipped {failure}", file=sys.stderr)
     if not predictor.trained:

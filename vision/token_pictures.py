@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones._token_reduction import TokenStage
+from .drawing import denormalised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,8 +190,7 @@ def prepare_picture(model: Any, file: Path | str, side: int) -> tuple[Tensor, Te
         config.update({key: (sum(config[key]) / 3,) for key in ("mean", "std")})
     transform: Any = create_transform(**config)
     x = transform(image.convert("L") if model.in_chans == 1 else image)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
-    return (x * std + mean).clamp(0, 1).expand(3, -1, -1), x[None]
+    return torch.from_numpy(denormalised(x, config["mean"], config["std"])).permute(2, 0, 1), x[None]
 
 
 def _drawn_size(model: Any, image: Image, side: int) -> list[int]:

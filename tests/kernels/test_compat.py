@@ -59,7 +59,7 @@ def test_watchers_of_operators_are_seen() -> None:
 
 
 class Turn(torch.nn.Module):
-    """Turns x by five places, with the remainder of `divide` or with that of torch."""
+    """Turns x by five places, with the remainder of `divide_with_remainder` or of torch."""
 
     def __init__(self, *, divides: bool) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import backbones as backbones  # registers the models
 from .._checksum import refuse_damage
-from .._loading import built_for_one_size, load_model, no_weights, weights_overlay
+from .._loading import built_for_one_size, load_model, no_model, no_weights, weights_overlay
 from .._messages import did_you_mean, one_line
 from .._published import require_published
 from .._reading import read_checkpoint
@@ -146,7 +146,7 @@ def check_before_data(config: Config) -> None:
             raise ConfigError(f"{key}={name}: timm and mixerzoo have no such model{hint}")
     start = model.start_from
     if start is not None and not Path(start).is_file() and not timm.is_model(start):
-        raise ConfigError(f"model.start_from={start}: no model is called {start!r}; a file, or a timm model, is needed")
+        raise ConfigError(f"model.start_from={start}: {no_model(start)}; a file, or a timm model, is needed")
     teaches = distill.teacher is not None
     for key, file in (
         ("model.checkpoint", model.checkpoint),
